@@ -1,0 +1,108 @@
+// Package engine owns the checkpoint and restore of running process trees:
+// preflight, freeze, dump, restore, in pure Go by ptrace and remote system
+// calls. It must not know NATS, agents or migrations.
+//
+// Life of a dump:
+//
+//	Plan (tree runs, nothing touched) → Freeze → Frozen.Dump → Frozen.Kill or Frozen.Thaw
+//
+// Life of a restore:
+//
+//	Check (nothing touched) → Restore (tree stands, stopped) → Staged.Run or Staged.Discard
+package engine
+
+import (
+	"context"
+	"os"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"godwit/engine/image"
+	"godwit/engine/plan"
+)
+
+// Engine makes dumps and restores on this host. Its methods may be called
+// from any goroutine; several trees may be worked on at once.
+type Engine struct {
+	log hclog.Logger
+}
+
+// New returns an engine; a nil logger logs nothing. It is only usable on a
+// kernel that Probe accepts.
+func New(log hclog.Logger) *Engine {
+	if log == nil {
+		log = hclog.NewNullLogger()
+	}
+	return &Engine{log: log.Named("engine")}
+}
+
+// DumpOptions says how a tree is dumped.
+type DumpOptions struct {
+	// External are keys of files that the destination provides: file[mnt:ino],
+	// both hexadecimal. A key that matches nothing is a refusal.
+	External []string
+	// Timeout bounds the freezing of all tasks; 0 means 10 s.
+	Timeout time.Duration
+	// Host names this host in Facts and messages; empty means os.Hostname.
+	Host string
+	// GhostLimit is the largest allocated size, in bytes, of a deleted file
+	// that travels with its data; 0 means 1 GiB.
+	GhostLimit uint64
+}
+
+// RestoreOptions says how and where a tree is rebuilt.
+type RestoreOptions struct {
+	// Inherit maps an external key to an open file that backs it.
+	Inherit map[string]Inherit
+	// NewPidNamespace lands the tree in a pid namespace (and a mount
+	// namespace with its own /proc) of its own.
+	NewPidNamespace bool
+	// Host names this host in messages; empty means os.Hostname.
+	Host string
+}
+
+// Inherit is what the caller hands in for one external key. The file stays the caller's.
+type Inherit struct {
+	File *os.File
+	// Forward gives the process this very open file description in place of
+	// a reopened one.
+	Forward bool
+}
+
+// Plan is what a preflight found out about a tree; see package plan.
+type Plan = plan.Plan
+
+// DumpStats says what a dump did.
+type DumpStats struct {
+	Processes int
+	Threads   int
+	Pages     uint64 // of 4096 bytes: memory and shared memory
+	Bytes     uint64 // data, all kinds
+	FreezeDur time.Duration
+	DumpDur   time.Duration
+	FrozenAt  time.Time // first task stopped
+}
+
+// Tree is a frozen tree (Freeze).
+type Tree interface {
+	// Dump writes the tree's images and data to the sink. The tree stays frozen
+	// and, whatever happens, unchanged. It may be called once.
+	Dump(ctx context.Context, sink image.Sink) (DumpStats, error)
+	// Thaw lets the tree run on as if nothing had happened.
+	Thaw() error
+	// Kill ends every task of the tree, without any of them running again.
+	Kill() error
+}
+
+// Standing is a rebuilt tree of which no task has run yet (Restore).
+type Standing interface {
+	// Root is the pid of the root process on this host.
+	Root() int
+	// Pids are all processes on this host.
+	Pids() []int
+	// Run lets all tasks go. After it returned nil the tree is its own.
+	Run() error
+	// Discard kills the rebuilt tree; nothing of it has run.
+	Discard() error
+}

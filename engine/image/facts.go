@@ -1,0 +1,45 @@
+package image
+
+// FactsFile is the name of the file, beside CRIU's images, that holds Facts as
+// JSON. It is not an image: it has no magic and crit does not read it.
+const FactsFile = "godwit.json"
+
+// Facts is what CRIU's images have no field for. A dump made by CRIU has none;
+// a restore then uses defaults.
+type Facts struct {
+	Version int    `json:"version"` // of this structure, 1
+	Host    string `json:"host"`
+	BootID  string `json:"boot_id"`
+	Kernel  string `json:"kernel"`
+	Arch    string `json:"arch"` // GOARCH
+
+	VdsoSHA256 string `json:"vdso_sha256,omitempty"` // of the bytes of [vdso]
+	// MonotonicNS and BoottimeNS are the source's clocks at the freeze, ns.
+	MonotonicNS int64 `json:"monotonic_ns"`
+	BoottimeNS  int64 `json:"boottime_ns"`
+	RealtimeNS  int64 `json:"realtime_ns"`
+
+	Tasks []TaskFacts `json:"tasks"`
+	Files []FileFacts `json:"files,omitempty"`
+}
+
+// TaskFacts belongs to one thread.
+type TaskFacts struct {
+	TID         uint32   `json:"tid"`                // in the images' pid namespace
+	Affinity    []uint64 `json:"affinity,omitempty"` // words of the CPU mask, lowest first
+	TimerSlack  uint64   `json:"timer_slack_ns,omitempty"`
+	IOPrio      uint32   `json:"ioprio,omitempty"`
+	RobustHead  uint64   `json:"-"`
+	XFeatures   uint64   `json:"xfeatures,omitempty"` // XSTATE_BV
+	StoppedByUs bool     `json:"-"`
+}
+
+// FileFacts belongs to one file entry (by id in files.img).
+type FileFacts struct {
+	ID   uint32 `json:"id"`
+	Path string `json:"path,omitempty"` // where an external file was on the source
+	Dev  uint64 `json:"dev,omitempty"`
+	Ino  uint64 `json:"ino,omitempty"`
+	// Holders are "pid:fd" texts for messages.
+	Holders []string `json:"holders,omitempty"`
+}
