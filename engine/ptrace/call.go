@@ -24,7 +24,12 @@ type Arg struct {
 	// copied back after the call. In and Out of one Arg may both be set: then
 	// they have the same length.
 	Out []byte
+	// Rel are pointers inside In to other places of In.
+	Rel []Rel
 }
+
+// Rel makes the 8 bytes at offset At of a buffer the address of its offset To.
+type Rel struct{ At, To int }
 
 // Int makes a number argument; negative numbers are sign-extended.
 func Int[T ~int | ~int32 | ~int64 | ~uint | ~uint8 | ~uint16 | ~uint32 | ~uint64 | ~uintptr](v T) Arg {

@@ -1,0 +1,443 @@
+// Package freeze owns the stopping of whole process trees: seizing every
+// process and thread, forks that race with it included, and letting them go or
+// ending them. It must not know what is read from a frozen tree.
+package freeze
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"godwit/engine/arch"
+	"godwit/engine/procfs"
+	"godwit/engine/ptrace"
+	"godwit/engine/sys"
+)
+
+// Thread is one stopped thread.
+type Thread struct {
+	Tid  int // on this host
+	VTid int // in its own pid namespace
+	// Regs are the registers with which the thread goes on. They differ from
+	// those at the stop only for a thread inside a restartable sequence, which
+	// is at its abort address, as after any preemption.
+	Regs arch.Regs
+	Rseq sys.RseqConfig
+	// Resend says that a SIGSTOP was withheld while the thread worked for us.
+	Resend bool
+}
+
+// Proc is one process of a frozen tree.
+type Proc struct {
+	Pid, PPid         int // on this host; PPid of the root is its parent outside the tree
+	VPid, VPgid, VSid int // in its own pid namespace
+	Comm              string
+	Threads           []*Thread // the leader first; none for a zombie
+	Zombie            bool
+	ExitCode          int // wait status of a zombie
+	Parent            *Proc
+}
+
+// Leader is the first thread.
+func (p *Proc) Leader() *Thread { return p.Threads[0] }
+
+// Tree is a frozen tree.
+type Tree struct {
+	Tracer *ptrace.Tracer
+	Procs  []*Proc // parents before children; the root first
+	// FrozenAt is when the first task was told to stop.
+	FrozenAt time.Time
+	// FreezeDur is from then until all had stopped.
+	FreezeDur time.Duration
+	released  bool
+}
+
+// Root is the root process.
+func (t *Tree) Root() *Proc { return t.Procs[0] }
+
+// Threads counts all threads.
+func (t *Tree) Threads() int {
+	n := 0
+	for _, p := range t.Procs {
+		n += len(p.Threads)
+	}
+	return n
+}
+
+// Freeze stops the tree below pid. If it fails, whatever was stopped runs on.
+func Freeze(ctx context.Context, pid int, timeout time.Duration) (*Tree, error) {
+	t := &Tree{Tracer: ptrace.NewTracer(), FrozenAt: time.Now()}
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("not all tasks stopped within %s", timeout))
+	defer cancel()
+	err := t.Tracer.Do(func() error {
+		s := &seizer{ctx: ctx, known: map[int]bool{}, procs: map[int]*Proc{}}
+		err := s.tree(pid)
+		t.Procs = s.order
+		if err == nil {
+			err = s.identify()
+		}
+		return err
+	})
+	t.FreezeDur = time.Since(t.FrozenAt)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("freeze the tree of pid %d: %w", pid, err), t.Thaw())
+	}
+	return t, nil
+}
+
+type seizer struct {
+	ctx   context.Context
+	known map[int]bool // tids that are stopped
+	procs map[int]*Proc
+	order []*Proc
+}
+
+// tree seizes until a full pass over the tree finds no task that is not yet
+// stopped: a stopped task makes no new ones.
+func (s *seizer) tree(root int) error {
+	for {
+		found := 0
+		queue := []int{root}
+		for len(queue) > 0 {
+			pid := queue[0]
+			queue = queue[1:]
+			n, err := s.process(pid)
+			if err != nil {
+				return err
+			}
+			found += n
+			p := s.procs[pid]
+			if p == nil {
+				continue // it ended
+			}
+			children, err := procfs.Children(pid)
+			if procfs.Gone(err) {
+				continue
+			}
+			if err != nil {
+				return fmt.Errorf("list children of pid %d: %w", pid, err)
+			}
+			queue = append(queue, children...)
+		}
+		if len(s.order) == 0 {
+			return fmt.Errorf("no process has pid %d: %w", root, unix.ESRCH)
+		}
+		if found == 0 {
+			return s.settle()
+		}
+	}
+}
+
+// settle drops processes that ended between two passes and fixes the order.
+func (s *seizer) settle() error {
+	var order []*Proc
+	for _, p := range s.order {
+		if p.Zombie || len(p.Threads) > 0 {
+			order = append(order, p)
+		}
+	}
+	s.order = order
+	if len(order) == 0 || order[0].Zombie {
+		return fmt.Errorf("the root process has exited: %w", unix.ESRCH)
+	}
+	return nil
+}
+
+func (s *seizer) process(pid int) (found int, err error) {
+	st, err := procfs.ReadStat(pid)
+	if procfs.Gone(err) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("read state of pid %d: %w", pid, err)
+	}
+	p := s.procs[pid]
+	if p == nil {
+		p = &Proc{Pid: pid, Comm: st.Comm}
+		s.procs[pid] = p
+		s.order = append(s.order, p)
+		found++
+	}
+	p.PPid = st.PPid
+	p.Parent = s.procs[st.PPid]
+	if p.Zombie {
+		return found, nil
+	}
+	tids, err := procfs.Tids(pid)
+	if procfs.Gone(err) {
+		return found, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("list threads of pid %d: %w", pid, err)
+	}
+	if st.State == 'Z' || st.State == 'X' {
+		if len(tids) > 1 {
+			return 0, fmt.Errorf("pid %d (%s): its first thread has exited while others run, which cannot be rebuilt", pid, st.Comm)
+		}
+		p.Zombie = true
+		p.Threads = nil
+		p.ExitCode = st.ExitCode
+		return found, nil
+	}
+	for _, tid := range tids {
+		if s.known[tid] {
+			continue
+		}
+		th, err := s.seize(p, tid)
+		if err != nil {
+			return 0, err
+		}
+		if th == nil {
+			continue
+		}
+		s.known[tid] = true
+		found++
+		if tid == pid {
+			p.Threads = append([]*Thread{th}, p.Threads...)
+		} else {
+			p.Threads = append(p.Threads, th)
+		}
+	}
+	return found, nil
+}
+
+// seize stops one thread; nil if it is no more.
+func (s *seizer) seize(p *Proc, tid int) (*Thread, error) {
+	if err := context.Cause(s.ctx); err != nil {
+		return nil, err
+	}
+	if err := sys.PtraceSeize(tid, sys.PtraceOptionTraceSysGood); err != nil {
+		st, serr := procfs.ReadTaskStatus(p.Pid, tid)
+		switch {
+		case errors.Is(err, unix.ESRCH), procfs.Gone(serr):
+			return nil, nil
+		case serr == nil && (st.State == 'Z' || st.State == 'X'):
+			return nil, nil // the next pass sees what it was
+		case serr == nil && st.TracerPid != 0:
+			return nil, fmt.Errorf("pid %d (%s) is being traced by pid %d; detach that tracer first: %w", p.Pid, p.Comm, st.TracerPid, err)
+		}
+		return nil, fmt.Errorf("seize task %d of pid %d (%s): %w", tid, p.Pid, p.Comm, err)
+	}
+	if err := sys.PtraceInterrupt(tid); err != nil {
+		if errors.Is(err, unix.ESRCH) {
+			return nil, nil
+		}
+		return nil, fmt.Errorf("stop task %d of pid %d (%s): %w", tid, p.Pid, p.Comm, err)
+	}
+	alive, err := s.awaitStop(p, tid)
+	if err != nil || !alive {
+		return nil, err
+	}
+	return &Thread{Tid: tid}, nil
+}
+
+func (s *seizer) awaitStop(p *Proc, tid int) (alive bool, err error) {
+	pause := 20 * time.Microsecond
+	for {
+		st, ok, err := ptrace.TryWait(tid)
+		switch {
+		case errors.Is(err, unix.ECHILD):
+			return false, nil
+		case err != nil:
+			return false, err
+		case !ok:
+			if cause := context.Cause(s.ctx); cause != nil {
+				// It stays seized and runs on; ending the tracer's thread lets it go.
+				return false, fmt.Errorf("task %d of pid %d (%s) does not stop (%s): %w", tid, p.Pid, p.Comm, waitingIn(p.Pid, tid), cause)
+			}
+			time.Sleep(pause)
+			pause = min(pause*2, 2*time.Millisecond)
+			continue
+		case st.Ended():
+			return false, nil
+		case st.Event == sys.PtraceEventStop && st.Signal == unix.SIGTRAP:
+			return true, nil
+		case st.Event == sys.PtraceEventStop:
+			return false, fmt.Errorf("pid %d (%s) is stopped by %s, which cannot be carried; continue it first", p.Pid, p.Comm, unix.SignalName(st.Signal))
+		case st.Event == 0 && !st.Sysc:
+			// A signal was on its way: let it be delivered, then stop.
+			if err := sys.PtraceCont(tid, int(st.Signal)); err != nil {
+				if errors.Is(err, unix.ESRCH) {
+					continue
+				}
+				return false, err
+			}
+			if err := sys.PtraceInterrupt(tid); err != nil && !errors.Is(err, unix.ESRCH) {
+				return false, err
+			}
+		default:
+			return false, &ptrace.StopError{Want: "an event stop", Got: st}
+		}
+	}
+}
+
+func waitingIn(pid, tid int) string {
+	st, err := procfs.ReadTaskStat(pid, tid)
+	if err != nil {
+		return "state unknown"
+	}
+	return fmt.Sprintf("state %c", st.State)
+}
+
+// identify reads what only a stopped tree holds still for.
+func (s *seizer) identify() error {
+	for _, p := range s.order {
+		p.Parent = s.procs[p.PPid]
+		st, err := procfs.ReadStatus(p.Pid)
+		if err != nil {
+			return fmt.Errorf("read status of pid %d (%s): %w", p.Pid, p.Comm, err)
+		}
+		p.Comm = st.Name
+		p.VPid, p.VPgid, p.VSid = inner(st.NSpid), inner(st.NSpgid), inner(st.NSsid)
+		if p.Zombie {
+			stat, err := procfs.ReadStat(p.Pid)
+			if err != nil {
+				return fmt.Errorf("read exit status of pid %d (%s): %w", p.Pid, p.Comm, err)
+			}
+			p.ExitCode = stat.ExitCode
+			continue
+		}
+		for _, th := range p.Threads {
+			if err := th.identify(p); err != nil {
+				return fmt.Errorf("pid %d (%s): %w", p.Pid, p.Comm, err)
+			}
+		}
+	}
+	return nil
+}
+
+func inner(ids []int) int {
+	if len(ids) == 0 {
+		return 0
+	}
+	return ids[len(ids)-1]
+}
+
+func (th *Thread) identify(p *Proc) error {
+	st, err := procfs.ReadTaskStatus(p.Pid, th.Tid)
+	if err != nil {
+		return fmt.Errorf("read status of task %d: %w", th.Tid, err)
+	}
+	th.VTid = inner(st.NSpid)
+	if th.Regs, err = ptrace.GetRegs(th.Tid); err != nil {
+		return err
+	}
+	if !th.Regs.Native() {
+		return fmt.Errorf("task %d runs 32-bit code, which cannot be carried", th.Tid)
+	}
+	if th.Rseq, err = sys.PtraceRseqConfig(th.Tid); err != nil {
+		return fmt.Errorf("read rseq registration of task %d: %w", th.Tid, err)
+	}
+	return th.leaveRseq()
+}
+
+// leaveRseq moves a thread that stands inside a restartable sequence to its
+// abort address. The kernel would do that when it runs again, but only as
+// long as its registers are its own: a system call executed for us would clear
+// the sequence without an abort. (struct rseq and rseq_cs, include/uapi/linux/rseq.h)
+func (th *Thread) leaveRseq() error {
+	if th.Rseq.Pointer == 0 {
+		return nil
+	}
+	var ptr [8]byte
+	if _, err := readMem(th.Tid, th.Rseq.Pointer+8, ptr[:]); err != nil {
+		return fmt.Errorf("read rseq area of task %d: %w", th.Tid, err)
+	}
+	cs := binary.LittleEndian.Uint64(ptr[:])
+	if cs == 0 {
+		return nil
+	}
+	var desc [32]byte
+	if _, err := readMem(th.Tid, cs, desc[:]); err != nil {
+		return fmt.Errorf("read rseq critical section of task %d: %w", th.Tid, err)
+	}
+	start := binary.LittleEndian.Uint64(desc[8:])
+	length := binary.LittleEndian.Uint64(desc[16:])
+	abort := binary.LittleEndian.Uint64(desc[24:])
+	if pc := th.Regs.PC(); pc-start < length {
+		th.Regs.SetPC(abort)
+		th.Regs.NoRestart()
+	}
+	return nil
+}
+
+func readMem(tid int, addr uint64, b []byte) (int, error) {
+	return sys.ProcessVMRead(tid, b, []unix.RemoteIovec{{Base: uintptr(addr), Len: len(b)}})
+}
+
+// Thaw lets every task run on.
+func (t *Tree) Thaw() error {
+	if t.released {
+		return nil
+	}
+	t.released = true
+	err := t.Tracer.Do(func() error {
+		var errs []error
+		for _, p := range t.Procs {
+			for _, th := range p.Threads {
+				if th.Resend {
+					// Queued before the detach, so that the task stops before it runs.
+					if err := unix.Tgkill(p.Pid, th.Tid, unix.SIGSTOP); err != nil {
+						errs = append(errs, fmt.Errorf("send SIGSTOP again to task %d: %w", th.Tid, err))
+					}
+				}
+				if err := sys.PtraceDetach(th.Tid, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+					errs = append(errs, fmt.Errorf("let task %d of pid %d (%s) go: %w", th.Tid, p.Pid, p.Comm, err))
+				}
+			}
+		}
+		return errors.Join(errs...)
+	})
+	// Ending the thread lets go what could not be detached.
+	t.Tracer.Close()
+	return err
+}
+
+// Kill ends every task; none of them runs another instruction of its own.
+func (t *Tree) Kill() error {
+	if t.released {
+		return errors.New("the tree was let go already")
+	}
+	t.released = true
+	err := t.Tracer.Do(func() error {
+		var errs []error
+		for _, p := range t.Procs {
+			if p.Zombie {
+				continue
+			}
+			if err := unix.Kill(p.Pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+				errs = append(errs, fmt.Errorf("kill pid %d (%s): %w", p.Pid, p.Comm, err))
+			}
+		}
+		// The other threads first: waiting for a leader while they are not
+		// reaped never returns.
+		for _, p := range t.Procs {
+			for i := len(p.Threads) - 1; i >= 0; i-- {
+				if err := Reap(p.Threads[i].Tid); err != nil {
+					errs = append(errs, err)
+				}
+			}
+		}
+		return errors.Join(errs...)
+	})
+	t.Tracer.Close()
+	return err
+}
+
+// Reap waits until a killed tracee is gone.
+// Preconditions: on the tracer's thread.
+func Reap(tid int) error {
+	for {
+		s, err := ptrace.Wait(tid)
+		if errors.Is(err, unix.ECHILD) {
+			return nil
+		}
+		if err != nil || s.Ended() {
+			return err
+		}
+	}
+}

@@ -1,0 +1,283 @@
+package mem
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"godwit/engine/arch"
+	"godwit/engine/image"
+	"godwit/engine/sys"
+)
+
+// ChunkSize is the most that is read from a process and given to a sink at
+// once, in bytes.
+const ChunkSize = 256 << 10
+
+// Reader takes the contents of one stopped process.
+type Reader struct {
+	pid     int
+	pagemap *os.File
+	mem     *os.File
+	buf     []byte
+	vec     []sys.PageRegion
+}
+
+// NewReader opens the memory of a process.
+func NewReader(pid int) (*Reader, error) {
+	pm, err := os.Open(fmt.Sprintf("/proc/%d/pagemap", pid))
+	if err != nil {
+		return nil, err
+	}
+	m, err := os.Open(fmt.Sprintf("/proc/%d/mem", pid))
+	if err != nil {
+		return nil, errors.Join(err, pm.Close())
+	}
+	return &Reader{pid: pid, pagemap: pm, mem: m, buf: make([]byte, ChunkSize), vec: make([]sys.PageRegion, 512)}, nil
+}
+
+// Close closes the memory.
+func (r *Reader) Close() error { return errors.Join(r.pagemap.Close(), r.mem.Close()) }
+
+// Dump gives all pages of the VMAs that belong to the process itself to the
+// sink and returns how many there were: anonymous pages, and copied pages of
+// private file mappings, but none that is still the file's or the zero page.
+func (r *Reader) Dump(ctx context.Context, vmas []*VMA, sink image.Sink, id image.DataID) (pages uint64, err error) {
+	for _, v := range vmas {
+		if !v.HasPages() {
+			continue
+		}
+		n, err := r.dumpVMA(ctx, v, sink, id)
+		if err != nil {
+			return pages, fmt.Errorf("dump %s of pid %d: %w", v, r.pid, err)
+		}
+		pages += n
+	}
+	return pages, nil
+}
+
+func (r *Reader) dumpVMA(ctx context.Context, v *VMA, sink image.Sink, id image.DataID) (pages uint64, err error) {
+	for at := v.Start; at < v.End; {
+		n, next, err := r.scan(at, v.End)
+		if err != nil {
+			return pages, err
+		}
+		for _, run := range r.vec[:n] {
+			pages += (run.End - run.Start) / arch.PageSize
+			for a := run.Start; a < run.End; {
+				if err := ctx.Err(); err != nil {
+					return pages, err
+				}
+				b := r.buf[:min(run.End-a, ChunkSize)]
+				if err := r.read(v, a, b); err != nil {
+					return pages, err
+				}
+				if err := sink.Data(id, a, b); err != nil {
+					return pages, err
+				}
+				a += uint64(len(b))
+			}
+		}
+		if n < len(r.vec) {
+			break
+		}
+		at = next
+	}
+	return pages, nil
+}
+
+// scan finds runs of pages that are present or swapped and neither the file's
+// nor the zero page.
+func (r *Reader) scan(start, end uint64) (n int, next uint64, err error) {
+	const not = sys.PageIsFile | sys.PageIsPfnZero
+	n, next, err = sys.PagemapScan(int(r.pagemap.Fd()), start, end, not, not, sys.PageIsPresent|sys.PageIsSwapped, 0, r.vec)
+	if errors.Is(err, unix.ENOTTY) {
+		return r.scanPagemap(start, end)
+	}
+	return n, next, err
+}
+
+// scanPagemap is scan for kernels before 6.7: it reads /proc/PID/pagemap
+// (Documentation/admin-guide/mm/pagemap.rst), which does not tell zero pages.
+func (r *Reader) scanPagemap(start, end uint64) (n int, next uint64, err error) {
+	const present, swapped, file = 1 << 63, 1 << 62, 1 << 61
+	buf := make([]byte, 8*8192)
+	for at := start; at < end; {
+		want := min((end-at)/arch.PageSize*8, uint64(len(buf)))
+		got, err := r.pagemap.ReadAt(buf[:want], int64(at/arch.PageSize*8))
+		if err != nil && !errors.Is(err, io.EOF) {
+			return 0, 0, fmt.Errorf("read pagemap: %w", err)
+		}
+		if got < 8 {
+			return 0, 0, fmt.Errorf("read pagemap at %#x: %w", at, io.ErrUnexpectedEOF)
+		}
+		for i := 0; i+8 <= got; i += 8 {
+			var e uint64
+			for k := 7; k >= 0; k-- {
+				e = e<<8 | uint64(buf[i+k])
+			}
+			page := at + uint64(i)/8*arch.PageSize
+			if e&(present|swapped) == 0 || e&file != 0 {
+				continue
+			}
+			if n > 0 && r.vec[n-1].End == page {
+				r.vec[n-1].End += arch.PageSize
+				continue
+			}
+			if n == len(r.vec) {
+				return n, page, nil
+			}
+			r.vec[n] = sys.PageRegion{Start: page, End: page + arch.PageSize}
+			n++
+		}
+		at += uint64(got) / 8 * arch.PageSize
+	}
+	if n == len(r.vec) {
+		return n, end, nil
+	}
+	return n, end, nil
+}
+
+func (r *Reader) read(v *VMA, addr uint64, b []byte) error {
+	if v.Prot&unix.PROT_READ != 0 {
+		n, err := sys.ProcessVMRead(r.pid, b, []unix.RemoteIovec{{Base: uintptr(addr), Len: len(b)}})
+		if err == nil && n == len(b) {
+			return nil
+		}
+		// Past the end of a file, say: /proc/PID/mem decides.
+	}
+	if _, err := r.mem.ReadAt(b, int64(addr)); err != nil {
+		return fmt.Errorf("read %d bytes at %#x: %w", len(b), addr, err)
+	}
+	return nil
+}
+
+// DumpFile gives the contents of a file, memfd or shared memory to the sink,
+// without its holes. size is its length in bytes; with whole set, runs are
+// widened to whole pages, as image.Shmem wants them.
+func DumpFile(ctx context.Context, f *os.File, size int64, whole bool, sink image.Sink, id image.DataID) (bytes uint64, err error) {
+	buf := make([]byte, ChunkSize)
+	// Data is looked for through the descriptor that the program may share:
+	// its position must not move, so a description of our own is made.
+	own, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+	if err != nil {
+		return 0, fmt.Errorf("open %s again: %w", f.Name(), err)
+	}
+	defer func() { _ = own.Close() }()
+	for at := int64(0); at < size; {
+		start, err := unix.Seek(int(own.Fd()), at, unix.SEEK_DATA)
+		switch {
+		case errors.Is(err, unix.ENXIO):
+			return bytes, nil
+		case errors.Is(err, unix.EINVAL): // no holes on this file system
+			start = at
+		case err != nil:
+			return bytes, fmt.Errorf("find data of %s: %w", f.Name(), err)
+		}
+		end, err := unix.Seek(int(own.Fd()), start, unix.SEEK_HOLE)
+		if err != nil {
+			end = size
+		}
+		if whole {
+			start = start / arch.PageSize * arch.PageSize
+			end = (end + arch.PageSize - 1) / arch.PageSize * arch.PageSize
+		} else {
+			end = min(end, size)
+		}
+		for a := start; a < end; {
+			if err := ctx.Err(); err != nil {
+				return bytes, err
+			}
+			b := buf[:min(end-a, ChunkSize)]
+			n, err := own.ReadAt(b, a)
+			if err != nil && !errors.Is(err, io.EOF) {
+				return bytes, fmt.Errorf("read %s: %w", f.Name(), err)
+			}
+			if whole {
+				clear(b[n:]) // past the end of the file, inside its last page
+			} else if n < len(b) {
+				return bytes, fmt.Errorf("read %s at %d: %w: it was truncated meanwhile", f.Name(), a, io.ErrUnexpectedEOF)
+			}
+			if err := sink.Data(id, uint64(a), b); err != nil {
+				return bytes, err
+			}
+			bytes += uint64(len(b))
+			a += int64(len(b))
+		}
+		at = end
+	}
+	return bytes, nil
+}
+
+// Writer fills the memory of a process that is being built.
+type Writer struct {
+	pid  int
+	mem  *os.File
+	vmas []*VMA
+	last int // VMA of the last write: runs ascend
+}
+
+// NewWriter opens the memory of a process whose mappings are vmas, ascending.
+// Preconditions: the calling thread, or its tracer's process, traces pid.
+func NewWriter(pid int, vmas []*VMA) (*Writer, error) {
+	m, err := os.OpenFile(fmt.Sprintf("/proc/%d/mem", pid), os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	return &Writer{pid: pid, mem: m, vmas: vmas}, nil
+}
+
+// Close closes the memory.
+func (w *Writer) Close() error { return w.mem.Close() }
+
+// Write puts b at addr. It refuses addresses outside the mappings whose pages
+// an image holds.
+func (w *Writer) Write(addr uint64, b []byte) error {
+	for len(b) > 0 {
+		v := w.find(addr)
+		if v == nil || !v.HasPages() {
+			return fmt.Errorf("image holds pages at %#x of pid %d, where it has no private mapping", addr, w.pid)
+		}
+		n := min(uint64(len(b)), v.End-addr)
+		if err := w.put(v, addr, b[:n]); err != nil {
+			return err
+		}
+		addr += n
+		b = b[n:]
+	}
+	return nil
+}
+
+func (w *Writer) find(addr uint64) *VMA {
+	if w.last < len(w.vmas) && w.vmas[w.last].Start > addr {
+		w.last = 0
+	}
+	for ; w.last < len(w.vmas); w.last++ {
+		if v := w.vmas[w.last]; addr < v.End {
+			if addr < v.Start {
+				return nil
+			}
+			return v
+		}
+	}
+	w.last = 0
+	return nil
+}
+
+func (w *Writer) put(v *VMA, addr uint64, b []byte) error {
+	if v.Prot&unix.PROT_WRITE != 0 {
+		n, err := sys.ProcessVMWrite(w.pid, addr, b)
+		if err == nil && n == len(b) {
+			return nil
+		}
+	}
+	// Not writable for the process itself: the tracer may write all the same.
+	if _, err := w.mem.WriteAt(b, int64(addr)); err != nil {
+		return fmt.Errorf("write %d bytes at %#x of pid %d (%s): %w", len(b), addr, w.pid, v, err)
+	}
+	return nil
+}

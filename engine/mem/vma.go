@@ -1,0 +1,277 @@
+// Package mem owns the address space of a process: its mappings as they are
+// read, judged, imaged and built again, and the transfer of page contents. It
+// must not know descriptors, tasks' other state or where images go.
+package mem
+
+import (
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/vma"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+
+	"godwit/engine/arch"
+	"godwit/engine/procfs"
+)
+
+// Status bits of a VMA in CRIU's images (field status of vma_entry).
+const (
+	Regular     = 1 << 0
+	Stack       = 1 << 1
+	Vsyscall    = 1 << 2
+	Vdso        = 1 << 3
+	Heap        = 1 << 5
+	FilePrivate = 1 << 6
+	FileShared  = 1 << 7
+	AnonShared  = 1 << 8
+	AnonPrivate = 1 << 9
+	Sysvipc     = 1 << 10
+	Socket      = 1 << 11
+	Vvar        = 1 << 12
+	AioRing     = 1 << 13
+	Memfd       = 1 << 14
+)
+
+// VMA is one mapping. File mappings are opened through Link.
+type VMA struct {
+	Start, End uint64 // bytes, page-aligned
+	Offset     uint64 // bytes into the file or shared memory
+	Prot       int    // PROT_*
+	Flags      int    // MAP_* as they would make this mapping
+	Status     uint32 // Regular and others
+	// ShmID is the id of the file entry for file mappings and memfds, of the
+	// shared memory for AnonShared, 0 otherwise.
+	ShmID uint64
+	// Madvise has bit n set for advice n (MADV_*).
+	Madvise uint64
+	// OpenFlags are those that the mapped file needs: O_RDONLY or O_RDWR.
+	OpenFlags int
+
+	Dev, Ino uint64 // of the mapped object
+	Path     string // as /proc/PID/maps shows it
+}
+
+// Len is the size in bytes.
+func (v *VMA) Len() uint64 { return v.End - v.Start }
+
+// Is tells whether all of the status bits are set.
+func (v *VMA) Is(status uint32) bool { return v.Status&status == status }
+
+// Special tells whether the kernel itself provides the contents.
+func (v *VMA) Special() bool { return v.Status&(Vdso|Vvar|Vsyscall) != 0 }
+
+// HasPages tells whether the contents, or copied pages of them, are dumped with the process.
+func (v *VMA) HasPages() bool {
+	return !v.Special() && v.Status&(FilePrivate|AnonPrivate) != 0
+}
+
+// Mapped tells whether the contents come from a file entry.
+func (v *VMA) Mapped() bool { return v.Status&(FilePrivate|FileShared|Memfd) != 0 }
+
+// Link is the /proc path through which the mapped object can be opened.
+func (v *VMA) Link(pid int) string {
+	return fmt.Sprintf("/proc/%d/map_files/%x-%x", pid, v.Start, v.End)
+}
+
+func (v *VMA) String() string {
+	s := fmt.Sprintf("mapping %x-%x", v.Start, v.End)
+	if v.Path != "" {
+		s += " " + v.Path
+	}
+	return s
+}
+
+// madviseFlags are VmFlags that an madvise call made (fs/proc/task_mmu.c).
+var madviseFlags = map[string]int{
+	"dc": unix.MADV_DONTFORK,
+	"dd": unix.MADV_DONTDUMP,
+	"mg": unix.MADV_MERGEABLE,
+	"hg": unix.MADV_HUGEPAGE,
+	"nh": unix.MADV_NOHUGEPAGE,
+	"wf": unix.MADV_WIPEONFORK,
+	"sr": unix.MADV_SEQUENTIAL,
+	"rr": unix.MADV_RANDOM,
+}
+
+// refusedFlags are VmFlags of mappings that cannot be carried.
+var refusedFlags = map[string]string{
+	"io": "device memory",
+	"pf": "memory that a driver maps by page frame",
+	"ht": "huge pages of hugetlbfs",
+	"um": "memory under the program's own userfaultfd",
+	"uw": "memory under the program's own userfaultfd",
+	"ui": "memory under the program's own userfaultfd",
+	"ss": "a shadow stack",
+	"gu": "guard regions (MADV_GUARD_INSTALL)",
+	"sl": "a sealed mapping (mseal)",
+	"mp": "memory with a protection key",
+}
+
+// Classify turns one mapping of /proc/PID/smaps into a VMA. A non-empty reason
+// says why it cannot be carried. A nil VMA without a reason is not part of
+// what is restored ([vsyscall]).
+func Classify(m *procfs.SmapsEntry) (v *VMA, reason string) {
+	v = &VMA{
+		Start: m.Start, End: m.End, Offset: m.Offset, Prot: int(m.Prot()), Status: Regular,
+		Dev: unix.Mkdev(m.Major, m.Minor), Ino: m.Inode, Path: m.Path,
+	}
+	switch {
+	case m.Path == "[vsyscall]":
+		return nil, ""
+	case m.Path == "[vdso]":
+		v.Status |= Vdso | AnonPrivate
+		v.Flags = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS
+		return v, ""
+	case m.Path == "[vvar]", m.Path == "[vvar_vclock]":
+		v.Status |= Vvar | AnonPrivate
+		v.Flags = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS
+		return v, ""
+	}
+	for _, f := range m.VmFlags {
+		if why, ok := refusedFlags[f]; ok {
+			if f == "mp" && !hasPkey(m) {
+				continue
+			}
+			return v, why
+		}
+		if a, ok := madviseFlags[f]; ok {
+			v.Madvise |= 1 << uint(a)
+		}
+		switch f {
+		case "gd":
+			v.Flags |= unix.MAP_GROWSDOWN
+		case "nr":
+			v.Flags |= unix.MAP_NORESERVE
+		case "lo":
+			v.Flags |= unix.MAP_LOCKED
+		}
+	}
+	if m.Shared {
+		v.Flags |= unix.MAP_SHARED
+		if slices.Contains(m.VmFlags, "mw") {
+			v.OpenFlags = os.O_RDWR
+		}
+	} else {
+		v.Flags |= unix.MAP_PRIVATE
+	}
+	return v, v.object(m.Shared)
+}
+
+func hasPkey(m *procfs.SmapsEntry) bool { return m.ProtKey != 0 }
+
+// object fills what depends on what is mapped.
+func (v *VMA) object(shared bool) (reason string) {
+	path := v.Path
+	switch {
+	case v.Ino == 0 && !strings.HasPrefix(path, "/") && !shared:
+		v.Flags |= unix.MAP_ANONYMOUS
+		v.Status |= AnonPrivate
+		v.Offset = 0
+		switch path {
+		case "[heap]":
+			v.Status |= Heap
+		case "[stack]":
+			v.Status |= Stack
+		}
+	case strings.HasPrefix(path, "/SYSV"):
+		return "System V shared memory"
+	case strings.HasPrefix(path, "/anon_hugepage"):
+		return "shared huge pages"
+	case strings.HasPrefix(path, "/[aio]"):
+		return "a ring of asynchronous I/O (io_setup)"
+	case strings.HasPrefix(path, "anon_inode:"), strings.HasPrefix(path, "/anon_inode:"):
+		return "memory of " + strings.TrimPrefix(path, "/")
+	case strings.HasPrefix(path, "socket:"):
+		return "memory of a socket"
+	case strings.HasPrefix(path, "/memfd:"):
+		v.Status |= Memfd
+		if shared {
+			v.Status |= FileShared
+		} else {
+			v.Status |= FilePrivate
+		}
+	case shared && (strings.HasPrefix(path, "/dev/zero") || strings.HasPrefix(path, "[anon_shmem")):
+		v.Flags |= unix.MAP_ANONYMOUS
+		v.Status |= AnonShared
+	case shared:
+		v.Status |= FileShared
+	default:
+		v.Status |= FilePrivate
+	}
+	return ""
+}
+
+// ToImage makes CRIU's message.
+func (v *VMA) ToImage() *vma.VmaEntry {
+	e := &vma.VmaEntry{
+		Start:  proto.Uint64(v.Start),
+		End:    proto.Uint64(v.End),
+		Pgoff:  proto.Uint64(v.Offset),
+		Shmid:  proto.Uint64(v.ShmID),
+		Prot:   proto.Uint32(uint32(v.Prot)),
+		Flags:  proto.Uint32(uint32(v.Flags)),
+		Status: proto.Uint32(v.Status),
+		Fd:     proto.Int64(-1),
+	}
+	if v.Madvise != 0 {
+		e.Madv = proto.Uint64(v.Madvise)
+	}
+	if v.Mapped() {
+		e.Fdflags = proto.Uint32(uint32(v.OpenFlags))
+	}
+	return e
+}
+
+// FromImage checks the VMAs of an image: aligned, inside user space,
+// ascending, of kinds that can be built.
+func FromImage(es []*vma.VmaEntry) ([]*VMA, error) {
+	out := make([]*VMA, 0, len(es))
+	var last uint64
+	for i, e := range es {
+		v := &VMA{
+			Start: e.GetStart(), End: e.GetEnd(), Offset: e.GetPgoff(), ShmID: e.GetShmid(),
+			Prot: int(e.GetProt()), Flags: int(e.GetFlags()), Status: e.GetStatus(),
+			Madvise: e.GetMadv(), OpenFlags: int(e.GetFdflags()),
+		}
+		switch {
+		case v.Start%arch.PageSize != 0, v.End%arch.PageSize != 0, v.Offset%arch.PageSize != 0, v.Start >= v.End:
+			return nil, fmt.Errorf("VMA %d (%#x-%#x, offset %#x) is not made of whole pages", i, v.Start, v.End, v.Offset)
+		case v.Start < last:
+			return nil, fmt.Errorf("VMA %d (%#x-%#x) overlaps the one before it", i, v.Start, v.End)
+		case v.Is(Vsyscall):
+			continue
+		case v.End > arch.TaskSize:
+			return nil, fmt.Errorf("VMA %d (%#x-%#x) is outside user space", i, v.Start, v.End)
+		case v.Status&(Sysvipc|Socket|AioRing) != 0:
+			return nil, fmt.Errorf("VMA %d (%#x-%#x) is of a kind that cannot be carried (status %#x)", i, v.Start, v.End, v.Status)
+		case v.Status&(Vdso|Vvar|FilePrivate|FileShared|AnonShared|AnonPrivate|Memfd) == 0:
+			return nil, fmt.Errorf("VMA %d (%#x-%#x) is of an unknown kind (status %#x)", i, v.Start, v.End, v.Status)
+		}
+		last = v.End
+		out = append(out, v)
+	}
+	return out, nil
+}
+
+// Read gives the mappings of a process and those that cannot be carried.
+func Read(pid int) (vmas []*VMA, refused map[*VMA]string, err error) {
+	maps, err := procfs.ReadSmaps(pid)
+	if err != nil {
+		return nil, nil, fmt.Errorf("read mappings of pid %d: %w", pid, err)
+	}
+	refused = map[*VMA]string{}
+	for i := range maps {
+		v, why := Classify(&maps[i])
+		if v == nil {
+			continue
+		}
+		if why != "" {
+			refused[v] = why
+		}
+		vmas = append(vmas, v)
+	}
+	return vmas, refused, nil
+}

@@ -1,0 +1,439 @@
+package ptrace
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"godwit/engine/arch"
+	"godwit/engine/sys"
+)
+
+// AreaSize is the memory that a Remote borrows in its target: one page of
+// code, the rest table and buffers.
+const AreaSize = 256 << 10
+
+// Remote executes system calls in one stopped task. Its methods are called on
+// the tracer's thread.
+//
+// A borrowed Remote (Borrow) leaves the target as it was found: the area is
+// mapped through the system-call instruction of the target's own [vdso], so
+// that no byte of the target is changed, and is unmapped the same way.
+type Remote struct {
+	Tid int
+	// Insn is the address of a system-call instruction in the target.
+	Insn uint64
+	// Area is the start of the borrowed memory, 0 if there is none.
+	Area uint64
+	// Base are registers to start from: segments and flags of the target.
+	Base arch.Regs
+	// Stopped says that a SIGSTOP came while the target was busy for us; the
+	// holder sends it again.
+	Stopped bool
+	// Born are tasks that the target created during the last Run, traced and
+	// stopped before their first instruction; host pids.
+	Born []int
+}
+
+const allSignals = ^uint64(0)
+
+// BlockSignals blocks all signals of a stopped task but SIGTRAP, which ends
+// each batch, and returns the mask that it had.
+func BlockSignals(tid int) (old uint64, err error) {
+	if old, err = sys.PtraceGetSigMask(tid); err != nil {
+		return 0, fmt.Errorf("read signal mask of task %d: %w", tid, err)
+	}
+	if err := sys.PtraceSetSigMask(tid, allSignals&^(1<<(uint(unix.SIGTRAP)-1))); err != nil {
+		return 0, fmt.Errorf("block signals of task %d: %w", tid, err)
+	}
+	return old, nil
+}
+
+// GetRegs reads the general registers of a stopped task.
+func GetRegs(tid int) (arch.Regs, error) {
+	var r arch.Regs
+	var buf [arch.RegsSize]byte
+	n, err := sys.PtraceGetRegSet(tid, sys.NTPrstatus, buf[:])
+	if err != nil {
+		return r, fmt.Errorf("read registers of task %d: %w", tid, err)
+	}
+	if err := r.Decode(buf[:n]); err != nil {
+		return r, fmt.Errorf("task %d: %w", tid, err)
+	}
+	return r, nil
+}
+
+// SetRegs writes the general registers of a stopped task.
+func SetRegs(tid int, r *arch.Regs) error {
+	if err := sys.PtraceSetRegSet(tid, sys.NTPrstatus, r.Encode()); err != nil {
+		return fmt.Errorf("write registers of task %d: %w", tid, err)
+	}
+	return nil
+}
+
+// FindInsn looks for a system-call instruction in [start, end) of a process: its [vdso].
+func FindInsn(pid int, start, end uint64) (uint64, error) {
+	if end <= start || end-start > 1<<20 {
+		return 0, fmt.Errorf("pid %d has no usable [vdso] (%#x-%#x)", pid, start, end)
+	}
+	b := make([]byte, end-start)
+	n, err := sys.ProcessVMRead(pid, b, []unix.RemoteIovec{{Base: uintptr(start), Len: len(b)}})
+	if err != nil {
+		return 0, fmt.Errorf("read [vdso] of pid %d: %w", pid, err)
+	}
+	i := bytes.Index(b[:n], arch.SyscallInsn)
+	if i < 0 {
+		return 0, fmt.Errorf("[vdso] of pid %d holds no system-call instruction", pid)
+	}
+	return start + uint64(i), nil
+}
+
+// Slow executes one system call by stopping at its entry and its exit; it
+// needs no area. The result is raw: -4095..-1 is a negated errno.
+func (r *Remote) Slow(nr uintptr, args ...uint64) (int64, error) {
+	var a [6]uint64
+	copy(a[:], args)
+	regs := r.Base
+	regs.SetSyscall(r.Insn, nr, a)
+	if err := SetRegs(r.Tid, &regs); err != nil {
+		return 0, err
+	}
+	for _, want := range []string{"entry to", "exit from"} {
+		if err := r.resumeUntil(sys.PtraceSyscall, fmt.Sprintf("%s system call %d", want, nr), func(s Stop) bool { return s.Sysc }); err != nil {
+			return 0, err
+		}
+	}
+	got, err := GetRegs(r.Tid)
+	return got.Ret(), err
+}
+
+// resumeUntil resumes the target until a stop that is wanted, passing over
+// those that tracing itself causes.
+func (r *Remote) resumeUntil(resume func(tid, sig int) error, want string, ok func(Stop) bool) error {
+	for {
+		if err := resume(r.Tid, 0); err != nil {
+			return fmt.Errorf("resume task %d: %w", r.Tid, gone(err))
+		}
+		s, err := Wait(r.Tid)
+		switch {
+		case err != nil:
+			return err
+		case s.Ended():
+			return &StopError{Want: want, Got: s}
+		case ok(s):
+			return nil
+		case s.Event == unix.PTRACE_EVENT_FORK, s.Event == unix.PTRACE_EVENT_VFORK, s.Event == unix.PTRACE_EVENT_CLONE:
+			child, err := sys.PtraceEventMsg(r.Tid)
+			if err != nil {
+				return err
+			}
+			cs, err := Wait(int(child))
+			if err != nil {
+				return err
+			}
+			if cs.Ended() {
+				return &StopError{Want: "first stop of a new task", Got: cs}
+			}
+			r.Born = append(r.Born, int(child))
+		case s.Event == sys.PtraceEventStop:
+			// A left-over interrupt, or a group stop: SIGCONT and SIGSTOP from outside.
+		case s.Event == 0 && s.Signal == unix.SIGSTOP:
+			r.Stopped = true // cannot be blocked; withheld until the holder sends it again
+		default:
+			return &StopError{Want: want, Got: s}
+		}
+	}
+}
+
+func gone(err error) error {
+	if errors.Is(err, unix.ESRCH) {
+		return errors.Join(err, ErrGone)
+	}
+	return err
+}
+
+// Map maps an area at addr, or anywhere for 0, and makes it ready for Run.
+func (r *Remote) Map(pid int, addr uint64) error {
+	flags := uint64(unix.MAP_PRIVATE | unix.MAP_ANONYMOUS)
+	if addr != 0 {
+		flags |= unix.MAP_FIXED_NOREPLACE
+	}
+	ret, err := r.Slow(unix.SYS_MMAP, addr, AreaSize, unix.PROT_READ|unix.PROT_WRITE, flags, ^uint64(0), 0)
+	if err != nil {
+		return err
+	}
+	if err := Errno("mmap", ret); err != nil {
+		return fmt.Errorf("map %d bytes in task %d: %w", AreaSize, r.Tid, err)
+	}
+	area := uint64(ret)
+	if err := r.load(pid, area); err != nil {
+		_, uerr := r.Slow(unix.SYS_MUNMAP, area, AreaSize)
+		return errors.Join(err, uerr)
+	}
+	r.Area = area
+	return nil
+}
+
+func (r *Remote) load(pid int, area uint64) error {
+	if _, err := sys.ProcessVMWrite(pid, area, arch.BatchCode); err != nil {
+		return fmt.Errorf("write code to task %d: %w", r.Tid, err)
+	}
+	// Never writable and executable at once: some systems forbid it.
+	ret, err := r.Slow(unix.SYS_MPROTECT, area, arch.PageSize, unix.PROT_READ|unix.PROT_EXEC)
+	if err != nil {
+		return err
+	}
+	if err := Errno("mprotect", ret); err != nil {
+		return fmt.Errorf("make code of task %d executable: %w", r.Tid, err)
+	}
+	return nil
+}
+
+// Unmap gives the area back.
+func (r *Remote) Unmap() error {
+	if r.Area == 0 {
+		return nil
+	}
+	ret, err := r.Slow(unix.SYS_MUNMAP, r.Area, AreaSize)
+	if err != nil {
+		return err
+	}
+	if err := Errno("munmap", ret); err != nil {
+		return fmt.Errorf("unmap area of task %d: %w", r.Tid, err)
+	}
+	r.Area = 0
+	return nil
+}
+
+// Errno turns a raw result into an error, nil for success.
+func Errno(name string, ret int64) error {
+	if ret < 0 && ret >= -4095 {
+		return os.NewSyscallError(name, unix.Errno(-ret))
+	}
+	return nil
+}
+
+// CallError is a system call that failed in a target.
+type CallError struct {
+	What  string
+	Tid   int
+	Errno unix.Errno
+}
+
+func (e *CallError) Error() string {
+	return fmt.Sprintf("%s in task %d: %s", e.What, e.Tid, e.Errno.Error())
+}
+
+// Unwrap gives the errno.
+func (e *CallError) Unwrap() error { return e.Errno }
+
+const bufAlign = 16
+
+func align(n int) int { return (n + bufAlign - 1) &^ (bufAlign - 1) }
+
+func (c *Call) space() int {
+	n := arch.BatchEntry
+	for i := range c.Args {
+		a := &c.Args[i]
+		n += align(max(len(a.In), len(a.Out)))
+	}
+	return n
+}
+
+// Run executes the calls in order in the target and fills their results. All
+// of them are executed, whatever becomes of one; the first failure of a call
+// without MayFail is returned as a *CallError.
+// Preconditions: signals are blocked (BlockSignals), an area is mapped.
+func (r *Remote) Run(calls ...*Call) error {
+	r.Born = nil
+	if r.Area == 0 {
+		return fmt.Errorf("task %d has no area to run system calls in", r.Tid)
+	}
+	const room = AreaSize - arch.PageSize - bufAlign
+	for start := 0; start < len(calls); {
+		end, used := start, 0
+		for end < len(calls) {
+			n := calls[end].space()
+			if used+n > room {
+				break
+			}
+			used += n
+			end++
+		}
+		if end == start {
+			return fmt.Errorf("%s: arguments of %d bytes do not fit", calls[start].What, calls[start].space())
+		}
+		if err := r.batch(calls[start:end], used); err != nil {
+			return err
+		}
+		start = end
+	}
+	for _, c := range calls {
+		if !c.MayFail && c.Ret < 0 && c.Ret >= -4095 {
+			return &CallError{What: c.What, Tid: r.Tid, Errno: unix.Errno(-c.Ret)}
+		}
+	}
+	return nil
+}
+
+func (r *Remote) batch(calls []*Call, used int) error {
+	table := r.Area + arch.PageSize
+	buf := make([]byte, used)
+	bufs := len(calls) * arch.BatchEntry
+	outs := false
+	for i, c := range calls {
+		e := buf[i*arch.BatchEntry:]
+		binary.LittleEndian.PutUint64(e, uint64(c.Nr))
+		for j := range c.Args {
+			a := &c.Args[j]
+			v := a.Val
+			if n := max(len(a.In), len(a.Out)); n > 0 {
+				v = table + uint64(bufs)
+				copy(buf[bufs:], a.In)
+				for _, rel := range a.Rel {
+					binary.LittleEndian.PutUint64(buf[bufs+rel.At:], v+uint64(rel.To))
+				}
+				bufs += align(n)
+				outs = outs || len(a.Out) > 0
+			}
+			binary.LittleEndian.PutUint64(e[8+8*j:], v)
+		}
+	}
+	if err := r.write(table, buf); err != nil {
+		return err
+	}
+	regs := r.Base
+	regs.SetBatch(r.Area, table, uint64(len(calls)), r.Area+AreaSize-bufAlign)
+	if err := SetRegs(r.Tid, &regs); err != nil {
+		return err
+	}
+	err := r.resumeUntil(sys.PtraceCont, "the end of a batch of system calls", func(s Stop) bool {
+		return s.Event == 0 && s.Signal == unix.SIGTRAP && !s.Sysc
+	})
+	if err != nil {
+		return fmt.Errorf("run %d system calls in task %d (%s …): %w", len(calls), r.Tid, calls[0].What, err)
+	}
+	back := len(calls) * arch.BatchEntry
+	if outs {
+		back = used
+	}
+	if _, err := sys.ProcessVMRead(r.Tid, buf[:back], []unix.RemoteIovec{{Base: uintptr(table), Len: back}}); err != nil {
+		return fmt.Errorf("read results from task %d: %w", r.Tid, err)
+	}
+	bufs = len(calls) * arch.BatchEntry
+	for i, c := range calls {
+		c.Ret = int64(binary.LittleEndian.Uint64(buf[i*arch.BatchEntry+56:]))
+		for j := range c.Args {
+			a := &c.Args[j]
+			if n := max(len(a.In), len(a.Out)); n > 0 {
+				copy(a.Out, buf[bufs:])
+				bufs += align(n)
+			}
+		}
+	}
+	return nil
+}
+
+func (r *Remote) write(addr uint64, b []byte) error {
+	n, err := sys.ProcessVMWrite(r.Tid, addr, b)
+	if err == nil && n != len(b) {
+		err = fmt.Errorf("only %d of %d bytes", n, len(b))
+	}
+	if err != nil {
+		return fmt.Errorf("write arguments to task %d: %w", r.Tid, err)
+	}
+	return nil
+}
+
+// Borrowed is a stopped task of a source tree that executes system calls for
+// us and is then put back exactly as it was.
+type Borrowed struct {
+	Remote
+	pid   int
+	regs  arch.Regs
+	mask  uint64
+	trapI bool
+}
+
+// Borrow prepares a stopped task: saves registers and signal mask, blocks
+// signals and, for withArea, maps an area. insn is an address from FindInsn;
+// regs are its registers as they are to be put back; trapIgnored says that the
+// process ignores SIGTRAP, which a batch would reset.
+// Preconditions: tid is in a PTRACE_EVENT_STOP.
+func Borrow(pid, tid int, insn uint64, regs arch.Regs, trapIgnored bool, area uint64) (*Borrowed, error) {
+	b := &Borrowed{Remote: Remote{Tid: tid, Insn: insn, Base: regs}, pid: pid, regs: regs, trapI: trapIgnored}
+	var err error
+	if b.mask, err = BlockSignals(tid); err != nil {
+		return nil, err
+	}
+	if area != 0 {
+		b.Area = area
+		return b, nil
+	}
+	if err := b.Map(pid, 0); err != nil {
+		return nil, errors.Join(err, b.putBack())
+	}
+	return b, nil
+}
+
+// Mask is the signal mask that the task had.
+func (b *Borrowed) Mask() uint64 { return b.mask }
+
+// Return undoes Borrow; keepArea is for a thread that shares the area of another.
+func (b *Borrowed) Return(keepArea bool) error {
+	var err error
+	if !keepArea {
+		if b.trapI && b.Area != 0 {
+			// struct kernel_sigaction with SIG_IGN; the breakpoint made it SIG_DFL.
+			act := make([]byte, 32)
+			act[0] = 1
+			if werr := b.write(b.Area+arch.PageSize, act); werr != nil {
+				err = werr
+			} else if ret, serr := b.Slow(unix.SYS_RT_SIGACTION, uint64(unix.SIGTRAP), b.Area+arch.PageSize, 0, 8); serr != nil {
+				err = serr
+			} else {
+				err = Errno("rt_sigaction SIGTRAP", ret)
+			}
+		}
+		err = errors.Join(err, b.Unmap())
+	}
+	return errors.Join(err, b.putBack())
+}
+
+// putBack writes registers and mask. The task must be in a stop from which the
+// kernel restarts an interrupted system call, which the exit stop of our last
+// call is not: so it is interrupted once more, before any user instruction.
+func (b *Borrowed) putBack() error {
+	if err := sys.PtraceInterrupt(b.Tid); err != nil {
+		return fmt.Errorf("interrupt task %d: %w", b.Tid, gone(err))
+	}
+	err := b.resumeUntilKeeping("an event stop", func(s Stop) bool { return s.Event == sys.PtraceEventStop })
+	if err != nil {
+		return err
+	}
+	if err := SetRegs(b.Tid, &b.regs); err != nil {
+		return err
+	}
+	if err := sys.PtraceSetSigMask(b.Tid, b.mask); err != nil {
+		return fmt.Errorf("put back signal mask of task %d: %w", b.Tid, err)
+	}
+	return nil
+}
+
+// resumeUntilKeeping is resumeUntil for a task whose registers may already be
+// arbitrary: it must not execute an instruction, which the interrupt sees to.
+func (b *Borrowed) resumeUntilKeeping(want string, ok func(Stop) bool) error {
+	// From a batch's breakpoint the task would go on behind it; the system-call
+	// instruction is a defined place, never reached because of the interrupt.
+	regs := b.Base
+	regs.NoRestart()
+	regs.SetPC(b.Insn)
+	if err := SetRegs(b.Tid, &regs); err != nil {
+		return err
+	}
+	return b.resumeUntil(sys.PtraceCont, want, ok)
+}

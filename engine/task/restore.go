@@ -1,0 +1,349 @@
+package task
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math/bits"
+	"os"
+	"slices"
+
+	criu_core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/creds"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/siginfo"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/timer"
+	"golang.org/x/sys/unix"
+
+	"godwit/engine/arch"
+	"godwit/engine/image"
+	"godwit/engine/procfs"
+	"godwit/engine/ptrace"
+	"godwit/engine/sys"
+)
+
+// Check refuses a core image that a restore could not use.
+func Check(core *criu_core.CoreEntry, leader bool) error {
+	switch {
+	case core.GetMtype() != criu_core.CoreEntryMarch_X86_64:
+		return fmt.Errorf("image is of a task of architecture %s, this host is %s", core.GetMtype(), arch.Name)
+	case leader && core.GetTc() == nil:
+		return errNoCore
+	case leader && core.GetTc().GetTaskState() == Dead:
+		return nil
+	case leader && core.GetTc().GetTaskState() != Alive:
+		return fmt.Errorf("image is of a task in state %d; only running tasks can be carried", core.GetTc().GetTaskState())
+	case core.GetThreadInfo().GetGpregs() == nil, core.GetThreadInfo().GetFpregs() == nil, core.GetThreadCore() == nil:
+		return errNoCore
+	case core.GetThreadCore().GetSeccompMode() != criu_core.SeccompMode_disabled, core.GetTc().GetOldSeccompMode() != criu_core.SeccompMode_disabled:
+		return fmt.Errorf("image is of a task under seccomp, which cannot be carried")
+	}
+	return nil
+}
+
+func put64(vs ...uint64) []byte {
+	b := make([]byte, 0, len(vs)*8)
+	for _, v := range vs {
+		b = binary.LittleEndian.AppendUint64(b, v)
+	}
+	return b
+}
+
+func put32(vs ...uint32) []byte {
+	b := make([]byte, 0, len(vs)*4)
+	for _, v := range vs {
+		b = binary.LittleEndian.AppendUint32(b, v)
+	}
+	return b
+}
+
+// ProcessCalls are the system calls that give a new process what belongs to
+// all its threads. They run in its leader before any credential is dropped.
+func ProcessCalls(core *criu_core.CoreEntry) ([]*ptrace.Call, error) {
+	tc := core.GetTc()
+	var cs []*ptrace.Call
+	add := func(what string, nr uintptr, args ...ptrace.Arg) {
+		cs = append(cs, ptrace.NewCall(what, nr, args...))
+	}
+	if n := len(tc.GetSigactions()); n != Signals-2 {
+		return nil, fmt.Errorf("image holds %d signal actions, want %d", n, Signals-2)
+	}
+	i := 0
+	for sig := 1; sig <= Signals; sig++ {
+		if !imaged(sig) {
+			continue
+		}
+		sa := tc.GetSigactions()[i]
+		i++
+		add(fmt.Sprintf("set action of signal %d", sig), unix.SYS_RT_SIGACTION, ptrace.Int(sig),
+			ptrace.Bytes(put64(sa.GetSigaction(), sa.GetFlags(), sa.GetRestorer(), sa.GetMask())), ptrace.Int(0), ptrace.Int(8))
+	}
+	for res, l := range tc.GetRlimits().GetRlimits() {
+		add(fmt.Sprintf("set limit %d to %d/%d", res, int64(l.GetCur()), int64(l.GetMax())), unix.SYS_PRLIMIT64, ptrace.Int(0), ptrace.Int(res),
+			ptrace.Bytes(put64(l.GetCur(), l.GetMax())), ptrace.Int(0))
+	}
+	if tc.GetChildSubreaper() {
+		add("become child subreaper", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_CHILD_SUBREAPER), ptrace.Int(1))
+	}
+	add("set personality", unix.SYS_PERSONALITY, ptrace.Int(tc.GetPersonality()))
+	return cs, nil
+}
+
+// TimerCalls arm the timers of a process. They run in its leader, last of all:
+// time runs from then on.
+func TimerCalls(core *criu_core.CoreEntry) []*ptrace.Call {
+	t := core.GetTc().GetTimers()
+	var cs []*ptrace.Call
+	add := func(what string, nr uintptr, args ...ptrace.Arg) {
+		cs = append(cs, ptrace.NewCall(what, nr, args...))
+	}
+	for i, it := range []*timer.ItimerEntry{t.GetReal(), t.GetVirt(), t.GetProf()} {
+		if it.GetVsec() == 0 && it.GetVusec() == 0 {
+			continue // not running
+		}
+		add(fmt.Sprintf("set interval timer %d", i), unix.SYS_SETITIMER, ptrace.Int(i),
+			ptrace.Bytes(put64(it.GetIsec(), it.GetIusec(), it.GetVsec(), it.GetVusec())), ptrace.Int(0))
+	}
+	if len(t.GetPosix()) == 0 {
+		return cs
+	}
+	add("choose ids of POSIX timers (Linux 6.16)", unix.SYS_PRCTL, ptrace.Int(prTimerCreateRestoreID), ptrace.Int(1))
+	for _, p := range t.GetPosix() {
+		// struct sigevent: value, signal, notification, thread, padding to 64 bytes.
+		ev := put64(p.GetSivalPtr())
+		ev = append(ev, put32(p.GetSiSigno(), p.GetItSigevNotify(), uint32(p.GetNotifyThreadId()))...)
+		ev = append(ev, make([]byte, 64-len(ev))...)
+		id := put32(p.GetItId())
+		what := fmt.Sprintf("timer %d", p.GetItId())
+		add("make "+what, unix.SYS_TIMER_CREATE, ptrace.Int(p.GetClockId()), ptrace.Bytes(ev), ptrace.Bytes(id))
+		if p.GetVsec() != 0 || p.GetVnsec() != 0 {
+			add("arm "+what, unix.SYS_TIMER_SETTIME, ptrace.Int(p.GetItId()), ptrace.Int(0),
+				ptrace.Bytes(put64(p.GetIsec(), p.GetInsec(), p.GetVsec(), p.GetVnsec())), ptrace.Int(0))
+		}
+	}
+	add("stop choosing ids of POSIX timers", unix.SYS_PRCTL, ptrace.Int(prTimerCreateRestoreID), ptrace.Int(0))
+	return cs
+}
+
+// ThreadCalls are the system calls that give a new thread what is its own.
+// They run in the thread itself, after which it may have no privilege left.
+// cur is the thread as it is now.
+func ThreadCalls(core *criu_core.CoreEntry, vpid, vtid int, cur *procfs.Status, facts *image.TaskFacts) ([]*ptrace.Call, error) {
+	tc := core.GetThreadCore()
+	var cs []*ptrace.Call
+	add := func(what string, nr uintptr, args ...ptrace.Arg) {
+		cs = append(cs, ptrace.NewCall(what, nr, args...))
+	}
+	prctl := func(what string, args ...ptrace.Arg) { add(what, unix.SYS_PRCTL, args...) }
+
+	add("set clear_child_tid", unix.SYS_SET_TID_ADDRESS, ptrace.Int(core.GetThreadInfo().GetClearTidAddr()))
+	if tc.GetFutexRla() != 0 {
+		add("set robust futex list", unix.SYS_SET_ROBUST_LIST, ptrace.Int(tc.GetFutexRla()), ptrace.Int(tc.GetFutexRlaLen()))
+	}
+	if s := tc.GetSas(); s != nil {
+		const onStack = 1 // SS_ONSTACK is a state, not a setting
+		ss := append(put64(s.GetSsSp()), put32(s.GetSsFlags()&^onStack, 0)...)
+		add("set alternate signal stack", unix.SYS_SIGALTSTACK, ptrace.Bytes(append(ss, put64(s.GetSsSize())...)), ptrace.Int(0))
+	}
+	comm := tc.GetComm()
+	if comm == "" {
+		comm = core.GetTc().GetComm()
+	}
+	if comm != "" {
+		prctl("set name", ptrace.Int(unix.PR_SET_NAME), ptrace.Str(comm))
+	}
+	if facts != nil && facts.TimerSlack != 0 {
+		prctl("set timer slack", ptrace.Int(unix.PR_SET_TIMERSLACK), ptrace.Int(facts.TimerSlack))
+	}
+	if r := tc.GetRseqEntry(); r.GetRseqAbiPointer() != 0 {
+		add("register rseq", unix.SYS_RSEQ, ptrace.Int(r.GetRseqAbiPointer()), ptrace.Int(r.GetRseqAbiSize()), ptrace.Int(0), ptrace.Int(r.GetSignature()))
+	}
+	cr, err := credCalls(tc.GetCreds(), cur)
+	if err != nil {
+		return nil, err
+	}
+	cs = append(cs, cr...)
+	if s := tc.GetPdeathSig(); s != 0 {
+		prctl("set parent-death signal", ptrace.Int(unix.PR_SET_PDEATHSIG), ptrace.Int(s))
+	}
+	if err := signalCalls(add, tc.GetSignalsP(), vpid, vtid); err != nil {
+		return nil, err
+	}
+	if core.GetTc() != nil {
+		if err := signalCalls(add, core.GetTc().GetSignalsS(), vpid, 0); err != nil {
+			return nil, err
+		}
+	}
+	return cs, nil
+}
+
+// signalCalls queue signals again; the kernel takes arbitrary siginfo only from the receiver itself.
+func signalCalls(add func(string, uintptr, ...ptrace.Arg), q *siginfo.SignalQueueEntry, vpid, vtid int) error {
+	for _, e := range q.GetSignals() {
+		si := e.GetSiginfo()
+		if len(si) != sys.SigInfoSize {
+			return fmt.Errorf("image holds a pending signal of %d bytes, want %d", len(si), sys.SigInfoSize)
+		}
+		sig := int(le32(si))
+		if sig < 1 || sig > Signals {
+			return fmt.Errorf("image holds a pending signal with number %d", sig)
+		}
+		what := fmt.Sprintf("queue signal %d", sig)
+		if vtid != 0 {
+			add(what, unix.SYS_RT_TGSIGQUEUEINFO, ptrace.Int(vpid), ptrace.Int(vtid), ptrace.Int(sig), ptrace.Bytes(si))
+		} else {
+			add(what, unix.SYS_RT_SIGQUEUEINFO, ptrace.Int(vpid), ptrace.Int(sig), ptrace.Bytes(si))
+		}
+	}
+	return nil
+}
+
+func caps(w []uint32) uint64 {
+	var v uint64
+	for i, x := range w {
+		if i < 2 {
+			v |= uint64(x) << (32 * i)
+		}
+	}
+	return v
+}
+
+// Securebits (include/uapi/linux/securebits.h).
+const (
+	secNoSetuidFixup = 1 << 2
+	secKeepCaps      = 1 << 4
+)
+
+func credCalls(c *creds.CredsEntry, cur *procfs.Status) ([]*ptrace.Call, error) {
+	if c == nil {
+		return nil, fmt.Errorf("image holds no credentials")
+	}
+	var cs []*ptrace.Call
+	add := func(what string, nr uintptr, args ...ptrace.Arg) *ptrace.Call {
+		call := ptrace.NewCall(what, nr, args...)
+		cs = append(cs, call)
+		return call
+	}
+	inh, prm, eff, bnd, amb := caps(c.GetCapInh()), caps(c.GetCapPrm()), caps(c.GetCapEff()), caps(c.GetCapBnd()), caps(c.GetCapAmb())
+	if lack := prm &^ cur.CapPrm; lack != 0 {
+		return nil, fmt.Errorf("the task has capabilities %#x that the agent lacks", lack)
+	}
+	same := cur.Uid == [4]uint32{c.GetUid(), c.GetEuid(), c.GetSuid(), c.GetFsuid()} &&
+		cur.Gid == [4]uint32{c.GetGid(), c.GetEgid(), c.GetSgid(), c.GetFsgid()} &&
+		slices.Equal(cur.Groups, c.GetGroups()) && cur.CapInh == inh && cur.CapPrm == prm && cur.CapEff == eff &&
+		cur.CapBnd == bnd && cur.CapAmb == amb && c.GetSecbits() == 0
+	if !same {
+		// Without the fixup, changing the uid leaves capabilities alone.
+		add("set securebits", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_SECUREBITS), ptrace.Int(secNoSetuidFixup|secKeepCaps))
+		groups := ptrace.Int(0)
+		if len(c.GetGroups()) > 0 {
+			groups = ptrace.Bytes(put32(c.GetGroups()...))
+		}
+		add("set groups", unix.SYS_SETGROUPS, ptrace.Int(len(c.GetGroups())), groups)
+		add("set group ids", unix.SYS_SETRESGID, ptrace.Int(c.GetGid()), ptrace.Int(c.GetEgid()), ptrace.Int(c.GetSgid()))
+		add("set file system group", unix.SYS_SETFSGID, ptrace.Int(c.GetFsgid()))
+		for drop := cur.CapBnd &^ bnd; drop != 0; drop &= drop - 1 {
+			n := bits.TrailingZeros64(drop)
+			add(fmt.Sprintf("drop capability %d from the bounding set", n), unix.SYS_PRCTL, ptrace.Int(unix.PR_CAPBSET_DROP), ptrace.Int(n))
+		}
+		add("set user ids", unix.SYS_SETRESUID, ptrace.Int(c.GetUid()), ptrace.Int(c.GetEuid()), ptrace.Int(c.GetSuid()))
+		add("set file system user", unix.SYS_SETFSUID, ptrace.Int(c.GetFsuid()))
+		capset := func(e, p, i uint64) {
+			hdr := put32(unix.LINUX_CAPABILITY_VERSION_3, 0)
+			data := put32(uint32(e), uint32(p), uint32(i), uint32(e>>32), uint32(p>>32), uint32(i>>32))
+			add("set capabilities", unix.SYS_CAPSET, ptrace.Bytes(hdr), ptrace.Bytes(data))
+		}
+		// Ambient capabilities must be inheritable and permitted first, and
+		// securebits may forbid to raise them.
+		capset(cur.CapEff, cur.CapPrm, inh)
+		add("clear ambient capabilities", unix.SYS_PRCTL, ptrace.Int(unix.PR_CAP_AMBIENT), ptrace.Int(unix.PR_CAP_AMBIENT_CLEAR_ALL), ptrace.Int(0), ptrace.Int(0), ptrace.Int(0))
+		for a := amb; a != 0; a &= a - 1 {
+			n := bits.TrailingZeros64(a)
+			add(fmt.Sprintf("raise ambient capability %d", n), unix.SYS_PRCTL, ptrace.Int(unix.PR_CAP_AMBIENT), ptrace.Int(unix.PR_CAP_AMBIENT_RAISE), ptrace.Int(n), ptrace.Int(0), ptrace.Int(0))
+		}
+		add("set securebits", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_SECUREBITS), ptrace.Int(c.GetSecbits()))
+		capset(eff, prm, inh)
+	}
+	if c.GetNoNewPrivs() != 0 {
+		add("set no_new_privs", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_NO_NEW_PRIVS), ptrace.Int(1), ptrace.Int(0), ptrace.Int(0), ptrace.Int(0))
+	}
+	return cs, nil
+}
+
+// Outside gives a new task what the agent sets from outside.
+// Preconditions: tid is stopped.
+func Outside(pid, tid int, core *criu_core.CoreEntry, facts *image.TaskFacts) error {
+	tc := core.GetThreadCore()
+	cur, err := unix.SchedGetAttr(tid, 0)
+	if err != nil {
+		return os.NewSyscallError("sched_getattr", err)
+	}
+	if cur.Policy != tc.GetSchedPolicy() || cur.Priority != tc.GetSchedPrio() || cur.Nice != tc.GetSchedNice() {
+		attr := unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: tc.GetSchedPolicy(), Priority: tc.GetSchedPrio(), Nice: tc.GetSchedNice()}
+		if err := unix.SchedSetAttr(tid, &attr, 0); err != nil {
+			return fmt.Errorf("set scheduling of task %d (policy %d, nice %d): %w", tid, attr.Policy, attr.Nice, os.NewSyscallError("sched_setattr", err))
+		}
+	}
+	if facts != nil {
+		if err := setAffinity(tid, facts.Affinity); err != nil {
+			return fmt.Errorf("set CPU affinity of task %d: %w", tid, err)
+		}
+		if facts.IOPrio != 0 {
+			if err := sys.SetIOPrio(tid, facts.IOPrio); err != nil {
+				return fmt.Errorf("set I/O priority of task %d: %w", tid, err)
+			}
+		}
+	}
+	if core.GetTc() != nil && core.GetTc().OomScoreAdj != nil {
+		path := fmt.Sprintf("/proc/%d/oom_score_adj", pid)
+		if cur, err := readInt(path); err == nil && cur == int64(core.GetTc().GetOomScoreAdj()) {
+			return nil
+		}
+		if err := os.WriteFile(path, fmt.Appendf(nil, "%d", core.GetTc().GetOomScoreAdj()), 0); err != nil {
+			return fmt.Errorf("set OOM score adjustment %d: %w", core.GetTc().GetOomScoreAdj(), err)
+		}
+	}
+	return nil
+}
+
+// setAffinity keeps a task that was free to run on all CPUs of a smaller host
+// free here: a mask is only set where it names a CPU that is not allowed for all.
+func setAffinity(tid int, want []uint64) error {
+	if len(want) == 0 {
+		return nil
+	}
+	cur, err := sys.Affinity(tid)
+	if err != nil || slices.Equal(cur, want) {
+		return err
+	}
+	return sys.SetAffinity(tid, want)
+}
+
+// Finish writes extended state, signal mask and registers, after which the
+// thread is ready to be let go.
+// Preconditions: on the tracer's thread; the thread executes no system call
+// for us any more.
+func Finish(tid int, core *criu_core.CoreEntry) error {
+	base := make([]byte, arch.MaxXState)
+	n, err := sys.PtraceGetRegSet(tid, sys.NTX86Xstate, base)
+	if err != nil {
+		return fmt.Errorf("read extended state of task %d: %w", tid, err)
+	}
+	xs, err := arch.XStateFromImage(core.GetThreadInfo().GetFpregs(), base[:n])
+	if err != nil {
+		return fmt.Errorf("task %d: %w", tid, err)
+	}
+	if err := sys.PtraceSetRegSet(tid, sys.NTX86Xstate, xs); err != nil {
+		return fmt.Errorf("write extended state of task %d: %w", tid, err)
+	}
+	mask := core.GetThreadCore().GetBlkSigset()
+	if core.GetThreadCore().BlkSigset == nil {
+		mask = core.GetTc().GetBlkSigset()
+	}
+	if err := sys.PtraceSetSigMask(tid, mask); err != nil {
+		return fmt.Errorf("set signal mask of task %d: %w", tid, err)
+	}
+	regs, err := arch.RegsFromImage(core.GetThreadInfo().GetGpregs())
+	if err != nil {
+		return fmt.Errorf("task %d: %w", tid, err)
+	}
+	return ptrace.SetRegs(tid, &regs)
+}
