@@ -12,10 +12,10 @@ import (
 	"strconv"
 	"strings"
 
+	core_x86 "github.com/checkpoint-restore/go-criu/v8/crit/images/core-x86"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/creds"
 	criu_core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
 	criu_sa "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-sa"
-	"github.com/checkpoint-restore/go-criu/v8/crit/images/creds"
-	core_x86 "github.com/checkpoint-restore/go-criu/v8/crit/images/core-x86"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/mm"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/rlimit"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/rseq"
@@ -200,7 +200,7 @@ func dump(s Source) (*Dumped, error) {
 	regs.RestartInNewTask()
 	cr := credsToImage(&st)
 	cr.Secbits = proto.Uint32(uint32(secbits.Ret))
-	mtype := criu_core.CoreEntryMarch_X86_64
+	mtype := criu_core.CoreEntry_X86_64
 	policy, prio := attr.Policy, attr.Priority
 	core := &criu_core.CoreEntry{
 		Mtype: &mtype,
@@ -313,7 +313,7 @@ func (d *Dumped) addLeader(s Source, st *procfs.Status, stat *procfs.Stat, l *le
 
 // DeadCore is the core image of a zombie; code is its wait status.
 func DeadCore(comm string, code int) *criu_core.CoreEntry {
-	mtype := criu_core.CoreEntryMarch_X86_64
+	mtype := criu_core.CoreEntry_X86_64
 	return &criu_core.CoreEntry{Mtype: &mtype, Tc: &criu_core.TaskCoreEntry{
 		TaskState: proto.Uint32(Dead), ExitCode: proto.Uint32(uint32(code)), Personality: proto.Uint32(0),
 		Flags: proto.Uint32(0), BlkSigset: proto.Uint64(0), Comm: proto.String(comm),

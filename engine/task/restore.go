@@ -7,8 +7,8 @@ import (
 	"os"
 	"slices"
 
-	criu_core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/creds"
+	criu_core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/siginfo"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/timer"
 	"golang.org/x/sys/unix"
@@ -23,7 +23,7 @@ import (
 // Check refuses a core image that a restore could not use.
 func Check(core *criu_core.CoreEntry, leader bool) error {
 	switch {
-	case core.GetMtype() != criu_core.CoreEntryMarch_X86_64:
+	case core.GetMtype() != criu_core.CoreEntry_X86_64:
 		return fmt.Errorf("image is of a task of architecture %s, this host is %s", core.GetMtype(), arch.Name)
 	case leader && core.GetTc() == nil:
 		return errNoCore
