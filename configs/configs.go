@@ -104,20 +104,11 @@ type Log struct {
 
 // Coordinator is the configuration of the godwit command.
 type Coordinator struct {
-	NATS  CoordinatorNATS `toml:"nats"`
-	Serve Serve           `toml:"serve"`
-	Log   Log             `toml:"log"`
-}
-
-// CoordinatorNATS is as NATS; without URLs "serve" runs the bus itself, and
-// the other commands look for that one (Serve.Listen).
-type CoordinatorNATS struct {
-	URLs         []string `toml:"urls"`
-	NKeyFile     string   `toml:"nkey_file"`
-	CredsFile    string   `toml:"creds_file"`
-	User         string   `toml:"user"`
-	PasswordFile string   `toml:"password_file"`
-	TLS          TLS      `toml:"tls"`
+	// NATS without URLs: "serve" runs the bus itself, and the other commands
+	// look for that one (Serve.Listen).
+	NATS  NATS  `toml:"nats"`
+	Serve Serve `toml:"serve"`
+	Log   Log   `toml:"log"`
 }
 
 // Serve configures the bus that "godwit serve" runs.
@@ -146,10 +137,9 @@ func DefaultAgent() *Agent {
 // DefaultCoordinator returns the defaults of the godwit command.
 func DefaultCoordinator() *Coordinator {
 	return &Coordinator{
-		NATS:  CoordinatorNATS{URLs: []string{}},
+		NATS:  NATS{URLs: []string{}},
 		Serve: Serve{Listen: "127.0.0.1:4222", StoreDir: "/var/lib/godwit"},
-		// A command speaks for itself: only what is degraded is logged.
-		Log: Log{Level: "info", Format: "text"},
+		Log:   Log{Level: "info", Format: "text"},
 	}
 }
 

@@ -319,9 +319,9 @@ func (l *loader) file(path string, text []byte) {
 
 func (l *loader) table(path string, at map[string]position, parent string, t map[string]any) {
 	for name, v := range t {
-		key := name
+		key := keyName(name)
 		if parent != "" {
-			key = parent + "." + name
+			key = parent + "." + key
 		}
 		pos := at[key]
 		p := Problem{Key: key, line: pos.line, col: pos.col, Origin: fmt.Sprintf("%s:%d:%d", path, pos.line, pos.col)}
@@ -351,6 +351,20 @@ func (l *loader) table(path string, at map[string]position, parent string, t map
 	}
 }
 
+// keyName is a part of a key as TOML writes it, so that a quoted dot does not
+// separate tables.
+func keyName(name string) string {
+	for _, c := range name {
+		if c != '-' && c != '_' && (c < '0' || c > '9') && (c < 'A' || c > 'Z') && (c < 'a' || c > 'z') {
+			return strconv.Quote(name)
+		}
+	}
+	if name == "" {
+		return `""`
+	}
+	return name
+}
+
 // positions finds where each key of a TOML text that is known to be well
 // formed stands: dotted key to the place of its last part.
 func positions(text []byte) map[string]position {
@@ -362,7 +376,7 @@ func positions(text []byte) map[string]position {
 		path := slices.Clone(prefix)
 		for key.Next() {
 			n := key.Node()
-			path = append(path, string(n.Data))
+			path = append(path, keyName(string(n.Data)))
 			k := strings.Join(path, ".")
 			if _, seen := at[k]; !seen {
 				at[k] = place(text, n.Raw.Offset)

@@ -48,8 +48,7 @@ func (c *Agent) validate(l *loader) {
 	if len(c.NATS.URLs) == 0 {
 		l.bad("nats.urls", "is empty; want at least one URL, such as \"nats://127.0.0.1:4222\"")
 	}
-	n := c.NATS
-	validateNATS(l, CoordinatorNATS(n))
+	validateNATS(l, c.NATS)
 
 	lim := c.Limits
 	if lim.Window < minWindow || lim.Window > maxWindow {
@@ -118,7 +117,7 @@ func (c Log) validate(l *loader) {
 	}
 }
 
-func validateNATS(l *loader, n CoordinatorNATS) {
+func validateNATS(l *loader, n NATS) {
 	for _, s := range n.URLs {
 		u, err := url.Parse(s)
 		switch {
