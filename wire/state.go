@@ -158,10 +158,11 @@ func (s State) Word() string {
 func (s State) Phase() string { return strings.TrimPrefix(s.String(), "STATE_") }
 
 // Move changes r to state to, if a party in the role by may do that, and
-// notes the step with the name who (a host, or "coordinator"). It sets epoch,
-// owner and times; now is the mover's clock. Otherwise r is unchanged and the
+// notes the step with the name who (a host, or "coordinator"); now is the
+// mover's clock. Owner follows the state. Otherwise r is unchanged and the
 // error is a *Failure: CODE_ABORTED if the migration is aborting or aborted,
-// CODE_CONFLICT in all other cases. The caller writes r by compare-and-set.
+// CODE_CONFLICT in all other cases. The caller stores r by compare-and-set,
+// which also sets epoch and time of the change.
 func (r *Record) Move(to State, by Role, who string, now time.Time) error {
 	from := r.GetState()
 	if !CanMove(from, to, by) {
@@ -171,17 +172,7 @@ func (r *Record) Move(to State, by Role, who string, now time.Time) error {
 		}
 		return Errorf(code, "migration %s is %s and the %s cannot make it %s", r.GetId(), from.Word(), by, to.Word())
 	}
-	ms := now.UnixMilli()
-	r.State = to
-	r.Epoch++
-	r.UpdatedUnixMs = ms
-	r.Steps = append(r.Steps, &Step{State: to, UnixMs: ms, By: who})
-	switch to {
-	case State_STATE_HANDING_OFF:
-		r.Owner = Owner_OWNER_DESTINATION
-	case State_STATE_RETURNING, State_STATE_ABORTED:
-		r.Owner = Owner_OWNER_SOURCE
-	}
+	r.enter(to, who, now)
 	return nil
 }
 
@@ -189,11 +180,16 @@ func (r *Record) Move(to State, by Role, who string, now time.Time) error {
 //
 // Preconditions: r is in no state yet.
 func (r *Record) Start(who string, now time.Time) {
-	ms := now.UnixMilli()
 	r.Protocol = Version
-	r.State = State_STATE_REQUESTED
+	r.enter(State_STATE_REQUESTED, who, now)
+}
+
+func (r *Record) enter(s State, who string, now time.Time) {
+	r.State = s
 	r.Owner = Owner_OWNER_SOURCE
-	r.Epoch = 1
-	r.CreatedUnixMs, r.UpdatedUnixMs = ms, ms
-	r.Steps = []*Step{{State: State_STATE_REQUESTED, UnixMs: ms, By: who}}
+	switch s {
+	case State_STATE_HANDING_OFF, State_STATE_COMPLETED, State_STATE_STUCK:
+		r.Owner = Owner_OWNER_DESTINATION
+	}
+	r.Steps = append(r.Steps, &Step{State: s, UnixMs: now.UnixMilli(), By: who})
 }
