@@ -4,6 +4,9 @@ package image
 // JSON. It is not an image: it has no magic and crit does not read it.
 const FactsFile = "godwit.json"
 
+// FactsVersion is the version of Facts that this build writes and reads.
+const FactsVersion = 1
+
 // Facts is what CRIU's images have no field for. A dump made by CRIU has none;
 // a restore then uses defaults.
 type Facts struct {
