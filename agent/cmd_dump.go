@@ -1,0 +1,167 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/spf13/cobra"
+
+	"godwit/engine"
+	"godwit/engine/image"
+)
+
+type dumpFlags struct {
+	localFlags
+	tree         int
+	leaveRunning bool
+	external     []string
+	ghostLimit   string
+	timeout      int
+}
+
+func cmdDump() *cobra.Command {
+	var f dumpFlags
+	cmd := &cobra.Command{
+		Use:   "dump -t PID -D DIR",
+		Short: "Write the images of a running process tree into a directory",
+		Long: `Freezes the tree of PID and writes its images, in CRIU's format, into DIR. After
+a dump that succeeded the tree is killed, unless --leave-running is given; after
+one that failed it runs on and the images are removed.
+
+Exit codes: 0 done; 1 failed or refused, the tree runs on.`,
+		Example: `  godwit-agent dump -t 4711 -D /var/tmp/img --external 'file[72:a3e7]'`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := needRoot("dump"); err != nil {
+				return localError(err)
+			}
+			log, closeLog, err := f.logger(cmd.ErrOrStderr())
+			if err != nil {
+				return localError(err)
+			}
+			defer closeLog()
+			boundMemory(localMemory)
+			return localError(runDump(cmd.Context(), newEngine(log), f, log))
+		},
+	}
+	f.add(cmd)
+	fs := cmd.Flags()
+	fs.IntVarP(&f.tree, "tree", "t", 0, "pid of the tree's root")
+	fs.BoolVarP(&f.leaveRunning, "leave-running", "R", false, "let the tree run on after the dump")
+	fs.StringArrayVar(&f.external, "external", nil, "a file that whoever restores provides: file[mnt_id:inode], hexadecimal; may be repeated")
+	fs.StringVar(&f.ghostLimit, "ghost-limit", "", "largest size of a deleted file that is carried, with K, M or G (default 1G)")
+	fs.IntVar(&f.timeout, "timeout", 0, "seconds within which all tasks have to stop (default 10)")
+	foreignFlags(fs, "shell-job,j", "tcp-established", "tcp-close", "skip-in-flight", "file-locks,l", "ext-unix-sk,x",
+		"link-remap", "evasive-devices", "track-mem", "prev-images-dir", "manage-cgroups", "cgroup-root", "cgroup-props",
+		"cgroup-props-file", "cgroup-dump-controller", "cgroup-yard", "leave-stopped,s", "root,r", "action-script", "page-server",
+		"address", "port", "lazy-pages", "auto-dedup", "pre-dump-mode", "cpu-cap", "unprivileged", "network-lock", "skip-mnt",
+		"enable-fs", "ext-mount-map,M", "veth-pair", "enable-external-sharing", "enable-external-masters", "force-irmap",
+		"irmap-scan-path", "freeze-cgroup", "lsm-profile", "stream", "file-validation", "ghost-fiemap", "mntns-compat-mode",
+		"status-fd", "ps-socket", "tls", "display-stats", "config", "no-default-config", "empty-ns", "join-ns", "log-pid",
+		"restore-sibling,S", "exec-cmd", "weak-sysctls", "deprecated", "allow-uprobes")
+	return cmd
+}
+
+// localMemory bounds the Go memory of the local commands, bytes.
+const localMemory = 96 << 20
+
+// localError gives the errors of dump and restore CRIU's exit code, whatever
+// they are.
+func localError(err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := errors.AsType[*exitError](err); ok {
+		return err
+	}
+	return &exitError{code: 1, err: err}
+}
+
+// runDump dumps the tree of f.tree into f.imagesDir. On an error the tree runs
+// as before and the directory holds none of its images.
+func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (err error) {
+	if f.tree <= 0 {
+		return errors.New("no tree is named: give the pid of its root with --tree")
+	}
+	limit, err := parseSize(f.ghostLimit)
+	if err != nil {
+		return fmt.Errorf("--ghost-limit: %w", err)
+	}
+	if f.timeout < 0 {
+		return fmt.Errorf("--timeout: %d seconds are negative", f.timeout)
+	}
+	if err := f.checkDir(); err != nil {
+		return err
+	}
+	opts := engine.DumpOptions{External: f.external, GhostLimit: limit, Timeout: time.Duration(f.timeout) * time.Second}
+	if _, err := eng.Plan(ctx, f.tree, opts); err != nil {
+		return err
+	}
+	sink, err := image.NewDirSink(f.imagesDir)
+	if err != nil {
+		return fmt.Errorf("dump pid %d: %w", f.tree, err)
+	}
+	complete := false
+	defer func() {
+		if !complete {
+			if aerr := sink.Abort(); aerr != nil {
+				err = fmt.Errorf("%w (and its images could not be removed: %w)", err, aerr)
+			}
+		}
+	}()
+	tree, err := eng.Freeze(ctx, f.tree, opts)
+	if err != nil {
+		return err
+	}
+	stats, err := tree.Dump(ctx, sink)
+	if err == nil {
+		err = sink.Commit()
+	}
+	if err != nil {
+		err = fmt.Errorf("dump pid %d, which runs on: %w", f.tree, err)
+		if terr := tree.Thaw(); terr != nil {
+			err = fmt.Errorf("dump pid %d: %w; and the tree could not be let go, look at it: %w", f.tree, err, terr)
+		}
+		return err
+	}
+	log.Info("dumped", "pid", f.tree, "dir", f.imagesDir, "processes", stats.Processes, "threads", stats.Threads,
+		"pages", stats.Pages, "bytes", stats.Bytes, "freeze_ms", stats.FreezeDur.Milliseconds(), "dump_ms", stats.DumpDur.Milliseconds())
+	complete = true // what fails from here on must not remove the images
+	if f.leaveRunning {
+		if err := tree.Thaw(); err != nil {
+			return fmt.Errorf("dump pid %d: the images are complete, but the tree could not be let go, look at it: %w", f.tree, err)
+		}
+		return nil
+	}
+	if err := tree.Kill(); err != nil {
+		return fmt.Errorf("dump pid %d: the images are complete, but the tree could not be killed and must not run beside a restored one: %w", f.tree, err)
+	}
+	return nil
+}
+
+// parseSize reads a number of bytes with an optional K, M or G (powers of
+// 1024), as CRIU's --ghost-limit has it; empty is 0.
+func parseSize(s string) (uint64, error) {
+	if s == "" {
+		return 0, nil
+	}
+	digits, shift := s, 0
+	switch {
+	case strings.ContainsAny(s[len(s)-1:], "kK"):
+		digits, shift = s[:len(s)-1], 10
+	case strings.ContainsAny(s[len(s)-1:], "mM"):
+		digits, shift = s[:len(s)-1], 20
+	case strings.ContainsAny(s[len(s)-1:], "gG"):
+		digits, shift = s[:len(s)-1], 30
+	}
+	n, err := strconv.ParseUint(digits, 10, 64)
+	if err != nil || n > math.MaxUint64>>shift {
+		return 0, fmt.Errorf("%q is not a size such as 512K, 10M or 1G", s)
+	}
+	return n << shift, nil
+}

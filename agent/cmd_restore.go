@@ -1,0 +1,207 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"godwit/engine"
+	"godwit/engine/image"
+)
+
+type restoreFlags struct {
+	localFlags
+	detached     bool
+	inherit      []string
+	pidfile      string
+	pidNamespace string
+}
+
+func cmdRestore() *cobra.Command {
+	var f restoreFlags
+	cmd := &cobra.Command{
+		Use:   "restore -D DIR",
+		Short: "Rebuild a process tree from the images in a directory",
+		Long: `Rebuilds the tree whose images are in DIR, with the pids that it had. Without
+--restore-detached it then waits for the tree's root and exits with its status
+(128 plus the signal's number if a signal ended it).
+
+Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
+		Example: `  godwit-agent restore -D /var/tmp/img -d --inherit-fd 'fd[4]:file[72:a3e7]' 4<>/run/fifo`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := needRoot("restore"); err != nil {
+				return localError(err)
+			}
+			log, closeLog, err := f.logger(cmd.ErrOrStderr())
+			if err != nil {
+				return localError(err)
+			}
+			defer closeLog()
+			boundMemory(localMemory)
+			return localError(runRestore(cmd.Context(), newEngine(log), f, log))
+		},
+	}
+	f.add(cmd)
+	fs := cmd.Flags()
+	fs.BoolVarP(&f.detached, "restore-detached", "d", false, "leave the tree to itself once it runs")
+	fs.StringArrayVar(&f.inherit, "inherit-fd", nil, "fd[N]:KEY: the open descriptor N backs the file KEY of the images; may be repeated")
+	fs.StringVar(&f.pidfile, "pidfile", "", "write the pid of the root into this file")
+	fs.StringVar(&f.pidNamespace, "pid-namespace", "same", "same: the pids must be free here; new: in a pid namespace of its own")
+	foreignFlags(fs, "shell-job,j", "tcp-established", "tcp-close", "file-locks,l", "ext-unix-sk,x", "link-remap",
+		"evasive-devices", "manage-cgroups", "cgroup-root", "cgroup-props", "cgroup-props-file", "cgroup-dump-controller",
+		"cgroup-yard", "leave-stopped,s", "root,r", "action-script", "page-server", "address", "port", "lazy-pages", "auto-dedup",
+		"cpu-cap", "unprivileged", "network-lock", "skip-mnt", "enable-fs", "ext-mount-map,M", "veth-pair",
+		"enable-external-sharing", "enable-external-masters", "freeze-cgroup", "lsm-profile", "lsm-mount-context", "stream",
+		"file-validation", "skip-file-rwx-check", "mntns-compat-mode", "status-fd", "ps-socket", "tls", "display-stats", "config",
+		"no-default-config", "empty-ns", "join-ns", "log-pid", "restore-sibling,S", "exec-cmd", "weak-sysctls", "external",
+		"tree,t", "deprecated", "timeout")
+	return cmd
+}
+
+// runRestore rebuilds the tree and, unless f.detached, waits for its root,
+// whose status other than 0 is an *exitError.
+func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logger) error {
+	opts := engine.RestoreOptions{}
+	switch f.pidNamespace {
+	case "same", "":
+	case "new":
+		opts.NewPidNamespace = true
+	default:
+		return fmt.Errorf("--pid-namespace: %q is neither same nor new", f.pidNamespace)
+	}
+	if err := f.checkDir(); err != nil {
+		return err
+	}
+	held, err := inheritFDs(f.inherit)
+	if err != nil {
+		return err
+	}
+	opts.Inherit = held
+	defer func() {
+		for _, in := range held {
+			_ = in.File.Close()
+		}
+	}()
+	src, err := image.OpenDir(f.imagesDir)
+	if err != nil {
+		return fmt.Errorf("restore from %s: %w", f.imagesDir, err)
+	}
+	defer func() { _ = src.Close() }()
+	tree, err := eng.Restore(ctx, src, opts)
+	if err != nil {
+		return fmt.Errorf("restore from %s: %w", f.imagesDir, err)
+	}
+	if err := startRestored(ctx, tree, f); err != nil {
+		if derr := tree.Discard(); derr != nil {
+			err = fmt.Errorf("%w (and what was built could not be removed: %w)", err, derr)
+		}
+		return fmt.Errorf("restore from %s: %w", f.imagesDir, err)
+	}
+	log.Info("restored", "pid", tree.Root(), "dir", f.imagesDir, "processes", len(tree.Pids()))
+	if f.detached {
+		return nil
+	}
+	ended := make(chan error, 1)
+	go func() {
+		status, err := waitRoot(tree.Root())
+		if code := exitStatus(status); err == nil && code != 0 {
+			err = &exitError{code: code}
+		}
+		ended <- err
+	}()
+	select {
+	case err := <-ended:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("told to stop waiting; the restored tree runs on as pid %d", tree.Root())
+	}
+}
+
+// startRestored writes the pid file and lets the tree go, in this order, so
+// that a pid file that cannot be written is found while nothing has run yet.
+func startRestored(ctx context.Context, tree engine.Standing, f restoreFlags) error {
+	if f.pidfile != "" {
+		path := f.inWorkDir(f.pidfile)
+		if err := os.WriteFile(path, []byte(strconv.Itoa(tree.Root())), 0o644); err != nil {
+			return fmt.Errorf("write the pid file: %w", err)
+		}
+	}
+	err := ctx.Err()
+	if err == nil {
+		err = tree.Run()
+	}
+	if err != nil && f.pidfile != "" {
+		_ = os.Remove(f.inWorkDir(f.pidfile))
+	}
+	return err
+}
+
+// inheritFDs takes over the descriptors that entries of the form fd[N]:KEY name.
+func inheritFDs(entries []string) (held map[string]engine.Inherit, err error) {
+	held = map[string]engine.Inherit{}
+	taken := map[int]string{}
+	var errs []error
+	for _, e := range entries {
+		fd, key, err := parseInheritFD(e)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if _, twice := held[key]; twice {
+			errs = append(errs, fmt.Errorf("--inherit-fd %s: the key %s is given twice", e, key))
+			continue
+		}
+		if other, twice := taken[fd]; twice {
+			errs = append(errs, fmt.Errorf("--inherit-fd %s: descriptor %d already backs %s", e, fd, other))
+			continue
+		}
+		if err := handedIn(fd); err != nil {
+			errs = append(errs, fmt.Errorf("--inherit-fd %s: %w", e, err))
+			continue
+		}
+		taken[fd] = key
+		held[key] = engine.Inherit{File: os.NewFile(uintptr(fd), fmt.Sprintf("fd[%d]", fd)), Forward: false}
+	}
+	if err := errors.Join(errs...); err != nil {
+		// The descriptors are the caller's until all of them are good; they are
+		// not closed here. The program ends anyway.
+		return nil, err
+	}
+	return held, nil
+}
+
+// handedIn says whether descriptor fd was open when this program started. One
+// that Go's runtime opened since then does not count: it opens all of its own
+// with O_CLOEXEC, and a descriptor with that flag cannot have come through an exec.
+func handedIn(fd int) error {
+	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+	if err != nil || flags&unix.FD_CLOEXEC != 0 {
+		return fmt.Errorf("descriptor %d is not open; open it for this command, such as %d<>/path", fd, fd)
+	}
+	return nil
+}
+
+// parseInheritFD takes fd[N]:KEY apart.
+func parseInheritFD(s string) (fd int, key string, err error) {
+	bad := fmt.Errorf("--inherit-fd %s: not of the form fd[N]:KEY, such as fd[4]:file[72:a3e7]", s)
+	rest, ok := strings.CutPrefix(s, "fd[")
+	if !ok {
+		return 0, "", bad
+	}
+	num, key, ok := strings.Cut(rest, "]:")
+	if !ok || key == "" {
+		return 0, "", bad
+	}
+	n, err := strconv.ParseUint(num, 10, 31)
+	if err != nil {
+		return 0, "", bad
+	}
+	return int(n), key, nil
+}

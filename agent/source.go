@@ -1,0 +1,422 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"godwit/engine"
+	"godwit/wire"
+)
+
+// source is the session of the host that a tree leaves.
+//
+//	start ─► stream opened ─► Freezing ─► frozen ─► FinalCopying ─► dumped ─► hold
+//	                │             │                      │                     │
+//	                └─ refused    └─ Aborted             └────── hold ◄────────┘
+//
+//	hold: before the commit, with a cause     ─► Aborting (compare-and-set)
+//	      Aborting, Aborted, Returning        ─► thaw ─► Aborted
+//	      HandingOff, Stuck                   ─► stay frozen
+//	      Completed                           ─► kill
+//
+// The frozen tree is only let go when the record says that the destination can
+// no longer commit, and only killed when it says that the tree runs there.
+type source struct {
+	*session
+	req *wire.StartRequest
+
+	out  outStream
+	sink *streamSink
+	tree engine.Tree
+
+	frozenAt time.Time // before the first task was told to stop
+	report   *wire.Report
+}
+
+// outStream is the sending end of a stream.
+type outStream interface {
+	chunkWriter
+	// Close waits until all that was sent has been applied by the other side.
+	Close(ctx context.Context) error
+	// Abort ends the stream for both sides; after Close it does nothing.
+	Abort(err error)
+	meter
+}
+
+// Preflight looks at the tree that is to leave and says what it needs.
+func (a *Agent) Preflight(ctx context.Context, req *wire.PreflightRequest) (*wire.PreflightReply, error) {
+	if err := checkProtocol(req.Protocol); err != nil {
+		return nil, err
+	}
+	if req.Pid <= 0 {
+		return nil, invalid("pid %d is not the pid of a process", req.Pid)
+	}
+	if err := checkOptions(req.Options); err != nil {
+		return nil, err
+	}
+	root, err := process(int(req.Pid))
+	if err != nil {
+		return nil, failure(err, a.cfg.Host, wire.State_STATE_PREFLIGHT)
+	}
+	if root.KernelThread {
+		return nil, failure(wire.Errorf(wire.Code_CODE_REFUSED, "pid %d (%s) is a thread of the kernel", req.Pid, root.Comm), a.cfg.Host, wire.State_STATE_PREFLIGHT)
+	}
+	if req.Pid == 1 || a.within(int(req.Pid)) {
+		return nil, failure(wire.Errorf(wire.Code_CODE_REFUSED, "the tree of pid %d (%s) holds this agent itself: choose a process below", req.Pid, root.Comm), a.cfg.Host, wire.State_STATE_PREFLIGHT)
+	}
+	p, err := a.cfg.Engine.Plan(ctx, int(req.Pid), a.dumpOptions(req.Options))
+	if err != nil {
+		return &wire.PreflightReply{Root: root}, failure(err, a.cfg.Host, wire.State_STATE_PREFLIGHT)
+	}
+	return &wire.PreflightReply{Requirements: requirements(p), Root: root}, nil
+}
+
+// checkOptions refuses what no migration can do.
+func checkOptions(o *wire.MigrateOptions) error {
+	if o.GetLeaveRunning() {
+		return invalid("a migration cannot leave the tree running at the source: two copies would run")
+	}
+	return nil
+}
+
+func (a *Agent) dumpOptions(o *wire.MigrateOptions) engine.DumpOptions {
+	return engine.DumpOptions{
+		External: o.GetExternal(), Timeout: a.cfg.Timeouts.Freeze, Host: a.cfg.Host, GhostLimit: a.cfg.GhostLimit,
+	}
+}
+
+// Start begins to move a tree away. It returns once the record says Freezing;
+// what happens then is in the record.
+func (a *Agent) Start(ctx context.Context, req *wire.StartRequest) (*wire.StartReply, error) {
+	if err := checkProtocol(req.Protocol); err != nil {
+		return nil, err
+	}
+	switch {
+	case req.Pid <= 0:
+		return nil, invalid("pid %d is not the pid of a process", req.Pid)
+	case req.Stream == "" || req.Id == "" || req.Destination == "":
+		return nil, invalid("the request lacks the migration's id, destination or stream")
+	}
+	if err := checkOptions(req.Options); err != nil {
+		return nil, err
+	}
+	if req.Pid == 1 || a.within(int(req.Pid)) {
+		return nil, wire.Errorf(wire.Code_CODE_REFUSED, "the tree of pid %d holds this agent itself", req.Pid)
+	}
+	s, isNew, err := a.admitSource(req)
+	if err != nil {
+		return nil, err
+	}
+	if isNew {
+		go s.run()
+	}
+	if err := s.await(ctx); err != nil {
+		return nil, failure(err, a.cfg.Host, wire.State_STATE_FREEZING)
+	}
+	return &wire.StartReply{}, nil
+}
+
+// admitSource makes the session for a request, or finds the one that an equal
+// request made.
+func (a *Agent) admitSource(req *wire.StartRequest) (s *source, isNew bool, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if old := a.sources[req.Id]; old != nil {
+		if old.req.Pid != req.Pid || old.req.Stream != req.Stream || old.req.Destination != req.Destination {
+			return nil, false, wire.Errorf(wire.Code_CODE_CONFLICT, "migration %s is in flight here with another pid, destination or stream", req.Id)
+		}
+		return old, false, nil
+	}
+	if a.stopping {
+		return nil, false, errStopping(a.cfg.Host)
+	}
+	for _, other := range a.sources {
+		if other.req.Pid == req.Pid {
+			return nil, false, wire.Errorf(wire.Code_CODE_CONFLICT, "pid %d is already being moved by migration %s", req.Pid, other.id)
+		}
+	}
+	s = &source{session: a.newSession(req.Id, wire.RoleSource, req.Destination), req: req, report: &wire.Report{}}
+	a.sources[req.Id] = s
+	return s, true, nil
+}
+
+func (s *source) run() {
+	defer func() {
+		if s.unfeed != nil {
+			s.unfeed()
+		}
+		s.cancel(nil)
+		s.a.mu.Lock()
+		delete(s.a.sources, s.id)
+		s.a.mu.Unlock()
+		close(s.done)
+	}()
+	touched, err := s.begin()
+	s.answer(err)
+	if err == nil {
+		err = s.freeze()
+	}
+	switch {
+	case s.tree != nil:
+		if err == nil {
+			err = s.copy()
+		}
+		if err != nil {
+			s.log.Warn("the tree cannot be moved; it stays frozen until the record says that it does not run elsewhere", "error", err)
+			s.out.Abort(err)
+		}
+		s.hold(err)
+	case err != nil:
+		if s.out != nil {
+			s.out.Abort(err)
+		}
+		if touched {
+			s.giveUp(err)
+		}
+	}
+}
+
+// begin opens the stream, so that what can fail about it fails while the tree
+// runs, and claims the migration. touched says that the record may have been changed.
+func (s *source) begin() (touched bool, err error) {
+	rec, err := s.ledger.read(limit(s.work, s.a.cfg.Timeouts.Begin))
+	if err != nil {
+		return false, err
+	}
+	if err := belongs(rec, s.a.cfg.Host, s.req.Destination); err != nil {
+		return false, err
+	}
+	if rec.Pid != s.req.Pid {
+		return false, invalid("the record of migration %s is about pid %d, the request about pid %d", s.id, rec.Pid, s.req.Pid)
+	}
+	s.watch()
+	if s.out, err = s.a.cfg.Streams.Send(s.work, s.id, s.req.Stream, s.req.Destination, s.req.Options.GetBandwidth()); err != nil {
+		return false, fmt.Errorf("open the stream to %s: %w", s.req.Destination, err)
+	}
+	s.sink = newStreamSink(s.work, s.out)
+	if err := s.sink.hello(&wire.Hello{Protocol: wire.Version, Id: s.id, Source: s.a.cfg.Host, Version: s.a.cfg.Version}); err != nil {
+		return false, fmt.Errorf("open the stream to %s: %w", s.req.Destination, err)
+	}
+	s.enter(wire.State_STATE_FREEZING, "pid", s.req.Pid)
+	_, err = s.ledger.move(limit(s.work, s.a.cfg.Timeouts.Begin), wire.State_STATE_FREEZING, nil)
+	return true, err
+}
+
+// limit is ctx for at most d. It is let go by time alone.
+func limit(ctx context.Context, d time.Duration) context.Context {
+	ctx, cancel := context.WithTimeout(ctx, d)
+	context.AfterFunc(ctx, cancel)
+	return ctx
+}
+
+// freeze stops the tree. If it fails the tree runs.
+func (s *source) freeze() error {
+	o := s.a.dumpOptions(s.req.Options)
+	frozen := s.a.cfg.Timeouts.Frozen
+	if ms := s.req.Options.GetTimeoutMs(); ms > 0 {
+		frozen = time.Duration(ms) * time.Millisecond
+	}
+	// The clock of the frozen part runs from here on.
+	timer := time.AfterFunc(frozen, func() {
+		s.cancel(wire.Errorf(wire.Code_CODE_ABORTED, "the tree was frozen for %s without having been handed over, which is the limit", frozen))
+	})
+	context.AfterFunc(s.work, func() { timer.Stop() })
+	s.frozenAt = time.Now()
+	tree, err := s.a.cfg.Engine.Freeze(s.work, int(s.req.Pid), o)
+	if err != nil {
+		return s.because(err)
+	}
+	s.tree = tree
+	return nil
+}
+
+// because is the reason why the work was ended, if it was: what failed then is
+// only a consequence.
+func (s *session) because(err error) error {
+	if s.work.Err() != nil {
+		return context.Cause(s.work)
+	}
+	return err
+}
+
+// copy sends the frozen tree. It returns once all of it has been applied.
+func (s *source) copy() error {
+	rec, err := s.ledger.move(s.work, wire.State_STATE_FINAL_COPYING, nil)
+	if err != nil {
+		return s.because(err)
+	}
+	s.enter(wire.State_STATE_FINAL_COPYING, "pid", s.req.Pid)
+	ctx, stop := context.WithCancel(s.work)
+	defer stop()
+	go s.session.report(ctx, s.out, s.sink.pages.Load, rec.MemoryBytes)
+
+	stats, err := s.tree.Dump(s.work, s.sink)
+	if err == nil {
+		err = s.sink.end(nil)
+	}
+	if err == nil {
+		err = s.out.Close(s.work)
+	}
+	if !stats.FrozenAt.IsZero() {
+		s.frozenAt = stats.FrozenAt
+	}
+	s.report.FreezeUs, s.report.DumpUs = us(stats.FreezeDur), us(stats.DumpDur)
+	if err != nil {
+		return s.because(fmt.Errorf("copy the tree of pid %d to %s: %w", s.req.Pid, s.req.Destination, err))
+	}
+	st := s.out.Stats()
+	s.log.Info("copied", "processes", stats.Processes, "threads", stats.Threads, "pages", stats.Pages, "bytes", st.WireBytes,
+		"resent_bytes", st.ResentBytes, "freeze_ms", stats.FreezeDur.Milliseconds(), "dump_ms", stats.DumpDur.Milliseconds())
+	return nil
+}
+
+// hold keeps the tree frozen until the record says who runs it, and sees to
+// that. With a cause it tries to end the migration, which works as long as the
+// destination has not committed.
+func (s *source) hold(cause error) {
+	work := s.work.Done()
+	if cause != nil {
+		work = nil
+	}
+	told := time.Time{}
+	for {
+		rec, err := s.ledger.read(forever())
+		if err != nil {
+			// Without the record nobody knows whether the destination runs the tree.
+			if time.Since(told) > time.Minute {
+				told = time.Now()
+				s.log.Error("the record of the migration cannot be read, so nobody knows where the tree may run; it stays frozen here", "pid", s.req.Pid, "error", err)
+			}
+			s.pauseHold(nil)
+			continue
+		}
+		switch rec.State {
+		case wire.State_STATE_COMPLETED:
+			s.committed.Store(true)
+			s.discard()
+			return
+		case wire.State_STATE_ABORTING, wire.State_STATE_ABORTED, wire.State_STATE_RETURNING:
+			s.resume(rec)
+			return
+		case wire.State_STATE_HANDING_OFF, wire.State_STATE_STUCK:
+			if !s.committed.Swap(true) {
+				s.enter(rec.State)
+				if cause != nil {
+					s.log.Warn("the destination has committed; the tree stays frozen here until it tells the outcome", "error", cause)
+				}
+			}
+			work = nil
+		default:
+			if cause != nil {
+				if _, err := s.ledger.move(forever(), wire.State_STATE_ABORTING, s.blame(cause)); err == nil {
+					s.enter(wire.State_STATE_ABORTING, "reason", cause)
+					continue
+				}
+				// Somebody else was faster: the next round sees what it is now.
+			}
+		}
+		if s.pauseHold(work) {
+			cause, work = context.Cause(s.work), nil
+		}
+	}
+}
+
+// pauseHold waits for news of the record; true means that the work has ended.
+func (s *source) pauseHold(work <-chan struct{}) bool {
+	select {
+	case <-s.feed.changed:
+	case <-work:
+		return true
+	case <-time.After(recordPoll):
+	}
+	return false
+}
+
+// resume lets the tree run on here: the record says that it cannot run elsewhere.
+func (s *source) resume(rec *wire.Record) {
+	err := s.tree.Thaw()
+	s.sum()
+	if err != nil {
+		s.trouble = wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the tree of pid %d could not be let go, look at it: %w", s.req.Pid, err)
+		s.log.Error("the tree could not be let go; an operator must look", "pid", s.req.Pid, "error", err)
+	} else {
+		s.log.Error("the migration was aborted; the tree runs on here", "pid", s.req.Pid, "reason", rec.Reason, "frozen_ms", s.report.FrozenUs/1000)
+	}
+	s.conclude(s.trouble)
+}
+
+// conclude moves the record to Aborted with what this side measured. With
+// trouble the record stays as it is, for Aborted promises that the tree runs.
+func (s *source) conclude(trouble error) {
+	ctx, cancel := s.brief()
+	defer cancel()
+	add := func(r *wire.Record) {
+		r.SourceReport = s.report
+		if trouble != nil {
+			r.Error = failure(trouble, s.a.cfg.Host, s.phase()).Proto()
+			r.Reason = r.Error.Message
+		}
+	}
+	var err error
+	if trouble == nil {
+		_, err = s.ledger.move(ctx, wire.State_STATE_ABORTED, add)
+	}
+	if trouble != nil || err != nil {
+		_, err = s.ledger.note(ctx, add) // it is Aborted already
+	}
+	if err != nil {
+		s.log.Warn("the record could not be brought up to date", "error", err)
+	}
+	s.state.Store(int32(wire.State_STATE_ABORTED))
+}
+
+// discard ends the frozen copy: the tree runs at the destination.
+func (s *source) discard() {
+	var err error
+	for n := range 5 {
+		if err = s.tree.Kill(); err == nil {
+			break
+		}
+		s.log.Warn("the frozen copy could not be killed; trying again", "pid", s.req.Pid, "error", err)
+		time.Sleep(50 * time.Millisecond << n)
+	}
+	s.sum()
+	s.enter(wire.State_STATE_COMPLETED, "pid", s.req.Pid, "frozen_ms", s.report.FrozenUs/1000)
+	if err != nil {
+		s.log.Error("the tree runs at the destination, but its frozen copy here could not be killed; it must never run again, kill it", "pid", s.req.Pid, "error", err)
+	}
+	ctx, cancel := s.brief()
+	defer cancel()
+	if _, nerr := s.ledger.note(ctx, func(r *wire.Record) {
+		r.SourceReport = s.report
+		if err != nil {
+			r.Error = failure(wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the frozen copy of pid %d could not be killed; it must never run again: %w", s.req.Pid, err), s.a.cfg.Host, wire.State_STATE_COMPLETED).Proto()
+		}
+	}); nerr != nil {
+		s.log.Warn("the record could not be brought up to date", "error", nerr)
+	}
+}
+
+// sum completes the report when the frozen part is over.
+func (s *source) sum() {
+	s.report.FrozenUs = us(time.Since(s.frozenAt))
+	s.report.FrozenAtUnixUs = s.frozenAt.UnixMicro()
+	transferred(s.report, s.out.Stats(), s.sink.pages.Load())
+}
+
+// giveUp ends a migration that failed before the tree was frozen.
+func (s *source) giveUp(cause error) {
+	ctx, cancel := s.brief()
+	defer cancel()
+	blame := s.blame(cause)
+	rec, err := s.ledger.move(ctx, wire.State_STATE_ABORTED, blame)
+	if f, ok := errors.AsType[*wire.Failure](err); ok && f.Code == wire.Code_CODE_CONFLICT && rec.GetState() == wire.State_STATE_ABORTED {
+		err = nil
+	}
+	if err != nil {
+		s.log.Warn("the record could not be brought up to date", "error", err)
+	}
+	s.log.Error("the migration failed before the tree was frozen; it runs on here", "pid", s.req.Pid, "error", cause)
+}

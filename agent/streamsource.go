@@ -1,0 +1,258 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"godwit/engine/image"
+	"godwit/wire"
+)
+
+// maxItems bounds the memory of all items of one stream, bytes, encoded: what a
+// destination keeps of a tree beside its data. A tree of a thousand processes
+// has some 20 MiB.
+const maxItems = 64 << 20
+
+// chunkReader is the receiving end of a stream as the source sees it.
+type chunkReader interface {
+	// Recv returns the next chunk, io.EOF after the verified last.
+	Recv(ctx context.Context) ([]byte, error)
+	// Release tells that the oldest chunk that Recv gave has been applied.
+	Release()
+}
+
+// streamSource reads what a streamSink sent. What comes from the other host is
+// checked in full before it is used.
+type streamSource struct {
+	in       chunkReader
+	complete func() error // called once when all entries are there; may be nil
+
+	rest   []byte // of the chunk in hand
+	inHand bool
+	items  int    // bytes
+	part   []byte // of an item that goes on
+
+	set     *image.Set
+	sealed  bool
+	ended   *wire.StreamEnd
+	entries uint64
+	bytes   uint64
+	pages   atomic.Uint64
+}
+
+var _ image.Source = (*streamSource)(nil)
+
+func newStreamSource(in chunkReader) *streamSource {
+	return &streamSource{in: in, set: image.NewSet()}
+}
+
+// errStream is what a stream that breaks its rules is reported as.
+var errStream = errors.New("the stream of the tree is malformed")
+
+// hello waits for the stream's first item, at most so long.
+func (s *streamSource) hello(ctx context.Context, patience time.Duration) (*wire.Hello, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, wire.Errorf(wire.Code_CODE_UNAVAILABLE, "the source did not start within %s", patience))
+	defer cancel()
+	it, _, _, err := s.next(ctx)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		return nil, err
+	}
+	h := it.GetHello()
+	if h == nil {
+		return nil, fmt.Errorf("%w: it does not start with a greeting", errStream)
+	}
+	return h, nil
+}
+
+// Images implements image.Source.
+func (s *streamSource) Images(ctx context.Context) (*image.Set, error) {
+	for !s.sealed {
+		it, _, _, err := s.next(ctx)
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil, fmt.Errorf("%w: it ends among the images", errStream)
+		case err != nil:
+			return nil, err
+		case it == nil:
+			return nil, fmt.Errorf("%w: data before the images are complete", errStream)
+		}
+		if err := s.take(it); err != nil {
+			return nil, err
+		}
+	}
+	if s.complete != nil {
+		done := s.complete
+		s.complete = nil
+		if err := done(); err != nil {
+			return nil, err
+		}
+	}
+	return s.set, nil
+}
+
+// take adds one item to the images.
+func (s *streamSource) take(it *wire.Item) error {
+	switch it := it.Item.(type) {
+	case *wire.Item_Facts:
+		if s.set.Facts != nil {
+			return fmt.Errorf("%w: facts come twice", errStream)
+		}
+		f := &image.Facts{}
+		if err := json.Unmarshal(it.Facts, f); err != nil {
+			return fmt.Errorf("%w: facts: %w", errStream, err)
+		}
+		s.set.Facts = f
+	case *wire.Item_Entry:
+		m, err := image.NewMessage(it.Entry.Magic)
+		if err != nil {
+			return fmt.Errorf("%w: image %q: %w", errStream, it.Entry.File, err)
+		}
+		if err := proto.Unmarshal(it.Entry.Message, m); err != nil {
+			return fmt.Errorf("%w: image %q: %w", errStream, it.Entry.File, err)
+		}
+		e := image.Entry{File: it.Entry.File, Magic: it.Entry.Magic, Msg: m, Extra: it.Entry.Extra}
+		if err := e.Check(); err != nil {
+			return fmt.Errorf("%w: %w", errStream, err)
+		}
+		s.set.Add(e)
+		s.entries++
+	case *wire.Item_ImagesDone:
+		if it.ImagesDone.GetEntries() != s.entries {
+			return fmt.Errorf("%w: %d entries of %d", errStream, s.entries, it.ImagesDone.GetEntries())
+		}
+		s.sealed = true
+	case *wire.Item_End:
+		return s.finish(it.End)
+	default:
+		return fmt.Errorf("%w: unexpected item %T among the images", errStream, it)
+	}
+	return nil
+}
+
+// finish checks the sums.
+func (s *streamSource) finish(end *wire.StreamEnd) error {
+	if end == nil {
+		return fmt.Errorf("%w: an empty end", errStream)
+	}
+	if err := end.Error.Err(); err != nil {
+		return fmt.Errorf("the source gave up: %w", err)
+	}
+	if !s.sealed {
+		return fmt.Errorf("%w: it ends among the images", errStream)
+	}
+	if end.DataBytes != s.bytes {
+		return fmt.Errorf("%w: %d bytes of data arrived, %d were sent", errStream, s.bytes, end.DataBytes)
+	}
+	s.ended = end
+	return nil
+}
+
+// Next implements image.Source.
+func (s *streamSource) Next(ctx context.Context) (image.DataID, uint64, []byte, error) {
+	none := image.DataID{}
+	if !s.sealed {
+		return none, 0, nil, fmt.Errorf("%w: data is read before the images", errStream)
+	}
+	for {
+		it, h, body, err := s.next(ctx)
+		switch {
+		case errors.Is(err, io.EOF):
+			if s.ended == nil {
+				return none, 0, nil, fmt.Errorf("%w: it ends without an end", errStream)
+			}
+			return none, 0, nil, io.EOF
+		case err != nil:
+			return none, 0, nil, err
+		case s.ended != nil:
+			return none, 0, nil, fmt.Errorf("%w: it goes on after its end", errStream)
+		case it != nil:
+			end, ok := it.Item.(*wire.Item_End)
+			if !ok {
+				return none, 0, nil, fmt.Errorf("%w: unexpected item %T among the data", errStream, it.Item)
+			}
+			if err := s.finish(end.End); err != nil {
+				return none, 0, nil, err
+			}
+			continue
+		}
+		id := image.DataID{Kind: image.DataKind(h.Kind), ID: h.ID}
+		switch id.Kind {
+		case image.Memory, image.Shmem:
+			if h.Offset%pageSize != 0 || len(body)%pageSize != 0 {
+				return none, 0, nil, fmt.Errorf("%w: %d bytes of %s at %#x are not whole pages", errStream, len(body), id, h.Offset)
+			}
+			s.pages.Add(uint64(len(body) / pageSize))
+		case image.Ghost:
+		default:
+			return none, 0, nil, fmt.Errorf("%w: data of unknown kind %d", errStream, h.Kind)
+		}
+		s.bytes += uint64(len(body))
+		if len(body) == 0 {
+			continue
+		}
+		return id, h.Offset, body, nil
+	}
+}
+
+// next returns the next whole item, or the next record of data. body is valid
+// until the next call: only then is the chunk that holds it released.
+func (s *streamSource) next(ctx context.Context) (it *wire.Item, h wire.DataHeader, body []byte, err error) {
+	for {
+		if len(s.rest) == 0 {
+			if s.inHand {
+				s.inHand = false
+				s.in.Release()
+			}
+			if s.rest, err = s.in.Recv(ctx); err != nil {
+				if errors.Is(err, io.EOF) && s.part != nil {
+					err = fmt.Errorf("%w: it ends inside an item", errStream)
+				}
+				return nil, h, nil, err
+			}
+			s.inHand = true
+			continue
+		}
+		if h, body, s.rest, err = wire.NextRecord(s.rest); err != nil {
+			return nil, h, nil, fmt.Errorf("%w: %w", errStream, err)
+		}
+		if h.Type == wire.RecordData {
+			if s.part != nil {
+				return nil, h, nil, fmt.Errorf("%w: data inside an item", errStream)
+			}
+			return nil, h, body, nil
+		}
+		if s.items += len(body); s.items > maxItems {
+			return nil, h, nil, fmt.Errorf("%w: its images have more than %d MiB", errStream, maxItems>>20)
+		}
+		if h.Flags&wire.FlagMore != 0 {
+			if len(body) == 0 {
+				return nil, h, nil, fmt.Errorf("%w: an empty part of an item", errStream)
+			}
+			s.part = append(s.part, body...)
+			continue
+		}
+		if s.part != nil {
+			body = append(s.part, body...)
+			s.part = nil
+		}
+		// Unmarshal copies what it keeps, so the chunk may go.
+		it = &wire.Item{}
+		if err := proto.Unmarshal(body, it); err != nil {
+			return nil, h, nil, fmt.Errorf("%w: an item: %w", errStream, err)
+		}
+		if it.Item == nil {
+			return nil, h, nil, fmt.Errorf("%w: an item of a kind that this release does not know", errStream)
+		}
+		return it, h, nil, nil
+	}
+}
