@@ -43,6 +43,11 @@ type FileFacts struct {
 	Path string `json:"path,omitempty"` // where an external file was on the source
 	Dev  uint64 `json:"dev,omitempty"`
 	Ino  uint64 `json:"ino,omitempty"`
+	// Rdev is the device number of a character device.
+	Rdev uint64 `json:"rdev,omitempty"`
+	// Quiet: a reader of a fifo that poll(2) does not tell of a hang-up although
+	// no writer may be there, because it has met none since it was opened.
+	Quiet bool `json:"quiet,omitempty"`
 	// Holders are "pid:fd" texts for messages.
 	Holders []string `json:"holders,omitempty"`
 }
