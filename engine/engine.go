@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
 
 	"godwit/engine/image"
 	"godwit/engine/plan"
@@ -103,6 +104,10 @@ type Standing interface {
 	Pids() []int
 	// Run lets all tasks go. After it returned nil the tree is its own.
 	Run() error
+	// Wait waits for the end of the root after Run and returns its wait status,
+	// or that of the init of its new pid namespace. The root is a child of this
+	// process: unless somebody waits, it stays a zombie.
+	Wait() (unix.WaitStatus, error)
 	// Discard kills the rebuilt tree; nothing of it has run.
 	Discard() error
 }

@@ -160,30 +160,43 @@ var BatchCode = []byte{
 	0xcc, // done: int3
 }
 
-// stubText is the program of a stub: it reaps children until none is left and
-// then exits, so that the same program serves as the init of a new pid
-// namespace; as long as it is traced it never gets there.
+// stubText is the program of a stub. It sleeps until it is traced; let go at
+// StubInit, it reaps children until none is left and then exits, as the init of
+// a pid namespace does.
 //
-//	wait: mov eax, 61; mov edi, -1; xor esi, esi; mov edx, __WALL; xor r10d, r10d; syscall  // wait4
-//	      cmp rax, -10; jne wait                                                            // ECHILD
-//	      mov eax, 231; xor edi, edi; syscall                                               // exit_group
+//	idle: mov eax, 34; syscall; jmp idle                                                      // pause
+//	init: mov eax, 61; mov rdi, -1; xor esi, esi; mov edx, __WALL; xor r10d, r10d; syscall    // wait4
+//	      cmp rax, -10; jne init                                                              // ECHILD
+//	      mov eax, 231; xor edi, edi; syscall                                                 // exit_group
 var stubText = []byte{
-	0xb8, 0x3d, 0x00, 0x00, 0x00, // mov eax, 61
+	0xb8, 0x22, 0x00, 0x00, 0x00, // idle: mov eax, 34
+	0x0f, 0x05, // syscall
+	0xeb, 0xf7, // jmp idle
+	0xb8, 0x3d, 0x00, 0x00, 0x00, // init: mov eax, 61
 	0x48, 0xc7, 0xc7, 0xff, 0xff, 0xff, 0xff, // mov rdi, -1
 	0x31, 0xf6, // xor esi, esi
 	0xba, 0x00, 0x00, 0x00, 0x40, // mov edx, __WALL
 	0x45, 0x31, 0xd2, // xor r10d, r10d
 	0x0f, 0x05, // syscall
 	0x48, 0x83, 0xf8, 0xf6, // cmp rax, -ECHILD
-	0x75, 0xe2, // jne wait
+	0x75, 0xe2, // jne init
 	0xb8, 0xe7, 0x00, 0x00, 0x00, // mov eax, 231
 	0x31, 0xff, // xor edi, edi
 	0x0f, 0x05, // syscall
 }
 
+const (
+	stubBase   = 0x400000
+	stubHeader = 64 + 56
+	stubIdle   = 9 // bytes
+)
+
+// StubInit is the address at which a stub is let go as an init.
+const StubInit = stubBase + stubHeader + stubIdle
+
 // StubELF is a complete static executable of one page: the stub.
 func StubELF() []byte {
-	const base, hdr = 0x400000, 64 + 56
+	const base, hdr = stubBase, stubHeader
 	b := make([]byte, hdr, 256)
 	copy(b, "\x7fELF\x02\x01\x01")
 	le := binary.LittleEndian

@@ -16,7 +16,9 @@ type Plan struct {
 	Kernel      string
 	Arch        string
 	Rlimits     []Rlimit // highest hard limit of each resource below infinity and those at infinity
-	OpenFiles   int          // distinct open file descriptions
+	// Capabilities are all permitted ones of the tree, bit n for capability n.
+	Capabilities uint64
+	OpenFiles    int // distinct open file descriptions
 }
 
 // Task is one process of the tree.
@@ -66,4 +68,3 @@ type Rlimit struct {
 	Cur, Max uint64
 	Pid      int
 }
-

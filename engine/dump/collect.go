@@ -1,0 +1,497 @@
+// Package dump owns the reading of a whole tree: what it consists of, what of
+// it cannot be carried, and its images. It must not know where images go or
+// how they are restored.
+package dump
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
+
+	"godwit/engine/arch"
+	"godwit/engine/files"
+	"godwit/engine/image"
+	"godwit/engine/mem"
+	"godwit/engine/plan"
+	"godwit/engine/procfs"
+	"godwit/engine/refuse"
+	"godwit/engine/sys"
+)
+
+// Options says how a tree is read.
+type Options struct {
+	External   []string // keys of external files
+	GhostLimit uint64   // bytes
+	Host       string
+}
+
+// process is one process as the collector sees it.
+type process struct {
+	pid, ppid, vpid, vpgid, vsid int
+	comm                         string
+	zombie                       bool
+	tids, vtids                  []int // the leader first
+	status                       procfs.Status
+
+	vmas            []*mem.VMA
+	exe, cwd, root  uint32 // file ids
+	filesID         uint32
+	vmID, fsID, sig uint32
+}
+
+// shmem is one object of shared anonymous memory.
+type shmem struct {
+	id   uint32
+	file *os.File
+	size int64
+}
+
+// collector reads everything of a tree but what needs its tasks' cooperation.
+type collector struct {
+	log     hclog.Logger
+	o       Options
+	files   *files.Dumper
+	procs   []*process
+	refusal refuse.Refusal
+	shmems  map[uint32]*shmem
+	rss     uint64
+	limits  map[int]plan.Rlimit
+}
+
+func newCollector(log hclog.Logger, o Options, root int, emit func(image.Entry) error) *collector {
+	return &collector{
+		log: log, o: o,
+		files:   files.NewDumper(log, files.Options{External: o.External, GhostLimit: o.GhostLimit}, emit),
+		refusal: refuse.Refusal{Doing: fmt.Sprintf("dump of pid %d", root)},
+		shmems:  map[uint32]*shmem{},
+		limits:  map[int]plan.Rlimit{},
+	}
+}
+
+// close gives back every descriptor that was taken.
+func (c *collector) close() error {
+	err := c.files.Close()
+	for _, s := range c.shmems {
+		err = errors.Join(err, s.file.Close())
+	}
+	return err
+}
+
+// refuse notes something that cannot be carried.
+func (c *collector) refuse(p *process, path, reason, hint string) {
+	c.refusal.Add(refuse.Problem{Pid: p.pid, Comm: p.comm, Path: path, Reason: reason, Hint: hint})
+}
+
+// err gives the refusal with everything that was found.
+func (c *collector) err() error {
+	for _, p := range c.files.Refusal() {
+		c.refusal.Add(p)
+	}
+	return c.refusal.Err()
+}
+
+// find lists the processes of a running tree.
+func find(root int) ([]*process, error) {
+	pids, err := procfs.Tree(root)
+	if procfs.Gone(err) || errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("no process has pid %d: %w", root, unix.ESRCH)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list the tree of pid %d: %w", root, err)
+	}
+	var out []*process
+	for _, pid := range pids {
+		p, err := readProcess(pid)
+		if procfs.Gone(err) && pid != root {
+			continue // it ended just now
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read pid %d: %w", pid, err)
+		}
+		out = append(out, p)
+	}
+	return out, nil
+}
+
+func readProcess(pid int) (*process, error) {
+	st, err := procfs.ReadStatus(pid)
+	if err != nil {
+		return nil, err
+	}
+	p := &process{
+		pid: pid, ppid: st.PPid, comm: st.Name, zombie: st.Zombie(), status: st,
+		vpid: last(st.NSpid), vpgid: last(st.NSpgid), vsid: last(st.NSsid),
+	}
+	if p.zombie {
+		return p, nil
+	}
+	tids, err := procfs.Tids(pid)
+	if err != nil {
+		return nil, err
+	}
+	slices.SortFunc(tids, func(a, b int) int {
+		if a == pid || b == pid {
+			return cmp.Compare(btoi(b == pid), btoi(a == pid))
+		}
+		return cmp.Compare(a, b)
+	})
+	for _, tid := range tids {
+		ts, err := procfs.ReadTaskStatus(pid, tid)
+		if procfs.Gone(err) && tid != pid {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		p.tids = append(p.tids, tid)
+		p.vtids = append(p.vtids, last(ts.NSpid))
+	}
+	return p, nil
+}
+
+func btoi(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func last(ids []int) int {
+	if len(ids) == 0 {
+		return 0
+	}
+	return ids[len(ids)-1]
+}
+
+// collect reads the processes; running says that they may change meanwhile.
+func (c *collector) collect(procs []*process, running bool) error {
+	c.procs = procs
+	if procs[0].zombie {
+		return fmt.Errorf("pid %d (%s) has exited", procs[0].pid, procs[0].comm)
+	}
+	if err := c.kernelObjects(); err != nil {
+		return err
+	}
+	for _, p := range procs {
+		if p.zombie {
+			continue
+		}
+		err := c.process(p)
+		if running && procfs.Gone(err) && p != procs[0] {
+			c.log.Debug("process ended during preflight", "pid", p.pid)
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("read pid %d (%s): %w", p.pid, p.comm, err)
+		}
+	}
+	return c.files.Finish()
+}
+
+// kernelObjects numbers address spaces, file tables, fs and signal handler
+// structures, and refuses those that different processes share, which clone
+// allows and no ordinary program does.
+func (c *collector) kernelObjects() error {
+	var alive []*process
+	for _, p := range c.procs {
+		if !p.zombie {
+			alive = append(alive, p)
+		}
+	}
+	for _, k := range []struct {
+		typ   int
+		name  string
+		id    func(*process) *uint32
+		first uint32
+	}{
+		{sys.KcmpVM, "address space", func(p *process) *uint32 { return &p.vmID }, 1},
+		{sys.KcmpFiles, "descriptor table", func(p *process) *uint32 { return &p.filesID }, 1},
+		{sys.KcmpFS, "working directory", func(p *process) *uint32 { return &p.fsID }, 1},
+		{sys.KcmpSighand, "signal handlers", func(p *process) *uint32 { return &p.sig }, 1},
+	} {
+		sorted := slices.Clone(alive)
+		var err error
+		slices.SortFunc(sorted, func(a, b *process) int {
+			if a == b || err != nil {
+				return 0
+			}
+			r, e := sys.KcmpTask(a.pid, b.pid, k.typ)
+			if e != nil && !errors.Is(e, unix.ESRCH) {
+				err = e
+			}
+			switch r {
+			case sys.Less:
+				return -1
+			case sys.Greater:
+				return 1
+			}
+			return 0
+		})
+		if err != nil {
+			return fmt.Errorf("compare kernel objects of the tree: %w", err)
+		}
+		n := k.first
+		for i, p := range sorted {
+			*k.id(p) = n
+			if i+1 < len(sorted) {
+				if r, err := sys.KcmpTask(p.pid, sorted[i+1].pid, k.typ); err == nil && r == sys.Equal {
+					c.refuse(sorted[i+1], "", fmt.Sprintf("shares its %s with pid %d (%s), as after vfork or clone", k.name, p.pid, p.comm), "wait until a vfork has ended")
+				}
+			}
+			n++
+		}
+	}
+	return nil
+}
+
+func (c *collector) process(p *process) error {
+	if err := c.state(p); err != nil {
+		return err
+	}
+	if err := c.threads(p); err != nil {
+		return err
+	}
+	if err := c.memory(p); err != nil {
+		return err
+	}
+	if err := c.paths(p); err != nil {
+		return err
+	}
+	return c.files.AddProcess(files.Proc{Pid: p.pid, VPid: p.vpid, Comm: p.comm, FilesID: p.filesID})
+}
+
+// state refuses what the whole process is in.
+func (c *collector) state(p *process) error {
+	st := &p.status
+	switch {
+	case st.Kthread || !st.HasMM:
+		c.refuse(p, "", "is a kernel thread", "name a process of user space")
+	case st.State == 'T':
+		c.refuse(p, "", "is stopped by a signal, which cannot be carried", "continue it first (kill -CONT "+strconv.Itoa(p.pid)+")")
+	case st.CoreDumping:
+		c.refuse(p, "", "is dumping core", "")
+	}
+	if p.vpid == 1 {
+		c.refuse(p, "", "is the first process of a pid namespace", "move the process below it")
+	}
+	return c.namespaces(p)
+}
+
+// namespaces refuses a process that lives elsewhere than the agent.
+func (c *collector) namespaces(p *process) error {
+	differs := map[string]bool{}
+	for _, ns := range []string{"cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"} {
+		own, err := os.Readlink("/proc/self/ns/" + ns)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // not configured in this kernel
+		}
+		if err != nil {
+			return err
+		}
+		its, err := os.Readlink(procfs.Path(p.pid, "ns", ns))
+		if err != nil {
+			return err
+		}
+		differs[ns] = own != its
+	}
+	// A tree that landed in a pid namespace of its own has a mount namespace
+	// of its own too, for its /proc.
+	landed := differs["pid"] && len(p.status.NSpid) > 1
+	for ns, d := range differs {
+		if d && !(landed && (ns == "pid" || ns == "mnt")) {
+			c.refuse(p, "", "lives in another "+ns+" namespace than the agent", "run an agent inside the container")
+		}
+	}
+	return nil
+}
+
+func (c *collector) threads(p *process) error {
+	for _, tid := range p.tids {
+		st, err := procfs.ReadTaskStatus(p.pid, tid)
+		if procfs.Gone(err) && tid != p.pid {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		what := ""
+		if tid != p.pid {
+			what = fmt.Sprintf("thread %d ", tid)
+		}
+		if st.Zombie() && tid == p.pid && len(p.tids) > 1 {
+			c.refuse(p, "", "its first thread has exited while others run, which cannot be rebuilt", "")
+		}
+		if st.Seccomp != 0 {
+			c.refuse(p, "", what+"runs under seccomp, which cannot be carried", "")
+		}
+		if st.TracerPid != 0 && st.TracerPid != os.Getpid() {
+			c.refuse(p, "", fmt.Sprintf("%sis being traced by pid %d", what, st.TracerPid), "detach that tracer first")
+		}
+		if tid == p.pid {
+			continue
+		}
+		for typ, name := range map[int]string{sys.KcmpFiles: "descriptors", sys.KcmpFS: "a working directory"} {
+			if r, err := sys.KcmpTask(p.pid, tid, typ); err == nil && r != sys.Equal {
+				c.refuse(p, "", fmt.Sprintf("%shas %s of its own (unshare), which cannot be carried", what, name), "")
+			}
+		}
+	}
+	return nil
+}
+
+func (c *collector) memory(p *process) error {
+	vmas, refused, err := mem.Read(p.pid)
+	if err != nil {
+		return err
+	}
+	c.rss += p.status.RssAnon + p.status.RssShmem
+	hasVdso := false
+	for _, v := range vmas {
+		if why := refused[v]; why != "" {
+			c.refuse(p, v.String(), "is "+why+", which cannot be carried", "")
+			continue
+		}
+		if v.Is(mem.Vdso) {
+			hasVdso = true
+		}
+		if err := c.object(p, v); err != nil {
+			return err
+		}
+	}
+	if !hasVdso {
+		c.refuse(p, "", "has no [vdso] (vdso=0 or removed), through which it is examined", "")
+	}
+	p.vmas = vmas
+	return c.readLimits(p)
+}
+
+// object registers what a mapping shows.
+func (c *collector) object(p *process, v *mem.VMA) error {
+	switch {
+	case v.Is(mem.AnonShared):
+		id := c.files.ShmID(v.Dev, v.Ino)
+		v.ShmID = uint64(id)
+		if c.shmems[id] != nil {
+			return nil
+		}
+		f, err := os.OpenFile(v.Link(p.pid), os.O_RDWR, 0)
+		if err != nil {
+			return fmt.Errorf("open %s: %w", v, err)
+		}
+		st, err := f.Stat()
+		if err != nil {
+			return errors.Join(err, f.Close())
+		}
+		c.shmems[id] = &shmem{id: id, file: f, size: st.Size()}
+	case v.Mapped():
+		link, err := os.Readlink(v.Link(p.pid))
+		if err != nil {
+			return err
+		}
+		f, err := os.OpenFile(v.Link(p.pid), v.OpenFlags|unix.O_NOCTTY|unix.O_NONBLOCK, 0)
+		if errors.Is(err, unix.ETXTBSY) || errors.Is(err, fs.ErrPermission) {
+			f, err = os.Open(v.Link(p.pid))
+		}
+		if err != nil {
+			return fmt.Errorf("open %s: %w", v, err)
+		}
+		id, err := c.files.AddPath(files.Proc{Pid: p.pid, VPid: p.vpid, Comm: p.comm, FilesID: p.filesID}, "mapping", f, link, v.OpenFlags)
+		if err := errors.Join(err, f.Close()); err != nil {
+			return err
+		}
+		v.ShmID = uint64(id)
+	}
+	return nil
+}
+
+// paths registers the program, working directory and root.
+func (c *collector) paths(p *process) error {
+	for _, x := range []struct {
+		role  string
+		flags int
+		id    *uint32
+	}{
+		{"exe", os.O_RDONLY, &p.exe},
+		{"cwd", os.O_RDONLY | unix.O_DIRECTORY, &p.cwd},
+		{"root", os.O_RDONLY | unix.O_DIRECTORY, &p.root},
+	} {
+		path := procfs.Path(p.pid, x.role)
+		link, err := os.Readlink(path)
+		if err != nil {
+			return err
+		}
+		f, err := os.OpenFile(path, x.flags, 0)
+		if err != nil {
+			return fmt.Errorf("open its %s %s: %w", x.role, link, err)
+		}
+		*x.id, err = c.files.AddPath(files.Proc{Pid: p.pid, VPid: p.vpid, Comm: p.comm, FilesID: p.filesID}, x.role, f, link, x.flags)
+		if err := errors.Join(err, f.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// readLimits notes the highest hard limits: raising one above the agent's own
+// needs CAP_SYS_RESOURCE. /proc/PID/limits lists resources in the kernel's order.
+func (c *collector) readLimits(p *process) error {
+	b, err := os.ReadFile(procfs.Path(p.pid, "limits"))
+	if err != nil {
+		return err
+	}
+	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	for res, line := range lines[1:] {
+		if len(line) < 68 {
+			return fmt.Errorf("read limits: unexpected line %q", line)
+		}
+		l := plan.Rlimit{Resource: res, Pid: p.pid}
+		for _, x := range []struct {
+			text string
+			to   *uint64
+		}{{line[26:47], &l.Cur}, {line[47:68], &l.Max}} {
+			text := strings.TrimSpace(x.text)
+			if text == "unlimited" {
+				*x.to = unix.RLIM_INFINITY
+				continue
+			}
+			if *x.to, err = strconv.ParseUint(text, 10, 64); err != nil {
+				return fmt.Errorf("read limits: %w", err)
+			}
+		}
+		if old, ok := c.limits[res]; !ok || l.Max > old.Max {
+			c.limits[res] = l
+		}
+	}
+	return nil
+}
+
+// plan sums up.
+func (c *collector) plan() (*plan.Plan, error) {
+	pl := &plan.Plan{Pid: c.procs[0].pid, MemoryBytes: c.rss, XFeatures: arch.XFeatures(), Arch: arch.Name}
+	for _, p := range c.procs {
+		pl.Tasks = append(pl.Tasks, plan.Task{Pid: p.pid, VPid: p.vpid, VTids: p.vtids, PPid: p.ppid, Comm: p.comm, RSS: p.status.VmRSS})
+		pl.Capabilities |= p.status.CapPrm
+	}
+	for _, l := range c.limits {
+		pl.Rlimits = append(pl.Rlimits, l)
+	}
+	slices.SortFunc(pl.Rlimits, func(a, b plan.Rlimit) int { return cmp.Compare(a.Resource, b.Resource) })
+	pl.Files, pl.External, pl.Ports, pl.OpenFiles = c.files.Plan()
+	var err error
+	if pl.CPUFlags, err = procfs.CPUFlags(); err != nil {
+		return nil, err
+	}
+	if pl.Kernel, err = procfs.KernelRelease(); err != nil {
+		return nil, err
+	}
+	pl.VdsoSHA256, err = VdsoIdentity()
+	return pl, err
+}

@@ -1,0 +1,296 @@
+package dump
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	criu_core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
+	fsimg "github.com/checkpoint-restore/go-criu/v8/crit/images/fs"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+
+	"godwit/engine/arch"
+	"godwit/engine/freeze"
+	"godwit/engine/image"
+	"godwit/engine/mem"
+	"godwit/engine/plan"
+	"godwit/engine/procfs"
+	"godwit/engine/ptrace"
+	"godwit/engine/task"
+)
+
+// Stats counts what a dump read.
+type Stats struct {
+	Processes, Threads int
+	Pages              uint64 // of the process memory and of shared memory
+	Bytes              uint64 // of data, all kinds
+}
+
+// imgVersion is CRIU's CRTOOLS_IMAGES_V1_1: images with two magics.
+const imgVersion = 2
+
+// Preflight looks at a running tree and says what it needs, or refuses it with
+// everything that cannot be carried. Nothing of the tree is touched.
+func Preflight(ctx context.Context, log hclog.Logger, pid int, o Options) (_ *plan.Plan, err error) {
+	procs, err := find(pid)
+	if err != nil {
+		return nil, err
+	}
+	c := newCollector(log, o, pid, nil)
+	defer func() { err = errors.Join(err, c.close()) }()
+	if err := c.collect(procs, true); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(ctx.Err(), c.err()); err != nil {
+		return nil, err
+	}
+	return c.plan()
+}
+
+// Dump reads a frozen tree and gives its images and data to the sink. The tree
+// stays frozen and is left exactly as it was, also after an error.
+func Dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink image.Sink) (st Stats, err error) {
+	c := newCollector(log, o, t.Root().Pid, sink.Entry)
+	defer func() { err = errors.Join(err, c.close()) }()
+	procs := make([]*process, 0, len(t.Procs))
+	for _, fp := range t.Procs {
+		p, err := readProcess(fp.Pid)
+		if err != nil {
+			return st, fmt.Errorf("read pid %d (%s): %w", fp.Pid, fp.Comm, err)
+		}
+		procs = append(procs, p)
+		st.Processes++
+		st.Threads += len(fp.Threads)
+	}
+	if err := c.collect(procs, false); err != nil {
+		return st, err
+	}
+	if err := c.err(); err != nil {
+		return st, err
+	}
+	facts, err := c.images(ctx, t, sink)
+	if err != nil {
+		return st, err
+	}
+	facts.Files = c.files.Facts()
+	if err := sink.Facts(facts); err != nil {
+		return st, err
+	}
+	if err := sink.Sealed(); err != nil {
+		return st, err
+	}
+	return st, c.data(ctx, sink, &st)
+}
+
+func (c *collector) images(ctx context.Context, t *freeze.Tree, sink image.Sink) (*image.Facts, error) {
+	facts, err := c.facts()
+	if err != nil {
+		return nil, err
+	}
+	put := func(file, magic string, m proto.Message) error {
+		return sink.Entry(image.Entry{File: file, Magic: magic, Msg: m})
+	}
+	inTree := map[int]bool{}
+	for _, p := range c.procs {
+		inTree[p.pid] = true
+	}
+	for i, p := range c.procs {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		e := &pstree.PstreeEntry{Pid: u32(p.vpid), Ppid: u32(0), Pgid: u32(p.vpgid), Sid: u32(p.vsid)}
+		if inTree[p.ppid] && i > 0 {
+			e.Ppid = u32(c.byPid(p.ppid).vpid)
+		}
+		for _, v := range p.vtids {
+			e.Threads = append(e.Threads, uint32(v))
+		}
+		if err := put(image.PstreeFile, image.MagicPstree, e); err != nil {
+			return nil, err
+		}
+		if p.zombie {
+			if err := put(image.CoreFile(uint32(p.vpid)), image.MagicCore, task.DeadCore(p.comm, t.Procs[i].ExitCode)); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		if err := c.processImages(t, t.Procs[i], p, facts, put); err != nil {
+			return nil, fmt.Errorf("dump pid %d (%s): %w", p.pid, p.comm, err)
+		}
+	}
+	inv := &inventory.InventoryEntry{
+		ImgVersion: proto.Uint32(imgVersion), FdinfoPerId: proto.Bool(true), NsPerId: proto.Bool(true),
+		RootIds: c.procs[0].ids(), Lsmtype: inventory.Lsmtype_NO_LSM.Enum(), DumpUptime: proto.Uint64(uint64(facts.BoottimeNS) / 1000),
+	}
+	return facts, put(image.InventoryFile, image.MagicInventory, inv)
+}
+
+func u32(v int) *uint32 { return proto.Uint32(uint32(v)) }
+
+func (c *collector) byPid(pid int) *process {
+	for _, p := range c.procs {
+		if p.pid == pid {
+			return p
+		}
+	}
+	return nil
+}
+
+// ids numbers the kernel objects of a process; there is one namespace of each kind.
+func (p *process) ids() *criu_core.TaskKobjIdsEntry {
+	return &criu_core.TaskKobjIdsEntry{
+		VmId: &p.vmID, FilesId: &p.filesID, FsId: &p.fsID, SighandId: &p.sig,
+		PidNsId: u32(1), NetNsId: u32(2), IpcNsId: u32(3), UtsNsId: u32(4), MntNsId: u32(5), UserNsId: u32(6), CgroupNsId: u32(7), TimeNsId: u32(8),
+	}
+}
+
+func (c *collector) processImages(t *freeze.Tree, fp *freeze.Proc, p *process, facts *image.Facts, put func(string, string, proto.Message) error) error {
+	dumped, err := readTasks(t, fp, p)
+	if err != nil {
+		return err
+	}
+	vpid := uint32(p.vpid)
+	leader := dumped[0]
+	for i, d := range dumped {
+		facts.Tasks = append(facts.Tasks, d.Facts)
+		if i == 0 {
+			d.Core.Ids = p.ids()
+		}
+		if err := put(image.CoreFile(uint32(fp.Threads[i].VTid)), image.MagicCore, d.Core); err != nil {
+			return err
+		}
+	}
+	mm := leader.MM
+	mm.ExeFileId = &p.exe
+	for _, v := range p.vmas {
+		mm.Vmas = append(mm.Vmas, v.ToImage())
+	}
+	if err := put(image.MMFile(vpid), image.MagicMM, mm); err != nil {
+		return err
+	}
+	if err := put(image.IDsFile(vpid), image.MagicIDs, p.ids()); err != nil {
+		return err
+	}
+	return put(image.FSFile(vpid), image.MagicFS, &fsimg.FsEntry{CwdId: &p.cwd, RootId: &p.root, Umask: &leader.Umask})
+}
+
+// readTasks borrows every thread of a process in turn to read what only it can
+// tell, and puts all of them back, whatever happens.
+func readTasks(t *freeze.Tree, fp *freeze.Proc, p *process) (out []*task.Dumped, err error) {
+	var vdso *mem.VMA
+	for _, v := range p.vmas {
+		if v.Is(mem.Vdso) {
+			vdso = v
+		}
+	}
+	if vdso == nil {
+		return nil, errors.New("it has no [vdso]")
+	}
+	err = t.Tracer.Do(func() (err error) {
+		insn, err := ptrace.FindInsn(fp.Pid, vdso.Start, vdso.End)
+		if err != nil {
+			return err
+		}
+		trapIgnored := p.status.SigIgn&(1<<(uint(unix.SIGTRAP)-1)) != 0
+		var area uint64
+		var lead *ptrace.Borrowed
+		defer func() {
+			if lead != nil {
+				err = errors.Join(err, lead.Return(false))
+				fp.Leader().Resend = fp.Leader().Resend || lead.Stopped
+			}
+		}()
+		for i, th := range fp.Threads {
+			b, berr := ptrace.Borrow(fp.Pid, th.Tid, insn, th.Regs, trapIgnored, area)
+			if berr != nil {
+				return berr
+			}
+			if i == 0 {
+				lead, area = b, b.Area
+			}
+			d, derr := task.Dump(task.Source{
+				Pid: fp.Pid, Tid: th.Tid, VTid: th.VTid, Leader: i == 0,
+				Regs: th.Regs, Rseq: th.Rseq, Mask: b.Mask(), Remote: &b.Remote,
+			})
+			if i > 0 {
+				derr = errors.Join(derr, b.Return(true))
+				th.Resend = th.Resend || b.Stopped
+			}
+			if derr != nil {
+				return derr
+			}
+			out = append(out, d)
+		}
+		return nil
+	})
+	return out, err
+}
+
+func (c *collector) facts() (*image.Facts, error) {
+	f := &image.Facts{Version: image.FactsVersion, Host: c.o.Host, Arch: arch.Name}
+	var err error
+	if f.BootID, err = procfs.BootID(); err != nil {
+		return nil, err
+	}
+	if f.Kernel, err = procfs.KernelRelease(); err != nil {
+		return nil, err
+	}
+	if f.VdsoSHA256, err = VdsoIdentity(); err != nil {
+		return nil, err
+	}
+	for clock, to := range map[int32]*int64{unix.CLOCK_MONOTONIC: &f.MonotonicNS, unix.CLOCK_BOOTTIME: &f.BoottimeNS, unix.CLOCK_REALTIME: &f.RealtimeNS} {
+		var ts unix.Timespec
+		if err := unix.ClockGettime(clock, &ts); err != nil {
+			return nil, os.NewSyscallError("clock_gettime", err)
+		}
+		*to = ts.Nano()
+	}
+	return f, nil
+}
+
+// data streams the contents of memory, shared memory and deleted files.
+func (c *collector) data(ctx context.Context, sink image.Sink, st *Stats) error {
+	start := time.Now()
+	for _, p := range c.procs {
+		if p.zombie {
+			continue
+		}
+		r, err := mem.NewReader(p.pid)
+		if err != nil {
+			return err
+		}
+		n, err := r.Dump(ctx, p.vmas, sink, image.DataID{Kind: image.Memory, ID: uint32(p.vpid)})
+		st.Pages += n
+		st.Bytes += n * arch.PageSize
+		if err := errors.Join(err, r.Close()); err != nil {
+			return err
+		}
+	}
+	for _, s := range c.shmems {
+		n, err := mem.DumpFile(ctx, s.file, s.size, true, sink, image.DataID{Kind: image.Shmem, ID: s.id})
+		st.Bytes += n
+		st.Pages += n / arch.PageSize
+		if err != nil {
+			return err
+		}
+	}
+	for _, d := range c.files.Data() {
+		whole := d.ID.Kind == image.Shmem
+		n, err := mem.DumpFile(ctx, d.File, d.Size, whole, sink, d.ID)
+		st.Bytes += n
+		if whole {
+			st.Pages += n / arch.PageSize
+		}
+		if err != nil {
+			return err
+		}
+	}
+	c.log.Debug("data sent", "pages", st.Pages, "bytes", st.Bytes, "duration_ms", time.Since(start).Milliseconds())
+	return nil
+}

@@ -1,0 +1,661 @@
+package restore
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
+
+	"godwit/engine/arch"
+	"godwit/engine/files"
+	"godwit/engine/freeze"
+	"godwit/engine/image"
+	"godwit/engine/mem"
+	"godwit/engine/procfs"
+	"godwit/engine/ptrace"
+	"godwit/engine/sys"
+	"godwit/engine/task"
+)
+
+// Options says how a tree is rebuilt.
+type Options struct {
+	Inherit         map[string]files.Inherit
+	NewPidNamespace bool
+}
+
+// Tree is a rebuilt tree. None of its tasks has run yet; all are stopped with
+// their final registers.
+type Tree struct {
+	log    hclog.Logger
+	o      Options
+	tracer *ptrace.Tracer
+	model  *model
+	stub   *stub
+	ch     *channel
+	files  *files.Restorer
+	shmems map[uint32]*os.File
+	spare  uint64
+	// live are the threads that exist, by tid on this host, in order of birth.
+	live []int
+	pids []int
+	root int
+	init int // the stub that stays as init of a new pid namespace, 0 otherwise
+	done bool
+}
+
+// reap waits for a killed tracee.
+func reap(tid int) error { return freeze.Reap(tid) }
+
+// Restore rebuilds a tree from a source. If it fails, nothing of it is left.
+func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options) (_ *Tree, err error) {
+	set, err := src.Images(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("read images: %w", err)
+	}
+	m, err := parse(set)
+	if err != nil {
+		return nil, err
+	}
+	t := &Tree{log: log, o: o, model: m, tracer: ptrace.NewTracer(), shmems: map[uint32]*os.File{}}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, t.Discard())
+		}
+	}()
+	if t.ch, err = newChannel(); err != nil {
+		return nil, err
+	}
+	start := time.Now()
+	if err := t.tracer.Do(func() error { return t.plant() }); err != nil {
+		return nil, err
+	}
+	if err := t.openFiles(set); err != nil {
+		return nil, err
+	}
+	if err := t.tracer.Do(func() error { return t.build(ctx) }); err != nil {
+		return nil, err
+	}
+	log.Debug("tree built", "processes", len(m.procs), "duration_ms", time.Since(start).Milliseconds())
+	if err := t.fill(ctx, src); err != nil {
+		return nil, err
+	}
+	if err := t.files.Seal(); err != nil {
+		return nil, err
+	}
+	if err := t.tracer.Do(func() error { return t.complete(ctx) }); err != nil {
+		return nil, err
+	}
+	log.Debug("tree stands", "duration_ms", time.Since(start).Milliseconds())
+	return t, t.releaseFiles()
+}
+
+// plant starts the stub and gives it the spare memory.
+func (t *Tree) plant() (err error) {
+	if t.stub, err = startStub(t.ch, t.o.NewPidNamespace); err != nil {
+		return err
+	}
+	taken := append(append([]span(nil), t.stub.special...), t.stub.rest...)
+	if t.spare, err = t.model.spare(taken); err != nil {
+		return err
+	}
+	return t.stub.prepare(t.spare)
+}
+
+func (t *Tree) openFiles(set *image.Set) (err error) {
+	fo := files.RestoreOptions{Inherit: t.o.Inherit}
+	if t.o.NewPidNamespace {
+		fo.Open = t.openInside
+	}
+	if t.files, err = files.NewRestorer(t.log, set, fo); err != nil {
+		return err
+	}
+	if err := t.files.Open(); err != nil {
+		return err
+	}
+	for id, size := range t.model.shmemSizes() {
+		if t.shmems[id], err = sys.SharedAnon(size); err != nil {
+			return fmt.Errorf("make %d bytes of shared memory: %w", size, err)
+		}
+	}
+	return nil
+}
+
+// openInside opens a path in the mount namespace of the stub.
+func (t *Tree) openInside(path string, flags int, mode uint32) (*os.File, error) {
+	root, err := unix.Open(procfs.Path(t.stub.remote.Tid, "root"), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer func() { _ = unix.Close(root) }()
+	how := &unix.OpenHow{Flags: uint64(flags) | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT}
+	if flags&unix.O_CREAT != 0 {
+		how.Mode = uint64(mode)
+	}
+	fd, err := unix.Openat2(root, path, how)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+// build makes all processes and threads and their empty address spaces.
+func (t *Tree) build(ctx context.Context) error {
+	if err := t.processes(); err != nil {
+		return err
+	}
+	for _, p := range t.model.procs {
+		if p.zombie {
+			continue
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := t.addressSpace(p); err != nil {
+			return fmt.Errorf("build the address space of %s: %w", p, err)
+		}
+		if err := t.cloneThreads(p); err != nil {
+			return fmt.Errorf("make threads of %s: %w", p, err)
+		}
+	}
+	return nil
+}
+
+// born takes over a task that r's target just made.
+func (t *Tree) born(r *ptrace.Remote, area uint64) (*ptrace.Remote, error) {
+	if len(r.Born) == 0 {
+		return nil, fmt.Errorf("task %d made no new task", r.Tid)
+	}
+	tid := r.Born[len(r.Born)-1]
+	return t.adopt(tid, r, area)
+}
+
+func (t *Tree) adopt(tid int, parent *ptrace.Remote, area uint64) (*ptrace.Remote, error) {
+	t.live = append(t.live, tid)
+	n := &ptrace.Remote{Tid: tid, Insn: parent.Insn, Area: area}
+	var err error
+	if n.Base, err = ptrace.GetRegs(tid); err != nil {
+		return nil, err
+	}
+	_, err = ptrace.BlockSignals(tid)
+	return n, err
+}
+
+// cloneArgs is struct clone_args (include/uapi/linux/sched.h) with the one
+// pid of set_tid behind it.
+func cloneArgs(flags, exitSignal uint64, tid int) ptrace.Arg {
+	const size = 88
+	b := make([]byte, size+8)
+	le := binary.LittleEndian
+	le.PutUint64(b, flags)
+	le.PutUint64(b[32:], exitSignal)
+	if tid == 0 {
+		return ptrace.Arg{In: b}
+	}
+	le.PutUint64(b[72:], 1)
+	le.PutUint32(b[size:], uint32(tid))
+	return ptrace.Arg{In: b, Rel: []ptrace.Rel{{At: 64, To: size}}}
+}
+
+const cloneArgsSize = 88
+
+// clone makes a task with a chosen id (0: any) out of r's target.
+func (t *Tree) clone(r *ptrace.Remote, flags, exitSignal uint64, tid int) (*ptrace.Remote, error) {
+	call := ptrace.NewCall(fmt.Sprintf("clone task %d", tid), unix.SYS_CLONE3, cloneArgs(flags, exitSignal, tid), ptrace.Int(cloneArgsSize))
+	if err := r.Run(call); err != nil {
+		return nil, t.explain(err, tid)
+	}
+	return t.born(r, r.Area)
+}
+
+// explain names the holder of a pid that is taken.
+func (t *Tree) explain(err error, tid int) error {
+	if !errors.Is(err, unix.EEXIST) {
+		return err
+	}
+	if t.o.NewPidNamespace {
+		return fmt.Errorf("pid %d is taken in the new pid namespace: %w", tid, err)
+	}
+	return fmt.Errorf("%w: %w", PidTaken(tid), err)
+}
+
+// vdsoSpans pairs the special mappings that new processes have with those
+// that the images want; they can be moved but not be resized.
+func (t *Tree) vdsoSpans(p *process) (from, to []span, err error) {
+	for _, v := range p.vmas {
+		if v.Special() {
+			to = append(to, span{v.Start, v.End})
+		}
+	}
+	from = append(from, t.stub.special...)
+	sortSpans(from)
+	sortSpans(to)
+	bad := len(from) != len(to)
+	for i := 0; !bad && i < len(from); i++ {
+		bad = from[i].end-from[i].start != to[i].end-to[i].start ||
+			from[i].start-from[0].start != to[i].start-to[0].start
+	}
+	if bad {
+		return nil, nil, fmt.Errorf("its [vdso] and [vvar] are laid out differently on this kernel (%x here, %x there)", from, to)
+	}
+	return from, to, nil
+}
+
+// mremap flags (include/uapi/linux/mman.h).
+const mremapFixed = unix.MREMAP_MAYMOVE | unix.MREMAP_FIXED
+
+// addressSpace replaces the stub's mappings by those of the process, empty.
+func (t *Tree) addressSpace(p *process) error {
+	from, to, err := t.vdsoSpans(p)
+	if err != nil {
+		return err
+	}
+	r := p.remote()
+	var calls []*ptrace.Call
+	add := func(what string, nr uintptr, args ...ptrace.Arg) {
+		calls = append(calls, ptrace.NewCall(what, nr, args...))
+	}
+	park := t.spare + ptrace.AreaSize
+	move := func(what string, from, n, to uint64) {
+		add(what, unix.SYS_MREMAP, ptrace.Int(from), ptrace.Int(n), ptrace.Int(n), ptrace.Int(uint64(mremapFixed)), ptrace.Int(to))
+	}
+	if n := from[len(from)-1].end - from[0].start; n > parkSize {
+		return fmt.Errorf("[vdso] and [vvar] take %d bytes", n)
+	}
+	for _, s := range from {
+		move("park [vdso]", s.start, s.end-s.start, park+s.start-from[0].start)
+	}
+	for _, s := range t.stub.rest {
+		add("unmap the stub", unix.SYS_MUNMAP, ptrace.Int(s.start), ptrace.Int(s.end-s.start))
+	}
+	for i, s := range from {
+		move("place [vdso]", park+s.start-from[0].start, s.end-s.start, to[i].start)
+	}
+	if err := r.Run(calls...); err != nil {
+		return err
+	}
+	r.Insn += to[0].start - from[0].start
+	return t.mapAll(p)
+}
+
+// mapAll maps everything and sets the fields of the address space.
+func (t *Tree) mapAll(p *process) error {
+	r := p.remote()
+	use, err := t.mapFiles(p)
+	if err != nil {
+		return err
+	}
+	var list []*os.File
+	index := map[*os.File]int{}
+	for _, f := range use {
+		if _, ok := index[f]; !ok && f != nil {
+			index[f] = len(list)
+			list = append(list, f)
+		}
+	}
+	exe, err := t.files.File(p.mm.GetExeFileId())
+	if err != nil {
+		return fmt.Errorf("its program: %w", err)
+	}
+	if _, ok := index[exe]; !ok {
+		index[exe] = len(list)
+		list = append(list, exe)
+	}
+	nums, err := t.ch.give(r, list)
+	if err != nil {
+		return err
+	}
+	var calls []*ptrace.Call
+	for i, v := range p.vmas {
+		if v.Special() {
+			continue
+		}
+		flags := v.Flags&(unix.MAP_SHARED|unix.MAP_PRIVATE|unix.MAP_GROWSDOWN|unix.MAP_NORESERVE) | unix.MAP_FIXED_NOREPLACE
+		fd, off := ^uint64(0), uint64(0)
+		if f := use[i]; f != nil {
+			fd, off = uint64(nums[index[f]]), v.Offset
+		} else {
+			flags |= unix.MAP_ANONYMOUS
+		}
+		calls = append(calls, ptrace.NewCall("make "+v.String(), unix.SYS_MMAP, ptrace.Int(v.Start), ptrace.Int(v.Len()),
+			ptrace.Int(v.Prot), ptrace.Int(flags), ptrace.Int(fd), ptrace.Int(off)))
+		calls = append(calls, advise(v)...)
+	}
+	calls = append(calls, mmMap(p, nums[index[exe]]))
+	if p.mm.GetThpDisabled() {
+		calls = append(calls, ptrace.NewCall("disable huge pages", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_THP_DISABLE), ptrace.Int(1), ptrace.Int(0), ptrace.Int(0), ptrace.Int(0)))
+	}
+	for _, n := range nums {
+		calls = append(calls, ptrace.NewCall("close", unix.SYS_CLOSE, ptrace.Int(n)))
+	}
+	return r.Run(calls...)
+}
+
+// mapFiles gives the file behind each VMA, nil for anonymous memory.
+func (t *Tree) mapFiles(p *process) ([]*os.File, error) {
+	out := make([]*os.File, len(p.vmas))
+	for i, v := range p.vmas {
+		switch {
+		case v.Is(mem.AnonShared):
+			out[i] = t.shmems[uint32(v.ShmID)]
+		case v.Mapped():
+			f, err := t.files.File(uint32(v.ShmID))
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", v, err)
+			}
+			out[i] = f
+		}
+	}
+	return out, nil
+}
+
+func advise(v *mem.VMA) (calls []*ptrace.Call) {
+	for a := range 64 {
+		if v.Madvise&(1<<uint(a)) != 0 {
+			calls = append(calls, ptrace.NewCall(fmt.Sprintf("advise %d on %s", a, v), unix.SYS_MADVISE, ptrace.Int(v.Start), ptrace.Int(v.Len()), ptrace.Int(a)))
+		}
+	}
+	if v.Flags&unix.MAP_LOCKED != 0 {
+		calls = append(calls, ptrace.NewCall("lock "+v.String(), unix.SYS_MLOCK, ptrace.Int(v.Start), ptrace.Int(v.Len())))
+	}
+	return calls
+}
+
+// mmMap builds PR_SET_MM_MAP: struct prctl_mm_map (include/uapi/linux/prctl.h)
+// with the auxiliary vector behind it.
+func mmMap(p *process, exe int) *ptrace.Call {
+	const size = 104
+	m := p.mm
+	var b []byte
+	for _, v := range []uint64{
+		m.GetMmStartCode(), m.GetMmEndCode(), m.GetMmStartData(), m.GetMmEndData(), m.GetMmStartBrk(), m.GetMmBrk(), m.GetMmStartStack(),
+		m.GetMmArgStart(), m.GetMmArgEnd(), m.GetMmEnvStart(), m.GetMmEnvEnd(), 0,
+	} {
+		b = binary.LittleEndian.AppendUint64(b, v)
+	}
+	b = binary.LittleEndian.AppendUint32(b, uint32(len(m.GetMmSavedAuxv())*8))
+	b = binary.LittleEndian.AppendUint32(b, uint32(exe))
+	for _, v := range m.GetMmSavedAuxv() {
+		b = binary.LittleEndian.AppendUint64(b, v)
+	}
+	return ptrace.NewCall("set the fields of the address space", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_MM), ptrace.Int(unix.PR_SET_MM_MAP),
+		ptrace.Arg{In: b, Rel: []ptrace.Rel{{At: 88, To: size}}}, ptrace.Int(size), ptrace.Int(0))
+}
+
+// threadFlags are those of pthread_create that make a thread.
+const threadFlags = unix.CLONE_VM | unix.CLONE_FS | unix.CLONE_FILES | unix.CLONE_SIGHAND | unix.CLONE_THREAD | unix.CLONE_SYSVSEM
+
+func (t *Tree) cloneThreads(p *process) error {
+	if len(p.threads) == 1 {
+		return nil
+	}
+	lead := p.remote()
+	var calls []*ptrace.Call
+	for _, th := range p.threads[1:] {
+		c := ptrace.NewCall(fmt.Sprintf("clone thread %d", th.vtid), unix.SYS_CLONE3, cloneArgs(threadFlags, 0, th.vtid), ptrace.Int(cloneArgsSize))
+		calls = append(calls, c)
+	}
+	err := lead.Run(calls...)
+	// Whatever was born is ours to end, also after an error.
+	for i, tid := range lead.Born {
+		r, aerr := t.adopt(tid, lead, lead.Area)
+		if aerr != nil {
+			return errors.Join(err, aerr)
+		}
+		if err == nil {
+			p.threads[1+i].remote = r
+		}
+	}
+	if err != nil {
+		for i, c := range calls {
+			if c.Ret == -int64(unix.EEXIST) {
+				return t.explain(err, p.threads[1+i].vtid)
+			}
+		}
+	}
+	return err
+}
+
+// fill writes the data of the source to where it belongs.
+func (t *Tree) fill(ctx context.Context, src image.Source) (err error) {
+	var writer *mem.Writer
+	var cur int
+	defer func() {
+		if writer != nil {
+			err = errors.Join(err, writer.Close())
+		}
+	}()
+	for {
+		id, off, b, err := src.Next(ctx)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read data: %w", err)
+		}
+		if id.Kind != image.Memory {
+			if err := t.fillFile(id, off, b); err != nil {
+				return err
+			}
+			continue
+		}
+		if writer == nil || cur != int(id.ID) {
+			p := t.model.byPid[int(id.ID)]
+			if p == nil || p.zombie {
+				return fmt.Errorf("images hold memory of pid %d, which is not among their processes", id.ID)
+			}
+			if writer != nil {
+				if err := writer.Close(); err != nil {
+					return err
+				}
+			}
+			if writer, err = mem.NewWriter(p.remote().Tid, p.vmas); err != nil {
+				return err
+			}
+			cur = int(id.ID)
+		}
+		if err := writer.Write(off, b); err != nil {
+			return err
+		}
+	}
+}
+
+func (t *Tree) fillFile(id image.DataID, off uint64, b []byte) error {
+	f := t.files.DataFile(id)
+	if id.Kind == image.Shmem && f == nil {
+		f = t.shmems[id.ID]
+	}
+	if f == nil {
+		return fmt.Errorf("images hold data of %s, which nothing refers to", id)
+	}
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	// Whole pages may reach past the end of an object that ends inside one.
+	if end := off + uint64(len(b)); id.Kind == image.Shmem && end > uint64(st.Size()) {
+		if off >= uint64(st.Size()) || end-uint64(st.Size()) >= arch.PageSize {
+			return fmt.Errorf("images hold data of %s at %#x, behind its end at %#x", id, off, st.Size())
+		}
+		b = b[:uint64(st.Size())-off]
+	}
+	if _, err := f.WriteAt(b, int64(off)); err != nil {
+		return fmt.Errorf("write data of %s: %w", id, err)
+	}
+	return nil
+}
+
+// complete gives every process its descriptors and state and every thread its
+// final registers.
+func (t *Tree) complete(ctx context.Context) error {
+	for _, p := range t.model.procs {
+		if p.zombie {
+			continue
+		}
+		if err := t.descriptors(p); err != nil {
+			return fmt.Errorf("descriptors of %s: %w", p, err)
+		}
+	}
+	if err := t.zombies(); err != nil {
+		return err
+	}
+	for _, p := range t.model.procs {
+		if p.zombie {
+			continue
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := t.state(p); err != nil {
+			return fmt.Errorf("state of %s: %w", p, err)
+		}
+	}
+	return t.lastWords()
+}
+
+// lastWords ends or releases the stub: nothing more is cloned from it.
+func (t *Tree) lastWords() error {
+	if !t.o.NewPidNamespace {
+		err := t.stub.kill()
+		t.stub = nil
+		return err
+	}
+	return nil
+}
+
+func (t *Tree) state(p *process) error {
+	lead := p.remote()
+	cur, err := procfs.ReadStatus(lead.Tid)
+	if err != nil {
+		return err
+	}
+	calls, err := task.ProcessCalls(p.core())
+	if err != nil {
+		return err
+	}
+	if p.reapChild {
+		// What clones and zombies of ours left behind is not the program's.
+		calls = append([]*ptrace.Call{drainSIGCHLD()}, calls...)
+	}
+	calls = append(calls, ptrace.NewCall("set umask", unix.SYS_UMASK, ptrace.Int(p.fs.GetUmask())))
+	if err := lead.Run(calls...); err != nil {
+		return err
+	}
+	for i := len(p.threads) - 1; i >= 0; i-- {
+		th := p.threads[i]
+		if err := task.Outside(lead.Tid, th.remote.Tid, th.core, th.facts); err != nil {
+			return err
+		}
+		calls, err := task.ThreadCalls(th.core, p.vpid, th.vtid, &cur, th.facts)
+		if err != nil {
+			return err
+		}
+		if i == 0 {
+			calls = append(task.TimerCalls(th.core), calls...)
+			if d := p.mm.GetDumpable(); d == 0 || d == 1 {
+				calls = append(calls, ptrace.NewCall("set dumpable", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_DUMPABLE), ptrace.Int(d)))
+			}
+		}
+		if err := th.remote.Run(calls...); err != nil {
+			return err
+		}
+	}
+	if err := lead.Unmap(); err != nil {
+		return err
+	}
+	for _, th := range p.threads {
+		if err := task.Finish(th.remote.Tid, th.core); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t *Tree) releaseFiles() error {
+	var err error
+	if t.files != nil {
+		err = t.files.Close()
+		t.files = nil
+	}
+	for _, f := range t.shmems {
+		err = errors.Join(err, f.Close())
+	}
+	t.shmems = nil
+	if t.ch != nil {
+		err = errors.Join(err, t.ch.close())
+		t.ch = nil
+	}
+	return err
+}
+
+// Root is the pid of the root process on this host.
+func (t *Tree) Root() int { return t.root }
+
+// Pids are the processes on this host, the root first.
+func (t *Tree) Pids() []int { return t.pids }
+
+// Init is the pid of the first process of a new pid namespace, else 0.
+func (t *Tree) Init() int { return t.init }
+
+// Run lets all tasks go. It may be called once.
+func (t *Tree) Run() error {
+	if t.done {
+		return errors.New("the tree was let go or discarded already")
+	}
+	t.done = true
+	err := t.tracer.Do(func() error {
+		var errs []error
+		if t.stub != nil {
+			errs = append(errs, t.stub.release())
+		}
+		for _, p := range t.model.procs {
+			for _, th := range p.threads {
+				if p.zombie {
+					continue
+				}
+				if th.remote.Stopped {
+					errs = append(errs, os.NewSyscallError("tgkill", unix.Tgkill(p.remote().Tid, th.remote.Tid, unix.SIGSTOP)))
+				}
+				if err := sys.PtraceDetach(th.remote.Tid, 0); err != nil {
+					errs = append(errs, fmt.Errorf("let task %d of %s go: %w", th.vtid, p, err))
+				}
+			}
+		}
+		return errors.Join(errs...)
+	})
+	t.tracer.Close()
+	return err
+}
+
+// Discard ends everything that was built; it may be called at any time before
+// Run, and again.
+func (t *Tree) Discard() error {
+	if t.done {
+		return nil
+	}
+	t.done = true
+	err := t.tracer.Do(func() error {
+		var errs []error
+		for _, tid := range t.live {
+			if err := unix.Kill(tid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+				errs = append(errs, os.NewSyscallError("kill", err))
+			}
+		}
+		// The youngest first: leaders are reaped after their threads, and
+		// children before the parents that would have to wait for them.
+		for i := len(t.live) - 1; i >= 0; i-- {
+			errs = append(errs, reap(t.live[i]))
+		}
+		if t.stub != nil {
+			errs = append(errs, t.stub.kill())
+		}
+		return errors.Join(errs...)
+	})
+	t.tracer.Close()
+	return errors.Join(err, t.releaseFiles())
+}

@@ -1,0 +1,208 @@
+// Package restore owns the rebuilding of a tree from its images: new processes
+// with the recorded pids, their memory, files and state, ready to run. It must
+// not know where images come from.
+package restore
+
+import (
+	"errors"
+	"fmt"
+
+	criu_core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
+	fsimg "github.com/checkpoint-restore/go-criu/v8/crit/images/fs"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/mm"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
+
+	"godwit/engine/arch"
+	"godwit/engine/image"
+	"godwit/engine/mem"
+	"godwit/engine/ptrace"
+	"godwit/engine/task"
+)
+
+// thread is one thread to be built.
+type thread struct {
+	vtid  int
+	core  *criu_core.CoreEntry
+	facts *image.TaskFacts
+	// remote runs system calls in the new thread, whose pid on this host is remote.Tid.
+	remote *ptrace.Remote
+}
+
+// process is one process to be built.
+type process struct {
+	vpid, pgid, sid int
+	parent          *process
+	children        []*process
+	threads         []*thread // the leader first
+	zombie          bool
+
+	filesID uint32
+	mm      *mm.MmEntry
+	vmas    []*mem.VMA
+	fs      *fsimg.FsEntry
+
+	curSid    int // session that it is in while the tree is built
+	reapChild bool
+	writer    *mem.Writer
+}
+
+func (p *process) leader() *thread            { return p.threads[0] }
+func (p *process) remote() *ptrace.Remote     { return p.leader().remote }
+func (p *process) core() *criu_core.CoreEntry { return p.leader().core }
+func (p *process) comm() string               { return p.core().GetTc().GetComm() }
+func (p *process) String() string             { return fmt.Sprintf("pid %d (%s)", p.vpid, p.comm()) }
+
+// model is a tree as its images describe it, checked.
+type model struct {
+	procs []*process // parents before children
+	byPid map[int]*process
+	ids   map[int]bool // every pid and tid
+}
+
+// maxPid is the largest pid of a 64-bit kernel (include/linux/threads.h).
+const maxPid = 4 << 20
+
+// parse checks images, which may come from anywhere, and links them.
+func parse(set *image.Set) (*model, error) {
+	inv, err := image.One[*inventory.InventoryEntry](set, image.InventoryFile)
+	if err != nil {
+		return nil, err
+	}
+	if v := inv.GetImgVersion(); v != 1 && v != 2 {
+		return nil, fmt.Errorf("images have version %d; this engine reads 1 and 2", v)
+	}
+	if f := set.Facts; f != nil && f.Version > image.FactsVersion {
+		return nil, fmt.Errorf("%s has version %d; this engine reads up to %d", image.FactsFile, f.Version, image.FactsVersion)
+	}
+	items, err := image.All[*pstree.PstreeEntry](set, image.PstreeFile)
+	if err != nil {
+		return nil, err
+	}
+	if len(items) == 0 {
+		return nil, errors.New("images hold no process")
+	}
+	m := &model{byPid: map[int]*process{}, ids: map[int]bool{}}
+	facts := map[uint32]*image.TaskFacts{}
+	if set.Facts != nil {
+		for i := range set.Facts.Tasks {
+			facts[set.Facts.Tasks[i].TID] = &set.Facts.Tasks[i]
+		}
+	}
+	for i, it := range items {
+		p, err := m.process(set, it, facts)
+		if err != nil {
+			return nil, fmt.Errorf("images of pid %d: %w", it.GetPid(), err)
+		}
+		switch p.parent = m.byPid[int(it.GetPpid())]; {
+		case i == 0 && p.zombie:
+			return nil, fmt.Errorf("images hold a root process, pid %d, that has exited", p.vpid)
+		case i > 0 && p.parent == nil:
+			return nil, fmt.Errorf("images of pid %d: its parent %d is not among the processes before it", p.vpid, it.GetPpid())
+		case i > 0 && p.parent.zombie:
+			return nil, fmt.Errorf("images of pid %d: its parent %d has exited", p.vpid, it.GetPpid())
+		case i == 0:
+			p.parent = nil
+		}
+		if p.parent != nil {
+			p.parent.children = append(p.parent.children, p)
+		}
+		m.procs = append(m.procs, p)
+		m.byPid[p.vpid] = p
+	}
+	return m, nil
+}
+
+func (m *model) process(set *image.Set, it *pstree.PstreeEntry, facts map[uint32]*image.TaskFacts) (*process, error) {
+	p := &process{vpid: int(it.GetPid()), pgid: int(it.GetPgid()), sid: int(it.GetSid())}
+	tids := []uint32{it.GetPid()}
+	for _, t := range it.GetThreads() {
+		if t != it.GetPid() {
+			tids = append(tids, t)
+		}
+	}
+	for i, t := range tids {
+		if t < 2 || t > maxPid || m.ids[int(t)] {
+			return nil, fmt.Errorf("thread id %d is impossible or used twice", t)
+		}
+		m.ids[int(t)] = true
+		core, err := image.One[*criu_core.CoreEntry](set, image.CoreFile(t))
+		if err != nil {
+			return nil, err
+		}
+		if err := task.Check(core, i == 0); err != nil {
+			return nil, fmt.Errorf("task %d: %w", t, err)
+		}
+		p.threads = append(p.threads, &thread{vtid: int(t), core: core, facts: facts[t]})
+		if i == 0 && core.GetTc().GetTaskState() == task.Dead {
+			p.zombie = true
+			return p, nil
+		}
+	}
+	var err error
+	if p.mm, err = image.One[*mm.MmEntry](set, image.MMFile(it.GetPid())); err != nil {
+		return nil, err
+	}
+	if p.vmas, err = mem.FromImage(p.mm.GetVmas()); err != nil {
+		return nil, err
+	}
+	if n := len(p.mm.GetMmSavedAuxv()); n > 128 || n%2 != 0 {
+		return nil, fmt.Errorf("auxiliary vector of %d words", n)
+	}
+	if p.fs, err = image.One[*fsimg.FsEntry](set, image.FSFile(it.GetPid())); err != nil {
+		return nil, err
+	}
+	ids := p.core().GetIds()
+	if ids == nil {
+		if ids, err = image.One[*criu_core.TaskKobjIdsEntry](set, image.IDsFile(it.GetPid())); err != nil {
+			return nil, err
+		}
+	}
+	p.filesID = ids.GetFilesId()
+	return p, nil
+}
+
+// shmemSizes gives the length of every object of shared anonymous memory.
+func (m *model) shmemSizes() map[uint32]uint64 {
+	sizes := map[uint32]uint64{}
+	for _, p := range m.procs {
+		for _, v := range p.vmas {
+			if v.Is(mem.AnonShared) {
+				id := uint32(v.ShmID)
+				sizes[id] = max(sizes[id], v.Offset+v.Len())
+			}
+		}
+	}
+	return sizes
+}
+
+// spareSize is what a restore needs of each address space for itself: the
+// area of a Remote and room to park [vdso] and [vvar] in.
+const spareSize = ptrace.AreaSize + parkSize
+
+const parkSize = 64 * arch.PageSize
+
+// spare finds an address whose next spareSize bytes no process uses, nor the
+// stub in its own mappings taken.
+func (m *model) spare(taken []span) (uint64, error) {
+	all := append([]span(nil), taken...)
+	for _, p := range m.procs {
+		for _, v := range p.vmas {
+			all = append(all, span{v.Start, v.End})
+		}
+	}
+	sortSpans(all)
+	// Low addresses are left to the programs: brk grows there. One page more
+	// on both sides keeps ours apart from theirs.
+	at := uint64(0x10_0000_0000)
+	for _, s := range all {
+		if s.start > at && s.start-at >= spareSize+2*arch.PageSize {
+			break
+		}
+		at = max(at, s.end)
+	}
+	if at+spareSize+2*arch.PageSize > arch.TaskSize {
+		return 0, errors.New("no address range is free in all processes at once")
+	}
+	return at + arch.PageSize, nil
+}

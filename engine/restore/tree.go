@@ -1,0 +1,295 @@
+package restore
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"godwit/engine/procfs"
+	"godwit/engine/ptrace"
+	"godwit/engine/sys"
+)
+
+// TakenError says that a pid which a tree needs belongs to somebody else.
+type TakenError struct {
+	Pid    int
+	Holder string // who has it, as a person wants to read it
+}
+
+func (e *TakenError) Error() string {
+	return fmt.Sprintf("pid %d is taken on this host by %s; end that process or land the tree in a pid namespace of its own (--pid-namespace new)", e.Pid, e.Holder)
+}
+
+// PidTaken names the holder of a pid.
+func PidTaken(pid int) *TakenError {
+	e := &TakenError{Pid: pid, Holder: "a process group or session of that number"}
+	if comm, err := procfs.Comm(pid); err == nil {
+		e.Holder = fmt.Sprintf("pid %d (%s)", pid, comm)
+		if st, err := procfs.ReadStatus(pid); err == nil && st.Tgid != pid {
+			e.Holder = fmt.Sprintf("a thread of pid %d (%s)", st.Tgid, comm)
+		}
+	}
+	return e
+}
+
+// processes makes all processes of the tree with their sessions and groups.
+func (t *Tree) processes() error {
+	root := t.model.procs[0]
+	flags, exitSignal := uint64(unix.CLONE_PARENT), uint64(0)
+	if t.o.NewPidNamespace {
+		// The stub is the init of the namespace and stays the root's parent.
+		flags, exitSignal = 0, uint64(unix.SIGCHLD)
+	}
+	r, err := t.clone(t.stub.remote, flags, exitSignal, root.vpid)
+	if err != nil {
+		return fmt.Errorf("make %s: %w", root, err)
+	}
+	t.root = r.Tid
+	if t.o.NewPidNamespace {
+		t.init = t.stub.remote.Tid
+	}
+	// A session whose leader is not in the tree is the stub's: the number
+	// differs, what belongs together stays together.
+	root.curSid = root.sid
+	if err := t.grow(root, r); err != nil {
+		return err
+	}
+	if err := t.groups(); err != nil {
+		return err
+	}
+	for _, p := range t.model.procs {
+		if p.remote() == nil {
+			return fmt.Errorf("%s belongs to a session (%d) that its place in the tree does not lead to", p, p.sid)
+		}
+		t.pids = append(t.pids, p.remote().Tid)
+	}
+	return nil
+}
+
+// grow makes the descendants of p, which exists: first those that were born
+// before p began its own session, then the others.
+func (t *Tree) grow(p *process, r *ptrace.Remote) error {
+	p.leader().remote = r
+	before := p.curSid
+	if p.sid == p.vpid {
+		for _, c := range p.children {
+			if c.sid == before && c.sid != p.vpid {
+				if err := t.child(p, c); err != nil {
+					return err
+				}
+			}
+		}
+		if err := r.Run(ptrace.NewCall("begin a session", unix.SYS_SETSID)); err != nil {
+			return fmt.Errorf("%s: %w", p, err)
+		}
+		p.curSid = p.sid
+	}
+	for _, c := range p.children {
+		if c.remote() == nil && (c.sid == p.curSid || c.sid == c.vpid) {
+			if err := t.child(p, c); err != nil {
+				return err
+			}
+		}
+	}
+	for _, c := range p.children {
+		if c.remote() == nil {
+			if err := t.stepchild(p, c); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (t *Tree) child(p, c *process) error {
+	c.curSid = p.curSid
+	r, err := t.clone(p.remote(), 0, uint64(unix.SIGCHLD), c.vpid)
+	if err != nil {
+		return fmt.Errorf("make %s: %w", c, err)
+	}
+	return t.grow(c, r)
+}
+
+// stepchild makes a child c of p that is in a session which p is not in: in
+// the original tree its own parent, of that session, has ended. It is cloned,
+// as a sibling, by a child of p in that session, or by a helper that begins
+// the session and ends.
+func (t *Tree) stepchild(p, c *process) error {
+	for _, s := range p.children {
+		if s.remote() != nil && !s.zombie && s.curSid == c.sid {
+			return t.sibling(s.remote(), c)
+		}
+	}
+	if t.model.ids[c.sid] {
+		return fmt.Errorf("%s is in the session of pid %d, which is no ancestor's and no sibling's; such a tree cannot be rebuilt", c, c.sid)
+	}
+	h, err := t.clone(p.remote(), 0, uint64(unix.SIGCHLD), c.sid)
+	if err != nil {
+		return fmt.Errorf("begin session %d of %s: %w", c.sid, c, err)
+	}
+	if err := h.Run(ptrace.NewCall("begin a session", unix.SYS_SETSID)); err != nil {
+		return err
+	}
+	for _, s := range p.children {
+		if s.remote() == nil && s.sid == c.sid {
+			if err := t.sibling(h, s); err != nil {
+				return err
+			}
+		}
+	}
+	return t.endHelper(p, h)
+}
+
+func (t *Tree) sibling(r *ptrace.Remote, c *process) error {
+	c.curSid = c.sid
+	n, err := t.clone(r, unix.CLONE_PARENT, 0, c.vpid)
+	if err != nil {
+		return fmt.Errorf("make %s: %w", c, err)
+	}
+	return t.grow(c, n)
+}
+
+// endHelper kills a child of p that is not part of the tree and has p reap it.
+func (t *Tree) endHelper(p *process, h *ptrace.Remote) error {
+	if err := unix.Kill(h.Tid, unix.SIGKILL); err != nil {
+		return os.NewSyscallError("kill", err)
+	}
+	if err := reap(h.Tid); err != nil {
+		return err
+	}
+	t.forget(h.Tid)
+	p.reapChild = true
+	return p.remote().Run(ptrace.NewCall("reap a helper", unix.SYS_WAIT4, ptrace.Int(-1), ptrace.Int(0), ptrace.Int(unix.WALL|unix.WNOHANG), ptrace.Int(0)))
+}
+
+func (t *Tree) forget(tid int) {
+	for i, x := range t.live {
+		if x == tid {
+			t.live = append(t.live[:i], t.live[i+1:]...)
+			return
+		}
+	}
+}
+
+// groups puts processes into their groups: leaders first. A group whose leader
+// has ended is begun by a helper, unless it is the one in which the root came.
+func (t *Tree) groups() error {
+	setpgid := func(r *ptrace.Remote, pgid int) error {
+		return r.Run(ptrace.NewCall(fmt.Sprintf("join process group %d", pgid), unix.SYS_SETPGID, ptrace.Int(0), ptrace.Int(pgid)))
+	}
+	root := t.model.procs[0]
+	outside := 0
+	if root.pgid != root.vpid && root.sid != root.vpid && !t.model.ids[root.pgid] {
+		outside = root.pgid
+	}
+	members := map[int][]*process{}
+	var order []int
+	for _, p := range t.model.procs {
+		if p.remote() == nil {
+			continue
+		}
+		switch {
+		case p.sid == p.vpid: // began a session, and with it a group
+		case p.pgid == p.vpid:
+			if err := setpgid(p.remote(), 0); err != nil {
+				return fmt.Errorf("%s: %w", p, err)
+			}
+		case p.pgid == outside && p.curSid == root.curSid:
+		default:
+			if members[p.pgid] == nil {
+				order = append(order, p.pgid)
+			}
+			members[p.pgid] = append(members[p.pgid], p)
+		}
+	}
+	for _, pgid := range order {
+		first := members[pgid][0]
+		var h *ptrace.Remote
+		if t.model.byPid[pgid] == nil {
+			var err error
+			if h, err = t.clone(first.remote(), 0, uint64(unix.SIGCHLD), pgid); err != nil {
+				return fmt.Errorf("begin process group %d of %s: %w", pgid, first, err)
+			}
+			if err := setpgid(h, 0); err != nil {
+				return err
+			}
+		}
+		for _, p := range members[pgid] {
+			if err := setpgid(p.remote(), pgid); err != nil {
+				return fmt.Errorf("%s: %w", p, err)
+			}
+		}
+		if h != nil {
+			if err := t.endHelper(first, h); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// zombies makes the processes that have exited exit again.
+func (t *Tree) zombies() error {
+	for i := len(t.model.procs) - 1; i >= 0; i-- {
+		p := t.model.procs[i]
+		if !p.zombie {
+			continue
+		}
+		if err := t.exit(p); err != nil {
+			return fmt.Errorf("make %s a zombie: %w", p, err)
+		}
+		p.parent.reapChild = true
+	}
+	return nil
+}
+
+func (t *Tree) exit(p *process) error {
+	r := p.remote()
+	status := unix.WaitStatus(p.core().GetTc().GetExitCode())
+	calls := []*ptrace.Call{ptrace.NewCall("set name", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_NAME), ptrace.Str(p.comm()))}
+	if !status.Signaled() {
+		calls = append(calls, ptrace.NewCall("exit", unix.SYS_EXIT_GROUP, ptrace.Int(status.ExitStatus())))
+		err := r.Run(calls...)
+		if !errors.Is(err, ptrace.ErrGone) {
+			return errors.Join(err, errors.New("it did not exit"))
+		}
+		t.forget(r.Tid)
+		return nil
+	}
+	// No core file is written for a death that was reported long ago.
+	calls = append(calls, ptrace.NewCall("forbid core files", unix.SYS_PRLIMIT64, ptrace.Int(0), ptrace.Int(unix.RLIMIT_CORE), ptrace.Bytes(make([]byte, 16)), ptrace.Int(0)))
+	if err := r.Run(calls...); err != nil {
+		return err
+	}
+	if err := sys.PtraceSetSigMask(r.Tid, 0); err != nil {
+		return err
+	}
+	if err := unix.Kill(r.Tid, status.Signal()); err != nil {
+		return os.NewSyscallError("kill", err)
+	}
+	for {
+		// The signal is reported to us first and then delivered.
+		if err := sys.PtraceCont(r.Tid, int(status.Signal())); err != nil && !errors.Is(err, unix.ESRCH) {
+			return err
+		}
+		s, err := ptrace.Wait(r.Tid)
+		if err != nil {
+			return err
+		}
+		if s.Ended() {
+			t.forget(r.Tid)
+			return nil
+		}
+	}
+}
+
+// drainSIGCHLD takes the signals that ended helpers and zombies left pending.
+func drainSIGCHLD() *ptrace.Call {
+	set := binary.LittleEndian.AppendUint64(nil, 1<<(uint(unix.SIGCHLD)-1))
+	c := ptrace.NewCall("take SIGCHLD", unix.SYS_RT_SIGTIMEDWAIT, ptrace.Bytes(set), ptrace.Int(0), ptrace.Bytes(make([]byte, 16)), ptrace.Int(8))
+	c.MayFail = true
+	return c
+}

@@ -1,0 +1,139 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"godwit/engine/dump"
+	"godwit/engine/files"
+	"godwit/engine/freeze"
+	"godwit/engine/image"
+	"godwit/engine/restore"
+)
+
+const (
+	defaultFreezeTimeout = 10 * time.Second
+	defaultGhostLimit    = 1 << 30
+)
+
+func (o DumpOptions) internal() (dump.Options, error) {
+	d := dump.Options{External: o.External, GhostLimit: o.GhostLimit, Host: o.Host}
+	if d.GhostLimit == 0 {
+		d.GhostLimit = defaultGhostLimit
+	}
+	if d.Host == "" {
+		var err error
+		if d.Host, err = os.Hostname(); err != nil {
+			return d, err
+		}
+	}
+	return d, nil
+}
+
+// Plan looks at the running tree below pid and says what it holds and needs.
+// It returns a *Refusal that lists everything that cannot be carried. Nothing
+// of the tree is touched.
+func (e *Engine) Plan(ctx context.Context, pid int, o DumpOptions) (*Plan, error) {
+	if err := e.source(pid); err != nil {
+		return nil, err
+	}
+	d, err := o.internal()
+	if err != nil {
+		return nil, err
+	}
+	return dump.Preflight(ctx, e.log, pid, d)
+}
+
+// source refuses pids that cannot be the root of a dump.
+func (e *Engine) source(pid int) error {
+	switch {
+	case pid < 1:
+		return fmt.Errorf("%d is not a pid", pid)
+	case pid == os.Getpid():
+		return fmt.Errorf("pid %d is the agent itself", pid)
+	}
+	return nil
+}
+
+// Freeze stops the tree below pid: every process and thread of it. After an
+// error the tree runs as before.
+func (e *Engine) Freeze(ctx context.Context, pid int, o DumpOptions) (Tree, error) {
+	if err := e.source(pid); err != nil {
+		return nil, err
+	}
+	d, err := o.internal()
+	if err != nil {
+		return nil, err
+	}
+	timeout := o.Timeout
+	if timeout == 0 {
+		timeout = defaultFreezeTimeout
+	}
+	t, err := freeze.Freeze(ctx, pid, timeout)
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range t.Procs {
+		if p.Pid == os.Getpid() {
+			return nil, errors.Join(fmt.Errorf("the agent itself (pid %d) is part of the tree of pid %d", p.Pid, pid), t.Thaw())
+		}
+	}
+	e.log.Debug("tree frozen", "pid", pid, "processes", len(t.Procs), "threads", t.Threads(), "duration_us", t.FreezeDur.Microseconds())
+	return &frozen{e: e, t: t, o: d}, nil
+}
+
+// frozen is a Tree.
+type frozen struct {
+	e *Engine
+	t *freeze.Tree
+	o dump.Options
+}
+
+func (f *frozen) Dump(ctx context.Context, sink image.Sink) (DumpStats, error) {
+	start := time.Now()
+	s, err := dump.Dump(ctx, f.e.log, f.t, f.o, sink)
+	return DumpStats{
+		Processes: s.Processes, Threads: s.Threads, Pages: s.Pages, Bytes: s.Bytes,
+		FreezeDur: f.t.FreezeDur, DumpDur: time.Since(start), FrozenAt: f.t.FrozenAt,
+	}, err
+}
+
+func (f *frozen) Thaw() error { return f.t.Thaw() }
+func (f *frozen) Kill() error { return f.t.Kill() }
+
+// Restore rebuilds a tree from a source. The tree stands, and nothing of it
+// has run, when it returns; after an error nothing is left of it.
+func (e *Engine) Restore(ctx context.Context, src image.Source, o RestoreOptions) (Standing, error) {
+	in := map[string]files.Inherit{}
+	for k, v := range o.Inherit {
+		in[k] = files.Inherit{File: v.File, Forward: v.Forward}
+	}
+	t, err := restore.Restore(ctx, e.log, src, restore.Options{Inherit: in, NewPidNamespace: o.NewPidNamespace})
+	if err != nil {
+		return nil, err
+	}
+	return &standing{t}, nil
+}
+
+// standing is a Standing.
+type standing struct{ *restore.Tree }
+
+func (s *standing) Wait() (unix.WaitStatus, error) {
+	pid := s.Root()
+	if s.Init() != 0 {
+		// The root is a child of its namespace's init, which ends after it.
+		pid = s.Init()
+	}
+	for {
+		var ws unix.WaitStatus
+		_, err := unix.Wait4(pid, &ws, unix.WALL, nil)
+		if err != unix.EINTR {
+			return ws, os.NewSyscallError("wait4", err)
+		}
+	}
+}
