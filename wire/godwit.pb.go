@@ -1288,6 +1288,7 @@ type Requirements struct {
 	Rlimits       []*Rlimit              `protobuf:"bytes,11,rep,name=rlimits,proto3" json:"rlimits,omitempty"` // highest hard limits needed
 	PageSize      uint64                 `protobuf:"varint,12,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	OpenFiles     uint32                 `protobuf:"varint,13,opt,name=open_files,json=openFiles,proto3" json:"open_files,omitempty"` // descriptions that the restorer holds at once
+	Capabilities  uint64                 `protobuf:"varint,14,opt,name=capabilities,proto3" json:"capabilities,omitempty"`            // all permitted ones of the tree, bit n for capability n
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1409,6 +1410,13 @@ func (x *Requirements) GetPageSize() uint64 {
 func (x *Requirements) GetOpenFiles() uint32 {
 	if x != nil {
 		return x.OpenFiles
+	}
+	return 0
+}
+
+func (x *Requirements) GetCapabilities() uint64 {
+	if x != nil {
+		return x.Capabilities
 	}
 	return 0
 }
@@ -3042,7 +3050,7 @@ const file_godwit_proto_rawDesc = "" +
 	"\bresource\x18\x01 \x01(\rR\bresource\x12\x10\n" +
 	"\x03cur\x18\x02 \x01(\x04R\x03cur\x12\x10\n" +
 	"\x03max\x18\x03 \x01(\x04R\x03max\x12\x10\n" +
-	"\x03pid\x18\x04 \x01(\x05R\x03pid\"\xff\x03\n" +
+	"\x03pid\x18\x04 \x01(\x05R\x03pid\"\xa3\x04\n" +
 	"\fRequirements\x122\n" +
 	"\x05tasks\x18\x01 \x03(\v2\x1c.godwit.wire.v1.RequiredTaskR\x05tasks\x122\n" +
 	"\x05files\x18\x02 \x03(\v2\x1c.godwit.wire.v1.RequiredFileR\x05files\x12:\n" +
@@ -3059,7 +3067,8 @@ const file_godwit_proto_rawDesc = "" +
 	"\arlimits\x18\v \x03(\v2\x16.godwit.wire.v1.RlimitR\arlimits\x12\x1b\n" +
 	"\tpage_size\x18\f \x01(\x04R\bpageSize\x12\x1d\n" +
 	"\n" +
-	"open_files\x18\r \x01(\rR\topenFiles\"I\n" +
+	"open_files\x18\r \x01(\rR\topenFiles\x12\"\n" +
+	"\fcapabilities\x18\x0e \x01(\x04R\fcapabilities\"I\n" +
 	"\aInherit\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x18\n" +
