@@ -1,0 +1,261 @@
+package coordinator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"godwit/configs"
+	"godwit/transport"
+	"godwit/wire"
+)
+
+// migrateArgs are the arguments of migrate.
+type migrateArgs struct {
+	external     []string
+	inherit      []string
+	pidNamespace string
+	bandwidth    string
+	timeout      time.Duration
+	detach       bool
+}
+
+func (a *app) cmdMigrate() *cobra.Command {
+	var args migrateArgs
+	cmd := &cobra.Command{
+		Use:   "migrate SOURCE:PID DESTINATION",
+		Short: "Move a running process tree to another host",
+		Long: `migrate moves the process PID of host SOURCE, with all its descendants, to host
+DESTINATION, while it runs. First both hosts are asked whether that can work; if
+one refuses, nothing is touched and everything that stands in the way is listed.
+Then the tree is frozen, copied, rebuilt and let go at the destination. Until
+the destination has committed, any failure lets the tree run on at the source.
+
+Files that the destination provides are named by their key, file[MNT:INO], both
+hexadecimal, as in CRIU. --inherit says which file of the destination takes the
+place of one; it is opened anew with the flags that the process had, or, with
+",forward", handed over as it was opened.
+
+An interrupt (Ctrl-C) asks to abort, which works until the commit; a second one
+leaves the migration to itself. Progress goes to the standard error, the report
+to the standard output; with --output json that is one document.`,
+		Example: `  godwit migrate alpha:412 beta
+  godwit migrate alpha:412 beta --inherit 'file[72:a3e7]=/run/input.fifo' --inherit 'file[1f:88]=/var/log/app.log,forward'`,
+		Args: cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, argv []string) error {
+			return a.runMigrate(cmd.Context(), argv[0], argv[1], args)
+		},
+		ValidArgsFunction: func(cmd *cobra.Command, argv []string, prefix string) ([]string, cobra.ShellCompDirective) {
+			switch len(argv) {
+			case 0:
+				names := a.hostNames(cmd, prefix)
+				for i := range names {
+					names[i] += ":"
+				}
+				return names, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
+			case 1:
+				return a.hostNames(cmd, prefix), cobra.ShellCompDirectiveNoFileComp
+			}
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		},
+	}
+	f := cmd.Flags()
+	f.StringArrayVar(&args.external, "external", nil, "`KEY` of a file that the destination provides (repeatable)")
+	f.StringArrayVar(&args.inherit, "inherit", nil, "`KEY=PATH[,forward]`: the file of the destination for an external key, which it declares, too (repeatable)")
+	f.StringVar(&args.pidNamespace, "pid-namespace", "same", "`where` the pids are needed: same, or new for a pid namespace of the tree's own")
+	f.StringVar(&args.bandwidth, "bandwidth", "0", "`rate` that the transfer may use, such as 100MiB/s or 800Mbit/s; 0: no cap but the agent's")
+	f.DurationVar(&args.timeout, "timeout", 0, "`time` that the tree may be frozen before the commit; 0: the agent's default")
+	f.BoolVar(&args.detach, "detach", false, "return as soon as the source has begun, and print the migration's id")
+	return cmd
+}
+
+// parseTree reads HOST:PID.
+func parseTree(s string) (host string, pid int32, err error) {
+	host, text, ok := strings.Cut(s, ":")
+	if !ok {
+		return "", 0, usagef("%q is not HOST:PID", s)
+	}
+	if err := transport.CheckName(host); err != nil {
+		return "", 0, usagef("%q: source host: %w", s, err)
+	}
+	n, err := strconv.ParseInt(text, 10, 32)
+	if err != nil || n <= 0 {
+		return "", 0, usagef("%q: %q is not the pid of a process", s, text)
+	}
+	return host, int32(n), nil
+}
+
+// parseInherit reads KEY=PATH[,forward].
+func parseInherit(s string) (*wire.Inherit, error) {
+	key, path, ok := strings.Cut(s, "=")
+	if !ok || key == "" || path == "" {
+		return nil, usagef("--inherit %q: want KEY=PATH or KEY=PATH,forward", s)
+	}
+	path, forward := strings.CutSuffix(path, ",forward")
+	if !filepath.IsAbs(path) {
+		return nil, usagef("--inherit %q: the path %q is one of the destination and must be absolute", s, path)
+	}
+	return &wire.Inherit{Key: key, Path: path, Forward: forward}, nil
+}
+
+// options makes the options of a migration out of the arguments.
+func (m *migrateArgs) options() (*wire.MigrateOptions, error) {
+	o := &wire.MigrateOptions{}
+	for _, k := range m.external {
+		if k == "" || strings.ContainsFunc(k, func(r rune) bool { return r <= ' ' }) {
+			return nil, usagef("--external %q: want a key such as file[72:a3e7]", k)
+		}
+		if slices.Contains(o.External, k) {
+			return nil, usagef("--external %s is given twice", k)
+		}
+		o.External = append(o.External, k)
+	}
+	for _, s := range m.inherit {
+		in, err := parseInherit(s)
+		if err != nil {
+			return nil, err
+		}
+		if slices.ContainsFunc(o.Inherit, func(i *wire.Inherit) bool { return i.Key == in.Key }) {
+			return nil, usagef("--inherit is given twice for %s", in.Key)
+		}
+		o.Inherit = append(o.Inherit, in)
+		if !slices.Contains(o.External, in.Key) {
+			o.External = append(o.External, in.Key)
+		}
+	}
+	switch m.pidNamespace {
+	case "same":
+	case "new":
+		o.PidNamespaceNew = true
+	default:
+		return nil, usagef("--pid-namespace %q: want same or new", m.pidNamespace)
+	}
+	rate, err := configs.ParseRate(m.bandwidth)
+	if err != nil {
+		return nil, usagef("--bandwidth %q: %w", m.bandwidth, err)
+	}
+	o.Bandwidth = uint64(rate)
+	if m.timeout < 0 || m.timeout > 0 && m.timeout < time.Millisecond {
+		return nil, usagef("--timeout %s: want at least 1ms, or 0 for the agent's default", m.timeout)
+	}
+	o.TimeoutMs = uint64(m.timeout.Milliseconds())
+	return o, nil
+}
+
+// errInterrupted is the cause of a migration that the operator ended before
+// the agents had begun.
+var errInterrupted = wire.Errorf(wire.Code_CODE_ABORTED, "interrupted by the operator")
+
+func (a *app) runMigrate(ctx context.Context, tree, destination string, args migrateArgs) error {
+	source, pid, err := parseTree(tree)
+	if err != nil {
+		return err
+	}
+	if err := transport.CheckName(destination); err != nil {
+		return usagef("destination host: %w", err)
+	}
+	if source == destination {
+		return usagef("source and destination are the same host, %s", source)
+	}
+	options, err := args.options()
+	if err != nil {
+		return err
+	}
+	start := time.Now()
+	l, err := a.connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer l.close()
+	var v view = quiet{}
+	if a.output == outputText && !args.detach {
+		v = newTextView(a.stderr, false)
+	}
+	defer v.close()
+
+	m := &migration{link: l, view: v, rec: newMigration(source, pid, destination, options)}
+	begun := make(chan struct{})
+	work, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		select {
+		case <-a.interrupts:
+			cancel(errInterrupted)
+		case <-begun:
+		}
+	}()
+	err = m.begin(work)
+	close(begun)
+	if err == nil && work.Err() != nil { // in the last moment
+		err = m.fail(ctx, context.Cause(work))
+	}
+	if !m.created {
+		return err
+	}
+	if err == nil && args.detach {
+		return a.printDetached(m.rec)
+	}
+	if err != nil && (!m.sent || wire.Terminal(m.rec.State)) {
+		return a.finish(ctx, l, v, m.rec, time.Since(start), err)
+	}
+	if err != nil {
+		// The source may have begun; the record tells how that ends.
+		v.note(m.rec.Id, err.Error())
+	}
+	if current, _, gerr := l.records.Get(ctx, m.rec.Id); gerr == nil {
+		m.rec = current
+	}
+	f := &follow{link: l, view: v, wait: a.patience(), interrupts: a.interrupts}
+	rec, err := f.run(ctx, m.rec)
+	return a.finish(ctx, l, v, rec, time.Since(start), err)
+}
+
+func (a *app) printDetached(r *wire.Record) error {
+	if a.output == outputJSON {
+		return writeJSON(a.stdout, newMigrationDoc(r, 0))
+	}
+	_, err := fmt.Fprintln(a.stdout, r.Id)
+	return err
+}
+
+// finish prints the report of a migration and returns the error for its exit
+// code; err is why this command stopped following it, or nil.
+func (a *app) finish(ctx context.Context, l *link, v view, rec *wire.Record, total time.Duration, err error) error {
+	if wire.Terminal(rec.State) {
+		rec = settle(ctx, l, rec, reportWait)
+	}
+	v.close()
+	// What the record says is the whole story, with the reason of whoever was
+	// first to fail.
+	if f := failureOf(rec); f != nil && (err == nil || wire.Terminal(rec.State)) {
+		err = f
+	}
+	if a.output == outputJSON {
+		a.failureShown = true
+		doc := newMigrationDoc(rec, total)
+		doc.ExitCode = exitCode(err)
+		if err != nil && doc.Error == nil {
+			doc.Error = newErrorDoc(wire.ErrorOf(err))
+		}
+		return errors.Join(err, writeJSON(a.stdout, doc))
+	}
+	if err != nil {
+		return err
+	}
+	return printReport(a.stdout, rec, total)
+}
+
+// patience is how long commands bear silence.
+func (a *app) patience() patience {
+	if a.wait != nil {
+		return *a.wait
+	}
+	return defaultPatience
+}

@@ -1,0 +1,282 @@
+package coordinator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"godwit/transport"
+	"godwit/wire"
+)
+
+const (
+	// preflightTimeout bounds the source's look at the tree and the
+	// destination's check: hashing and comparing large files takes a while.
+	preflightTimeout = 30 * time.Second
+	// startTimeout bounds the source's way to Freezing.
+	startTimeout = 20 * time.Second
+)
+
+// migration is one migration as its coordinator sees it, up to the moment when
+// the agents drive it by themselves.
+type migration struct {
+	link   *link
+	view   view
+	rec    *wire.Record
+	stream string // that the destination opened
+
+	created bool // the record exists
+	// prepared: the destination may hold something for the migration.
+	prepared bool
+	// sent: the source may have got the order to start.
+	sent bool
+}
+
+// newMigration makes the record of a migration.
+func newMigration(source string, pid int32, destination string, o *wire.MigrateOptions) *wire.Record {
+	who := coordinatorName
+	if host, err := os.Hostname(); err == nil {
+		who = fmt.Sprintf("%s (pid %d on %s)", coordinatorName, os.Getpid(), host)
+	}
+	r := &wire.Record{
+		Id: transport.NewID(), Source: source, Destination: destination, Pid: pid, Options: o, Coordinator: who,
+	}
+	r.Start(coordinatorName, time.Now())
+	return r
+}
+
+// begin takes a new migration up to the point where the source has started it.
+// If it fails, the migration has ended or is told to: the record says so.
+func (m *migration) begin(ctx context.Context) error {
+	if err := m.claim(ctx); err != nil {
+		return err
+	}
+	m.view.record(m.rec)
+	err := m.preflight(ctx)
+	if err == nil {
+		err = m.start(ctx)
+	}
+	if err != nil {
+		return m.fail(ctx, err)
+	}
+	return nil
+}
+
+// claim creates the record, unless another migration of the same tree is in
+// flight.
+//
+// Two that are created at the same time see each other; the one that was
+// created later, by the bucket's count of changes, gives way. One that is
+// beyond Requested has not seen the other, which therefore came later.
+func (m *migration) claim(ctx context.Context) error {
+	if err := m.rivals(ctx, 0); err != nil {
+		return err
+	}
+	revision, err := m.link.records.Create(ctx, m.rec)
+	if err != nil {
+		return err
+	}
+	m.created = true
+	if err := m.rivals(ctx, revision); err != nil {
+		return m.fail(ctx, err)
+	}
+	return m.advance(ctx, wire.State_STATE_PREFLIGHT, nil)
+}
+
+// rivals returns an error if another migration of the tree has precedence over
+// the record that was created with the given revision; 0: over a new one.
+func (m *migration) rivals(ctx context.Context, revision uint64) error {
+	recs, err := m.link.records.List(ctx)
+	if err != nil {
+		return err
+	}
+	for _, r := range recs {
+		if r.Id == m.rec.Id || r.Source != m.rec.Source || r.Pid != m.rec.Pid || wire.Terminal(r.State) {
+			continue
+		}
+		current, rev, err := m.link.records.Get(ctx, r.Id)
+		if err != nil {
+			return err
+		}
+		if wire.Terminal(current.State) || revision != 0 && current.State == wire.State_STATE_REQUESTED && rev > revision {
+			continue
+		}
+		return wire.Errorf(wire.Code_CODE_CONFLICT,
+			"migration %s already moves pid %d of %s to %s: it is %s since %s; watch it with \"godwit watch %s\" or end it with \"godwit abort %s\"",
+			r.Id, r.Pid, r.Source, r.Destination, current.State.Word(), time.UnixMilli(current.UpdatedUnixMs).Format(time.DateTime), r.Id, r.Id)
+	}
+	return nil
+}
+
+// advance moves the record on.
+func (m *migration) advance(ctx context.Context, to wire.State, edit func(*wire.Record)) error {
+	return m.change(ctx, func(r *wire.Record) error {
+		if err := r.Move(to, wire.RoleCoordinator, coordinatorName, time.Now()); err != nil {
+			return aborted(r, err)
+		}
+		if edit != nil {
+			edit(r)
+		}
+		return nil
+	})
+}
+
+func (m *migration) change(ctx context.Context, fn func(*wire.Record) error) error {
+	rec, err := m.link.records.Change(ctx, m.rec.Id, fn)
+	if rec != nil {
+		m.rec = rec
+	}
+	return err
+}
+
+// aborted is the error for a migration that somebody else ended meanwhile.
+func aborted(r *wire.Record, err error) error {
+	if r.State == wire.State_STATE_ABORTING || r.State == wire.State_STATE_ABORTED {
+		if f := failureOf(r); f != nil {
+			return f
+		}
+		return wire.Errorf(wire.Code_CODE_ABORTED, "migration %s was aborted meanwhile: %s", r.Id, r.Reason)
+	}
+	return err
+}
+
+// preflight asks both hosts whether the tree can move, and gets both answers
+// even if the first is no.
+func (m *migration) preflight(ctx context.Context) error {
+	r := m.rec
+	phase := wire.State_STATE_PREFLIGHT.Phase()
+	call, cancel := context.WithTimeout(ctx, preflightTimeout)
+	defer cancel()
+	reply, srcErr := transport.Call[*wire.PreflightRequest, *wire.PreflightReply](call, m.link.nc, r.Source, "preflight", &wire.PreflightRequest{
+		Protocol: wire.Version, Id: r.Id, Pid: r.Pid, Options: r.Options, Destination: r.Destination,
+	})
+	srcErr = withHosts(ctx, m.link.nc, r.Source, srcErr)
+	if srcErr == nil && reply.Requirements == nil {
+		srcErr = wire.Errorf(wire.Code_CODE_INTERNAL, "the answer does not say what the tree needs").At(r.Source, phase)
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if reply.GetRoot() != nil || reply.GetRequirements() != nil {
+		req := reply.GetRequirements()
+		if err := m.change(ctx, func(r *wire.Record) error {
+			if r.State != wire.State_STATE_PREFLIGHT {
+				return aborted(r, nil)
+			}
+			r.Comm, r.Command = reply.GetRoot().GetComm(), reply.GetRoot().GetCommand()
+			r.Tasks, r.MemoryBytes, r.Threads = uint32(len(req.GetTasks())), req.GetMemoryBytes(), 0
+			for _, t := range req.GetTasks() {
+				r.Threads += uint32(max(len(t.Tids), 1))
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
+		m.view.record(m.rec)
+		if req != nil {
+			m.view.note(r.Id, fmt.Sprintf("%s of %s: %s, %s, %s", subject(m.rec), m.rec.Source,
+				plural(m.rec.Tasks, "process"), plural(m.rec.Threads, "thread"), formatBytes(m.rec.MemoryBytes)))
+		}
+	}
+	if reply.GetRequirements() == nil {
+		// Nothing to prepare; but who has to fix the source wants to know now
+		// if the destination is not even there.
+		_, dstErr := transport.Call[*wire.InfoRequest, *wire.InfoReply](call, m.link.nc, r.Destination, "info", &wire.InfoRequest{})
+		return bothErrors(r, srcErr, withHosts(ctx, m.link.nc, r.Destination, dstErr))
+	}
+
+	m.prepared = true
+	call, cancel = context.WithTimeout(ctx, preflightTimeout)
+	defer cancel()
+	prep, dstErr := transport.Call[*wire.PrepareRequest, *wire.PrepareReply](call, m.link.nc, r.Destination, "prepare", &wire.PrepareRequest{
+		Protocol: wire.Version, Id: r.Id, Source: r.Source, Requirements: reply.Requirements, Options: r.Options,
+	})
+	dstErr = withHosts(ctx, m.link.nc, r.Destination, dstErr)
+	if dstErr == nil && prep.Stream == "" {
+		dstErr = wire.Errorf(wire.Code_CODE_INTERNAL, "the answer does not name the stream").At(r.Destination, phase)
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	m.stream = prep.GetStream()
+	return bothErrors(r, srcErr, dstErr)
+}
+
+// bothErrors is what two hosts said as one error; nil if both are.
+func bothErrors(r *wire.Record, source, destination error) error {
+	phase := wire.State_STATE_PREFLIGHT.Phase()
+	at := func(err error, host string) *wire.Failure {
+		return wire.ErrorOf(err).Err().(*wire.Failure).At(host, phase)
+	}
+	switch {
+	case source == nil && destination == nil:
+		return nil
+	case destination == nil:
+		return at(source, r.Source)
+	case source == nil:
+		return at(destination, r.Destination)
+	}
+	s, d := at(source, r.Source), at(destination, r.Destination)
+	f := &wire.Failure{Code: s.Code, Phase: phase, Cause: errors.Join(source, destination)}
+	if d.Code == wire.Code_CODE_REFUSED {
+		f.Code = d.Code // the more telling one: nothing was touched
+	}
+	f.Message = fmt.Sprintf("%s says: %s; %s says: %s", s.Host, s.Message, d.Host, d.Message)
+	for _, x := range []*wire.Failure{s, d} {
+		for _, p := range x.Problems {
+			f.Problems = append(f.Problems, &wire.Problem{Object: p.Object, Reason: "on " + x.Host + ": " + p.Reason, Hint: p.Hint})
+		}
+	}
+	return f
+}
+
+// start orders the source to begin.
+func (m *migration) start(ctx context.Context) error {
+	r := m.rec
+	m.sent = true
+	call, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	_, err := transport.Call[*wire.StartRequest, *wire.StartReply](call, m.link.nc, r.Source, "start", &wire.StartRequest{
+		Protocol: wire.Version, Id: r.Id, Pid: r.Pid, Options: r.Options, Destination: r.Destination, Stream: m.stream,
+	})
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if errors.Is(err, transport.ErrNoAgent) {
+		m.sent = false
+	}
+	return err
+}
+
+// fail ends a migration that could not be started, and returns the error to
+// show for it. The record and the agents are told although ctx may have ended.
+func (m *migration) fail(ctx context.Context, cause error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*abortCallTimeout)
+	defer cancel()
+	f := wire.ErrorOf(cause).Err().(*wire.Failure)
+	var rec *wire.Record
+	var err error
+	if m.prepared || m.sent {
+		rec, err = askAbort(ctx, m.link, m.rec.Id, f.Message, f)
+	} else {
+		rec, err = m.link.records.Change(ctx, m.rec.Id, func(r *wire.Record) error {
+			if r.State == wire.State_STATE_ABORTING || wire.Terminal(r.State) {
+				return nil
+			}
+			if err := r.Move(wire.State_STATE_ABORTED, wire.RoleCoordinator, coordinatorName, time.Now()); err != nil {
+				return err
+			}
+			r.Reason, r.Error = f.Message, f.Proto()
+			return nil
+		})
+	}
+	if rec != nil {
+		m.rec = rec
+	}
+	if err != nil && (rec == nil || !wire.Terminal(rec.State)) {
+		return wire.Errorf(f.Code, "%w; the migration's record could not be brought up to date: %w", cause, err)
+	}
+	return cause
+}
