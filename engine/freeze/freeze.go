@@ -132,13 +132,32 @@ func (s *seizer) tree(root int) error {
 	}
 }
 
-// settle drops processes that ended between two passes and fixes the order.
+// settle drops processes that ended between two passes, and lets go those that
+// left the tree because their parent ended.
 func (s *seizer) settle() error {
 	var order []*Proc
-	for _, p := range s.order {
-		if p.Zombie || len(p.Threads) > 0 {
-			order = append(order, p)
+	in := map[int]bool{}
+	for i, p := range s.order {
+		if !p.Zombie && len(p.Threads) == 0 {
+			continue
 		}
+		st, err := procfs.ReadStat(p.Pid)
+		if procfs.Gone(err) {
+			continue // a zombie that was reaped from outside
+		}
+		if err != nil {
+			return fmt.Errorf("read state of pid %d: %w", p.Pid, err)
+		}
+		if p.PPid = st.PPid; i > 0 && !in[p.PPid] {
+			for _, th := range p.Threads {
+				if err := sys.PtraceDetach(th.Tid, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+					return fmt.Errorf("let task %d of pid %d go, which left the tree: %w", th.Tid, p.Pid, err)
+				}
+			}
+			continue
+		}
+		in[p.Pid] = true
+		order = append(order, p)
 	}
 	s.order = order
 	if len(order) == 0 || order[0].Zombie {
