@@ -332,7 +332,7 @@ func (c *collector) threads(p *process) error {
 		if st.Seccomp != 0 {
 			c.refuse(p, "", what+"runs under seccomp, which cannot be carried", "")
 		}
-		if st.TracerPid != 0 && st.TracerPid != os.Getpid() {
+		if st.TracerPid != 0 && !ownThread(st.TracerPid) {
 			c.refuse(p, "", fmt.Sprintf("%sis being traced by pid %d", what, st.TracerPid), "detach that tracer first")
 		}
 		if tid == p.pid {
@@ -345,6 +345,12 @@ func (c *collector) threads(p *process) error {
 		}
 	}
 	return nil
+}
+
+// ownThread tells whether a task is a thread of this process: the tracer.
+func ownThread(tid int) bool {
+	_, err := os.Stat(procfs.TaskPath(os.Getpid(), tid))
+	return err == nil
 }
 
 func (c *collector) memory(p *process) error {

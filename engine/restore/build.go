@@ -511,6 +511,13 @@ func (t *Tree) complete(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
+		calls, err := t.files.Calls(p.filesID)
+		if err != nil {
+			return fmt.Errorf("descriptors of %s: %w", p, err)
+		}
+		if err := p.remote().Run(calls...); err != nil {
+			return fmt.Errorf("descriptors of %s: %w", p, err)
+		}
 		if err := t.state(p); err != nil {
 			return fmt.Errorf("state of %s: %w", p, err)
 		}

@@ -167,3 +167,13 @@ func SetIOPrio(tid int, prio uint32) error {
 	}
 	return nil
 }
+
+// MMMapSize asks the kernel for the size of struct prctl_mm_map.
+func MMMapSize() (uint32, error) {
+	var size uint32
+	_, _, e := unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_MM, unix.PR_SET_MM_MAP_SIZE, uintptr(unsafe.Pointer(&size)), 0, 0, 0)
+	if e != 0 {
+		return 0, os.NewSyscallError("prctl PR_SET_MM_MAP_SIZE", e)
+	}
+	return size, nil
+}

@@ -1,0 +1,125 @@
+package engine
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"godwit/engine/dump"
+	"godwit/engine/procfs"
+	"godwit/engine/restore"
+	"godwit/engine/sys"
+)
+
+// Answer is the outcome of a probe.
+type Answer string
+
+// The outcomes.
+const (
+	Yes     Answer = "yes"
+	No      Answer = "no"
+	Unclear Answer = "unclear" // the probe itself failed
+)
+
+// Feature is something that the engine uses of this host.
+type Feature struct {
+	Name     string
+	Answer   Answer
+	Required bool   // without it no tree can be dumped or restored
+	Use      string // what it is for, and what happens without it
+	Err      error  // why not
+}
+
+// Probe tries out what the engine uses; it touches nothing but itself and a
+// process that it makes and ends.
+func Probe() []Feature {
+	list := []struct {
+		name, use string
+		required  bool
+		try       func() error
+	}{
+		{"kcmp", "telling which descriptors share an open file", true, func() error {
+			_, err := sys.KcmpTask(os.Getpid(), os.Getpid(), sys.KcmpVM)
+			return err
+		}},
+		{"pidfd_getfd", "looking at the open files of a tree", true, probeGetfd},
+		{"map_files", "opening mapped files", true, probeMapFiles},
+		{"PR_SET_MM_MAP", "rebuilding address spaces", true, probeMMMap},
+		{"vdso", "executing system calls in other processes", true, func() error {
+			_, err := dump.VdsoIdentity()
+			return err
+		}},
+		{"clone3_set_tid", "tracing, and giving processes their recorded pids", true, restore.SelfTest},
+		{"PAGEMAP_SCAN", "finding populated pages; slower without", false, probeScan},
+		{"timer_restore_ids", "POSIX timers with their ids (Linux 6.16); trees that hold some are refused without", false, func() error {
+			_, err := unix.PrctlRetInt(77, 2, 0, 0, 0)
+			return os.NewSyscallError("prctl", err)
+		}},
+	}
+	out := make([]Feature, 0, len(list))
+	for _, p := range list {
+		f := Feature{Name: p.name, Use: p.use, Required: p.required, Answer: Yes}
+		if f.Err = p.try(); f.Err != nil {
+			f.Answer = Unclear
+			for _, e := range []error{unix.ENOSYS, unix.EINVAL, unix.ENOTTY, unix.EPERM, unix.EACCES, os.ErrNotExist} {
+				if errors.Is(f.Err, e) {
+					f.Answer = No
+				}
+			}
+		}
+		out = append(out, f)
+	}
+	return out
+}
+
+func probeGetfd() error {
+	pidfd, err := unix.PidfdOpen(os.Getpid(), 0)
+	if err != nil {
+		return os.NewSyscallError("pidfd_open", err)
+	}
+	defer func() { _ = unix.Close(pidfd) }()
+	fd, err := unix.PidfdGetfd(pidfd, pidfd, 0)
+	if err != nil {
+		return os.NewSyscallError("pidfd_getfd", err)
+	}
+	return os.NewSyscallError("close", unix.Close(fd))
+}
+
+func probeMapFiles() error {
+	maps, err := procfs.ReadMaps(os.Getpid())
+	if err != nil {
+		return err
+	}
+	for _, m := range maps {
+		if m.Inode != 0 && m.Path != "" && m.Path[0] == '/' {
+			f, err := os.Open(fmt.Sprintf("/proc/self/map_files/%x-%x", m.Start, m.End))
+			if err != nil {
+				return err
+			}
+			return f.Close()
+		}
+	}
+	return errors.New("this program has no file mapping")
+}
+
+func probeMMMap() error {
+	size, err := sys.MMMapSize()
+	if err != nil {
+		return err
+	}
+	if size != 104 {
+		return fmt.Errorf("struct prctl_mm_map has %d bytes, want 104: %w", size, unix.EINVAL)
+	}
+	return nil
+}
+
+func probeScan() error {
+	f, err := os.Open("/proc/self/pagemap")
+	if err != nil {
+		return err
+	}
+	_, _, err = sys.PagemapScan(int(f.Fd()), 0x1000, 0x2000, 0, 0, sys.PageIsPresent, 0, make([]sys.PageRegion, 1))
+	return errors.Join(err, f.Close())
+}
