@@ -120,7 +120,6 @@ func parseFacts(b []byte) (*Facts, map[string]fileSum, error) {
 // input is an open image whose bytes are summed up as they are read.
 type input struct {
 	f    *os.File
-	r    io.Reader
 	size int64
 	crc  uint32
 	want *fileSum // nil: unknown
@@ -140,6 +139,23 @@ func (in *input) verify() error {
 	}
 	return fmt.Errorf("image %s: its checksum is %08x, it was written with %08x: the file is damaged or was edited "+
 		"(without its line in the sums of %s it is taken as it is)", in.name, in.crc, in.want.CRC, FactsFile)
+}
+
+// precheck sums up the file and goes back to its start: a list of pages is
+// small, and a wrong one would be blamed on its pages.
+func (in *input) precheck() error {
+	if in.want == nil {
+		return nil
+	}
+	if _, err := io.Copy(io.Discard, in); err != nil {
+		return err
+	}
+	if err := in.verify(); err != nil {
+		return err
+	}
+	in.crc = 0
+	_, err := in.f.Seek(0, io.SeekStart)
+	return err
 }
 
 // openImage opens an image; its size must be the one that was written.
@@ -305,6 +321,12 @@ func (s *DirSource) openSet(id DataID) (*inSet, error) {
 	in, err := s.openImage(name + Extension)
 	if err != nil {
 		return nil, err
+	}
+	if id.Kind != Ghost {
+		if err := in.precheck(); err != nil {
+			_ = in.f.Close()
+			return nil, err
+		}
 	}
 	set := &inSet{id: id, list: newReader(name, in, in.size), inputs: []*input{in}, ours: s.sums != nil}
 	pagesID, err := set.start()
