@@ -1,0 +1,51 @@
+// hold KIND: holds one object that cannot be carried, and counts. A dump must
+// be refused and leave no trace.
+#include "selfcheck.h"
+#include <arpa/inet.h>
+#include <linux/io_uring.h>
+#include <linux/netlink.h>
+#include <net/ethernet.h>
+#include <sys/file.h>
+#include <sys/inotify.h>
+#include <sys/socket.h>
+
+static int hold_tcp(void) {
+	int l = SYS(socket(AF_INET, SOCK_STREAM, 0)), c = SYS(socket(AF_INET, SOCK_STREAM, 0));
+	struct sockaddr_in a = {AF_INET, 0, {htonl(INADDR_LOOPBACK)}, {0}};
+	socklen_t n = sizeof a;
+	SYS(bind(l, (struct sockaddr *)&a, n));
+	SYS(listen(l, 1));
+	SYS(getsockname(l, (struct sockaddr *)&a, &n));
+	SYS(connect(c, (struct sockaddr *)&a, n));
+	int s = SYS(accept(l, NULL, NULL));
+	close(l);
+	return s;
+}
+
+void run_hold(void) {
+	CHECK(arg_count > 0, "usage: hold PREFIX KIND");
+	const char *k = arg_values[0];
+	int fd;
+	if (strcmp(k, "inotify") == 0) fd = inotify_init1(0);
+	else if (strcmp(k, "netlink") == 0) fd = socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE);
+	else if (strcmp(k, "packet") == 0) fd = socket(AF_PACKET, SOCK_RAW, htons(ETH_P_ALL));
+	else if (strcmp(k, "pidfd") == 0) fd = syscall(SYS_pidfd_open, getpid(), 0);
+	else if (strcmp(k, "pty") == 0) fd = posix_openpt(O_RDWR | O_NOCTTY);
+	else if (strcmp(k, "namespace") == 0) fd = open("/proc/self/ns/net", O_RDONLY);
+	else if (strcmp(k, "tcp") == 0) fd = hold_tcp();
+	else if (strcmp(k, "uring") == 0) {
+		struct io_uring_params p = {0};
+		fd = syscall(SYS_io_uring_setup, 4, &p);
+	} else if (strcmp(k, "flock") == 0) {
+		fd = SYS(open(path_of("locked"), O_RDWR | O_CREAT, 0644));
+		SYS(flock(fd, LOCK_EX));
+	} else if (strcmp(k, "lock") == 0) {
+		fd = SYS(open(path_of("locked"), O_RDWR | O_CREAT, 0644));
+		struct flock l = {.l_type = F_WRLCK, .l_len = 10};
+		SYS(fcntl(fd, F_SETLK, &l));
+	} else fail("no kind %s", k);
+	CHECK(fd >= 0, "make %s: %s", k, strerror(errno));
+	at_fd(33, fd);
+	remember(k, 33);
+	loop(recheck);
+}
