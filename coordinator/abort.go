@@ -106,7 +106,7 @@ func tellAbort(ctx context.Context, l *link, rec *wire.Record) (*wire.Record, er
 // Preconditions: the source said that it holds nothing of the migration.
 func settleAborted(ctx context.Context, l *link, rec *wire.Record) (*wire.Record, error) {
 	return l.records.Change(ctx, rec.Id, func(r *wire.Record) error {
-		if r.State != wire.State_STATE_ABORTING {
+		if r.State != wire.State_STATE_ABORTING || stuck(r) { // stuck: it holds nothing any more, for it failed to let go
 			return nil
 		}
 		return r.Move(wire.State_STATE_ABORTED, wire.RoleCoordinator, coordinatorName, time.Now())
