@@ -96,6 +96,9 @@ operator must look. dump and restore use 0 and 1 as CRIU does.`,
 // usageError marks err as a mistake in the command line of cmd.
 func usageError(cmd *cobra.Command, err error) error {
 	code := wire.ExitUsage
+	if f, ok := errors.AsType[foreignError](err); ok {
+		err = f // what the flag parser says around it does not fit
+	}
 	if cmd.Name() == "dump" || cmd.Name() == "restore" {
 		code = wire.ExitFailed
 	}
@@ -151,8 +154,13 @@ type foreign string
 
 func (foreign) String() string { return "" }
 func (foreign) Type() string   { return "" }
-func (f foreign) Set(string) error {
-	return fmt.Errorf("CRIU's option --%s is not carried out by this release; leave it out if the tree can do without", string(f))
+func (f foreign) Set(string) error { return foreignError(f) }
+
+// foreignError is an option of CRIU that was given and is not carried out.
+type foreignError string
+
+func (e foreignError) Error() string {
+	return fmt.Sprintf("CRIU's option --%s is not carried out by this release; leave it out if the tree can do without", string(e))
 }
 
 // boundMemory keeps this program's memory within limit bytes: the collector

@@ -134,6 +134,10 @@ func runDaemon(ctx context.Context, cfg *configs.Agent, stderr io.Writer) (err e
 	if err := a.Serve(svc); err != nil {
 		return errors.Join(err, svc.Stop())
 	}
+	// Ready means that a call made from now on finds the subscriptions.
+	if err := nc.FlushTimeout(5 * time.Second); err != nil {
+		log.Warn("the bus is away", "error", err)
+	}
 	log.Info("ready", "host", host, "version", Version, "bus", nc.ConnectedUrlRedacted(), "pid", os.Getpid())
 	<-ctx.Done()
 	log.Info("stopping")
