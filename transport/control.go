@@ -144,6 +144,11 @@ func (s *Service) Stop() error {
 	err := s.svc.Stop()
 	s.cancel()
 	s.calls.Wait()
+	if err == nil {
+		// The service takes its subscriptions back without waiting for the
+		// server; whoever starts next must not find this one still there.
+		err = flush(context.Background(), s.nc)
+	}
 	if errors.Is(err, nats.ErrConnectionClosed) || errors.Is(err, nats.ErrConnectionReconnecting) {
 		return nil // gone from the bus all the same
 	}

@@ -1,6 +1,7 @@
 package transport
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -103,19 +104,23 @@ func bounded(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(ctx, recordsTimeout)
 }
 
-// encode stamps the record. Several encodings of one message may differ in
-// spaces, so records are compared as messages, never as bytes.
+// encode is what is stored: the record in JSON with one more member, "write",
+// a random number of this very write. Two parties may want the same change in
+// the same millisecond; by this number each can tell whether the one that was
+// made is its own.
 func encode(rec *wire.Record) ([]byte, error) {
 	b, err := protojson.Marshal(rec)
 	if err != nil {
 		return nil, fmt.Errorf("write migration %s: %w", rec.Id, err)
 	}
-	return b, nil
+	// A record has an id, so there is a member before it.
+	return fmt.Appendf(b[:len(b)-1], `,"write":"%016x"}`, newSession()), nil
 }
 
 func decode(key string, b []byte) (*wire.Record, error) {
 	rec := &wire.Record{}
-	// A later release may have added fields; they must not make the record unreadable.
+	// "write" is no field, and a later release may have added some: they must
+	// not make the record unreadable.
 	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(b, rec); err != nil {
 		return nil, fmt.Errorf("read migration %s: the record is damaged: %w", key, err)
 	}
@@ -140,13 +145,13 @@ func (r *Records) Create(ctx context.Context, rec *wire.Record) (uint64, error) 
 	ctx, cancel := bounded(ctx)
 	defer cancel()
 	rev, err := r.kv.Create(ctx, rec.Id, b)
-	if errors.Is(err, jetstream.ErrKeyExists) {
+	if err != nil {
+		rev, err = r.settle(ctx, rec.Id, b, 0, err)
+	}
+	if errors.Is(err, ErrConflict) {
 		return 0, fmt.Errorf("create migration %s: %w", rec.Id, ErrExists)
 	}
-	if err != nil {
-		return r.settle(ctx, rec, 0, err)
-	}
-	return rev, nil
+	return rev, err
 }
 
 // Get returns the record and its revision; ErrNotFound if there is none.
@@ -189,21 +194,8 @@ func (r *Records) Update(ctx context.Context, rec *wire.Record, revision uint64)
 	ctx, cancel := bounded(ctx)
 	defer cancel()
 	rev, err := r.kv.Update(ctx, rec.Id, b, revision)
-	if errors.Is(err, jetstream.ErrKeyExists) {
-		// The client sends again by itself when it heard nothing, so the one
-		// that won may be this very change.
-		c := &ConflictError{id: rec.Id}
-		if cur, currev, gerr := r.Get(ctx, rec.Id); gerr == nil {
-			if proto.Equal(cur, next) {
-				rec.Epoch, rec.UpdatedUnixMs = next.Epoch, next.UpdatedUnixMs
-				return currev, nil
-			}
-			c.Current, c.Revision = cur, currev
-		}
-		return 0, c
-	}
 	if err != nil {
-		if rev, err = r.settle(ctx, next, revision, err); err != nil {
+		if rev, err = r.settle(ctx, rec.Id, b, revision, err); err != nil {
 			return 0, err
 		}
 	}
@@ -211,26 +203,36 @@ func (r *Records) Update(ctx context.Context, rec *wire.Record, revision uint64)
 	return rev, nil
 }
 
-// settle finds out what became of a write whose answer is missing, as far as
-// the time in ctx allows, by reading the record back.
-func (r *Records) settle(ctx context.Context, want *wire.Record, revision uint64, cause error) (uint64, error) {
-	if errors.Is(cause, nats.ErrReconnectBufExceeded) || errors.Is(cause, nats.ErrMaxPayload) || errors.Is(cause, nats.ErrConnectionClosed) {
-		return 0, fmt.Errorf("change migration %s: nothing was sent: %w", want.Id, cause)
+func conflict(id string, e jetstream.KeyValueEntry) *ConflictError {
+	c := &ConflictError{id: id}
+	if cur, err := decode(id, e.Value()); err == nil {
+		c.Current, c.Revision = cur, e.Revision()
 	}
-	if apiErr, ok := errors.AsType[*jetstream.APIError](cause); ok {
-		return 0, fmt.Errorf("change migration %s: the bus refused it: %w", want.Id, apiErr)
+	return c
+}
+
+// settle finds out what became of the write of b over the given revision by
+// reading the record back, for up to 3 s: its answer is missing, or it lost.
+// The client sends again by itself when it heard nothing, so the one that it
+// lost to may be this very write.
+func (r *Records) settle(ctx context.Context, id string, b []byte, revision uint64, cause error) (uint64, error) {
+	if errors.Is(cause, nats.ErrReconnectBufExceeded) || errors.Is(cause, nats.ErrMaxPayload) || errors.Is(cause, nats.ErrConnectionClosed) {
+		return 0, fmt.Errorf("change migration %s: nothing was sent: %w", id, cause)
+	}
+	if apiErr, ok := errors.AsType[*jetstream.APIError](cause); ok && !errors.Is(cause, jetstream.ErrKeyExists) {
+		return 0, fmt.Errorf("change migration %s: the bus refused it: %w", id, apiErr)
 	}
 	// The caller's time may be what ran out; the question is too important to
 	// leave it at that.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 3*time.Second)
 	defer cancel()
 	for ctx.Err() == nil {
-		cur, rev, err := r.Get(ctx, want.Id)
+		e, err := r.kv.Get(ctx, id)
 		switch {
-		case err == nil && proto.Equal(cur, want):
-			return rev, nil
-		case err == nil && rev != revision:
-			return 0, &ConflictError{id: want.Id, Current: cur, Revision: rev}
+		case err == nil && bytes.Equal(e.Value(), b):
+			return e.Revision(), nil
+		case err == nil && e.Revision() != revision:
+			return 0, conflict(id, e)
 		}
 		// Unchanged, or absent: the write may still be on its way.
 		select {
@@ -238,7 +240,7 @@ func (r *Records) settle(ctx context.Context, want *wire.Record, revision uint64
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
-	return 0, fmt.Errorf("change migration %s: %w: %w", want.Id, ErrOutcome, cause)
+	return 0, fmt.Errorf("change migration %s: %w: %w", id, ErrOutcome, cause)
 }
 
 // Change reads the record, lets fn change it and stores it by compare-and-set;
@@ -364,9 +366,9 @@ type RecordEvent struct {
 }
 
 // Watch sends the current record of a migration, or of all if id is empty, and
-// every later change, in order, until ctx ends; then the channel is closed. It
-// goes on over reconnects. The reader must keep reading. If the bus ends the
-// watch for good the channel closes although ctx has not ended.
+// every later change, in order, until ctx ends; then the channel is closed.
+// After a reconnect it goes on at once where it was. The reader must keep
+// reading.
 func (r *Records) Watch(ctx context.Context, id string) (<-chan RecordEvent, error) {
 	key := jetstream.AllKeys
 	if id != "" {
@@ -375,43 +377,104 @@ func (r *Records) Watch(ctx context.Context, id string) (<-chan RecordEvent, err
 		}
 		key = id
 	}
+	l := newNATSLink(r.nc) // before the watcher, so that no reconnect is missed
 	w, err := r.kv.Watch(ctx, key)
 	if err != nil {
+		l.close()
 		return nil, fmt.Errorf("watch the migrations: %w", err)
 	}
 	out := make(chan RecordEvent, 16)
-	go func() {
-		defer close(out)
-		defer func() { _ = w.Stop() }()
-		for {
-			var e jetstream.KeyValueEntry
-			var ok bool
-			select {
-			case <-ctx.Done():
-				return
-			case e, ok = <-w.Updates():
+	go r.watch(ctx, key, l, w, out)
+	return out, nil
+}
+
+// watch feeds out. The client's own watcher finds out only after some 20 s
+// that a restarted server does not know it any more; a frozen tree must not
+// wait for that, so each reconnect makes a new watcher.
+func (r *Records) watch(ctx context.Context, key string, l *natsLink, w jetstream.KeyWatcher, out chan<- RecordEvent) {
+	defer close(out)
+	defer l.close()
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	var lives uint64
+	var last uint64 // newest revision that was sent
+	cancelLast := func() {}
+	defer func() { cancelLast() }()
+	for {
+		again := w == nil
+		var updates <-chan jetstream.KeyValueEntry
+		if w != nil {
+			updates = w.Updates()
+		}
+		select {
+		case <-ctx.Done():
+			stopWatcher(w)
+			return
+		case <-tick.C:
+			if n := l.lives(); n != lives {
+				lives, again = n, true
 			}
+		case e, ok := <-updates:
 			if !ok {
-				return
+				w = nil // the next tick makes a new one
+				break
 			}
-			if e == nil { // end of what was there
-				continue
+			if e == nil || e.Revision() <= last { // end of what was there, or seen before
+				break
 			}
+			last = e.Revision()
 			ev := RecordEvent{ID: e.Key(), Revision: e.Revision()}
 			if e.Operation() == jetstream.KeyValuePut {
 				rec, err := decode(e.Key(), e.Value())
 				if err != nil {
 					r.log.Warn("record left out", "id", e.Key(), "error", err)
-					continue
+					break
 				}
 				ev.Record = rec
 			}
 			select {
 			case <-ctx.Done():
-				return
 			case out <- ev:
 			}
 		}
+		if !again || !l.up() {
+			continue
+		}
+		stopWatcher(w)
+		cancelLast()
+		// Until it is made again with a later tick there is none.
+		w, cancelLast = r.newWatcher(ctx, key, last)
+	}
+}
+
+// newWatcher makes a watcher of what comes after a revision, nil if that does
+// not work now. The watcher ends with the returned function.
+func (r *Records) newWatcher(ctx context.Context, key string, last uint64) (jetstream.KeyWatcher, context.CancelFunc) {
+	var opts []jetstream.WatchOpt
+	if last > 0 {
+		opts = append(opts, jetstream.ResumeFromRevision(last+1))
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	// The context is the watcher's whole life, so it bounds the making by a timer.
+	timer := time.AfterFunc(2*time.Second, cancel)
+	w, err := r.kv.Watch(ctx, key, opts...)
+	if err != nil || !timer.Stop() {
+		stopWatcher(w)
+		cancel()
+		return nil, func() {}
+	}
+	return w, cancel
+}
+
+// stopWatcher ends a watcher, if there is one, and lets go whatever it still
+// wants to hand over.
+func stopWatcher(w jetstream.KeyWatcher) {
+	if w == nil {
+		return
+	}
+	_ = w.Stop()
+	go func() {
+		for range w.Updates() {
+		}
 	}()
-	return out, nil
 }
