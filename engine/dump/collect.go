@@ -272,7 +272,9 @@ func (c *collector) process(p *process) error {
 func (c *collector) state(p *process) error {
 	st := &p.status
 	switch {
-	case st.Kthread || !st.HasMM:
+	case !st.HasMM && !st.Kthread:
+		return fmt.Errorf("it is just exiting: %w", unix.ESRCH)
+	case st.Kthread:
 		c.refuse(p, "", "is a kernel thread", "name a process of user space")
 	case st.State == 'T':
 		c.refuse(p, "", "is stopped by a signal, which cannot be carried", "continue it first (kill -CONT "+strconv.Itoa(p.pid)+")")

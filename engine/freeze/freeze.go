@@ -202,56 +202,63 @@ func (s *seizer) process(pid int) (found int, err error) {
 		p.ExitCode = st.ExitCode
 		return found, nil
 	}
+	// All are told to stop before any is waited for: they stop side by side.
+	var told []int
 	for _, tid := range tids {
 		if s.known[tid] {
 			continue
 		}
-		th, err := s.seize(p, tid)
+		ok, err := s.seize(p, tid)
 		if err != nil {
 			return 0, err
 		}
-		if th == nil {
+		if ok {
+			told = append(told, tid)
+		}
+	}
+	for _, tid := range told {
+		alive, err := s.awaitStop(p, tid)
+		if err != nil {
+			return 0, err
+		}
+		if !alive {
 			continue
 		}
 		s.known[tid] = true
 		found++
 		if tid == pid {
-			p.Threads = append([]*Thread{th}, p.Threads...)
+			p.Threads = append([]*Thread{{Tid: tid}}, p.Threads...)
 		} else {
-			p.Threads = append(p.Threads, th)
+			p.Threads = append(p.Threads, &Thread{Tid: tid})
 		}
 	}
 	return found, nil
 }
 
-// seize stops one thread; nil if it is no more.
-func (s *seizer) seize(p *Proc, tid int) (*Thread, error) {
+// seize attaches to one thread and tells it to stop; false if it is no more.
+func (s *seizer) seize(p *Proc, tid int) (bool, error) {
 	if err := context.Cause(s.ctx); err != nil {
-		return nil, err
+		return false, err
 	}
 	if err := sys.PtraceSeize(tid, sys.PtraceOptionTraceSysGood); err != nil {
 		st, serr := procfs.ReadTaskStatus(p.Pid, tid)
 		switch {
 		case errors.Is(err, unix.ESRCH), procfs.Gone(serr):
-			return nil, nil
+			return false, nil
 		case serr == nil && (st.State == 'Z' || st.State == 'X'):
-			return nil, nil // the next pass sees what it was
+			return false, nil // the next pass sees what it was
 		case serr == nil && st.TracerPid != 0:
-			return nil, fmt.Errorf("pid %d (%s) is being traced by pid %d; detach that tracer first: %w", p.Pid, p.Comm, st.TracerPid, err)
+			return false, fmt.Errorf("pid %d (%s) is being traced by pid %d; detach that tracer first: %w", p.Pid, p.Comm, st.TracerPid, err)
 		}
-		return nil, fmt.Errorf("seize task %d of pid %d (%s): %w", tid, p.Pid, p.Comm, err)
+		return false, fmt.Errorf("seize task %d of pid %d (%s): %w", tid, p.Pid, p.Comm, err)
 	}
 	if err := sys.PtraceInterrupt(tid); err != nil {
 		if errors.Is(err, unix.ESRCH) {
-			return nil, nil
+			return false, nil
 		}
-		return nil, fmt.Errorf("stop task %d of pid %d (%s): %w", tid, p.Pid, p.Comm, err)
+		return false, fmt.Errorf("stop task %d of pid %d (%s): %w", tid, p.Pid, p.Comm, err)
 	}
-	alive, err := s.awaitStop(p, tid)
-	if err != nil || !alive {
-		return nil, err
-	}
-	return &Thread{Tid: tid}, nil
+	return true, nil
 }
 
 func (s *seizer) awaitStop(p *Proc, tid int) (alive bool, err error) {

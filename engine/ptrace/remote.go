@@ -209,6 +209,20 @@ func (r *Remote) Unmap() error {
 	return nil
 }
 
+// SlowAction sets the action of a signal, a struct kernel_sigaction, without a
+// batch. Preconditions: an area is mapped.
+func (r *Remote) SlowAction(sig unix.Signal, action []byte) error {
+	at := r.Area + arch.PageSize
+	if err := r.write(at, action); err != nil {
+		return err
+	}
+	ret, err := r.Slow(unix.SYS_RT_SIGACTION, uint64(sig), at, 0, 8)
+	if err != nil {
+		return err
+	}
+	return Errno("rt_sigaction", ret)
+}
+
 // Errno turns a raw result into an error, nil for success.
 func Errno(name string, ret int64) error {
 	if ret < 0 && ret >= -4095 {
@@ -388,16 +402,9 @@ func (b *Borrowed) Return(keepArea bool) error {
 	var err error
 	if !keepArea {
 		if b.trapI && b.Area != 0 {
-			// struct kernel_sigaction with SIG_IGN; the breakpoint made it SIG_DFL.
-			act := make([]byte, 32)
-			act[0] = 1
-			if werr := b.write(b.Area+arch.PageSize, act); werr != nil {
-				err = werr
-			} else if ret, serr := b.Slow(unix.SYS_RT_SIGACTION, uint64(unix.SIGTRAP), b.Area+arch.PageSize, 0, 8); serr != nil {
-				err = serr
-			} else {
-				err = Errno("rt_sigaction SIGTRAP", ret)
-			}
+			ignore := make([]byte, 32)
+			ignore[0] = 1 // SIG_IGN
+			err = b.SlowAction(unix.SIGTRAP, ignore)
 		}
 		err = errors.Join(err, b.Unmap())
 	}

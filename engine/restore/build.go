@@ -206,11 +206,25 @@ const cloneArgsSize = 88
 
 // clone makes a task with a chosen id (0: any) out of r's target.
 func (t *Tree) clone(r *ptrace.Remote, flags, exitSignal uint64, tid int) (*ptrace.Remote, error) {
-	call := ptrace.NewCall(fmt.Sprintf("clone task %d", tid), unix.SYS_CLONE3, cloneArgs(flags, exitSignal, tid), ptrace.Int(cloneArgsSize))
-	if err := r.Run(call); err != nil {
-		return nil, t.explain(err, tid)
+	for start := time.Now(); ; time.Sleep(2 * time.Millisecond) {
+		err := r.Run(ptrace.NewCall(fmt.Sprintf("clone task %d", tid), unix.SYS_CLONE3, cloneArgs(flags, exitSignal, tid), ptrace.Int(cloneArgsSize)))
+		if err == nil {
+			return t.born(r, r.Area)
+		}
+		// A tree that ended a moment ago may wait for its init to reap it.
+		if !errors.Is(err, unix.EEXIST) || living(tid) || time.Since(start) > reapWait {
+			return nil, t.explain(err, tid)
+		}
 	}
-	return t.born(r, r.Area)
+}
+
+// reapWait is how long a restore waits for a dead holder of a pid to be reaped.
+const reapWait = 2 * time.Second
+
+// living tells whether a task with that id exists and has not exited.
+func living(tid int) bool {
+	st, err := procfs.ReadStat(tid)
+	return err == nil && !st.Zombie() && st.State != 'X'
 }
 
 // explain names the holder of a pid that is taken.
@@ -572,7 +586,7 @@ func (t *Tree) state(p *process) error {
 			return err
 		}
 	}
-	if err := lead.Unmap(); err != nil {
+	if err := task.LastAction(lead, p.core()); err != nil {
 		return err
 	}
 	for _, th := range p.threads {

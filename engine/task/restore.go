@@ -9,6 +9,7 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/creds"
 	criu_core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
+	criu_sa "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-sa"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/siginfo"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/timer"
 	"golang.org/x/sys/unix"
@@ -73,8 +74,11 @@ func ProcessCalls(core *criu_core.CoreEntry) ([]*ptrace.Call, error) {
 		}
 		sa := tc.GetSigactions()[i]
 		i++
+		if sig == int(unix.SIGTRAP) {
+			continue // every batch ends in one: LastAction
+		}
 		add(fmt.Sprintf("set action of signal %d", sig), unix.SYS_RT_SIGACTION, ptrace.Int(sig),
-			ptrace.Bytes(put64(sa.GetSigaction(), sa.GetFlags(), sa.GetRestorer(), sa.GetMask())), ptrace.Int(0), ptrace.Int(8))
+			ptrace.Bytes(sigaction(sa)), ptrace.Int(0), ptrace.Int(8))
 	}
 	for res, l := range tc.GetRlimits().GetRlimits() {
 		add(fmt.Sprintf("set limit %d to %d/%d", res, int64(l.GetCur()), int64(l.GetMax())), unix.SYS_PRLIMIT64, ptrace.Int(0), ptrace.Int(res),
@@ -87,6 +91,21 @@ func ProcessCalls(core *criu_core.CoreEntry) ([]*ptrace.Call, error) {
 	return cs, nil
 }
 
+func sigaction(sa *criu_sa.SaEntry) []byte {
+	return put64(sa.GetSigaction(), sa.GetFlags(), sa.GetRestorer(), sa.GetMask())
+}
+
+// LastAction sets the action of SIGTRAP, which the breakpoint at the end of a
+// batch would reset if the program ignores it, and gives the area back.
+// Preconditions: r runs no batch any more.
+func LastAction(r *ptrace.Remote, core *criu_core.CoreEntry) error {
+	// Signals 1 to 4 come before it, all of them imaged.
+	if err := r.SlowAction(unix.SIGTRAP, sigaction(core.GetTc().GetSigactions()[unix.SIGTRAP-1])); err != nil {
+		return err
+	}
+	return r.Unmap()
+}
+
 // TimerCalls arm the timers of a process. They run in its leader, last of all:
 // time runs from then on.
 func TimerCalls(core *criu_core.CoreEntry) []*ptrace.Call {
@@ -96,11 +115,17 @@ func TimerCalls(core *criu_core.CoreEntry) []*ptrace.Call {
 		cs = append(cs, ptrace.NewCall(what, nr, args...))
 	}
 	for i, it := range []*timer.ItimerEntry{t.GetReal(), t.GetVirt(), t.GetProf()} {
-		if it.GetVsec() == 0 && it.GetVusec() == 0 {
-			continue // not running
+		usec := it.GetVusec()
+		if it.GetVsec() == 0 && usec == 0 {
+			if i != 0 || it.GetIsec() == 0 && it.GetIusec() == 0 {
+				continue // not running
+			}
+			// It has expired, and the kernel starts the next interval when the
+			// pending SIGALRM is taken. The one that this makes joins that one.
+			usec = 1
 		}
 		add(fmt.Sprintf("set interval timer %d", i), unix.SYS_SETITIMER, ptrace.Int(i),
-			ptrace.Bytes(put64(it.GetIsec(), it.GetIusec(), it.GetVsec(), it.GetVusec())), ptrace.Int(0))
+			ptrace.Bytes(put64(it.GetIsec(), it.GetIusec(), it.GetVsec(), usec)), ptrace.Int(0))
 	}
 	if len(t.GetPosix()) == 0 {
 		return cs
