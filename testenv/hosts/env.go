@@ -144,7 +144,9 @@ func (e *Env) add(i int, name string) error {
 	if e.hosts[name] != nil {
 		return errors.New("named twice")
 	}
-	c := initConfig{Hostname: name, Shared: e.dir, Hosts: map[string]string{}}
+	// Pids of different hosts differ, as they mostly do on real ones, so that a
+	// tree finds its own free where it lands.
+	c := initConfig{Hostname: name, Shared: e.dir, Hosts: map[string]string{}, FirstPid: 1000 * (i + 1)}
 	for j, n := range e.names {
 		c.Hosts[n] = address(j).String()
 	}

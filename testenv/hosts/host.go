@@ -233,6 +233,13 @@ func parent(pid int) (int, error) {
 	return strconv.Atoi(fs[1])
 }
 
+// NextPid makes pid the next one that the host gives away, if it is free.
+func (h *Host) NextPid(ctx context.Context, pid int) error {
+	// The number belongs to the pid namespace of the writer.
+	_, err := h.Run(ctx, "sh", "-c", fmt.Sprintf("echo %d >%s", pid-1, lastPid))
+	return err
+}
+
 // Alive says whether the host has a process of that pid that is not a zombie.
 func (h *Host) Alive(inner int) bool {
 	b, err := os.ReadFile(h.Path(fmt.Sprintf("/proc/%d/stat", inner)))

@@ -186,7 +186,17 @@ func TestStartAndPids(t *testing.T) {
 	if back, err := a.Inner(outer); err != nil || back != pid {
 		t.Errorf("Inner(Outer(%d)) = %d, %v", pid, back, err)
 	}
-	if _, err := e.Host("beta").Outer(pid); !errors.Is(err, ErrNoProcess) && pid > 20 {
+	if pid < 1000 || pid > 1100 {
+		t.Errorf("alpha counts pids from 1000 on and gave %d", pid)
+	}
+	if err := a.NextPid(t.Context(), 4321); err != nil {
+		t.Fatal(err)
+	}
+	// The spawning helpers take a few.
+	if next, err := a.Start(t.Context(), Spec{Args: []string{"sleep", "1000"}}); err != nil || next < 4321 || next > 4400 {
+		t.Errorf("after NextPid(4321) the next process has pid %d, %v", next, err)
+	}
+	if _, err := e.Host("beta").Outer(pid); !errors.Is(err, ErrNoProcess) {
 		t.Errorf("beta has pid %d: %v", pid, err)
 	}
 	if pp, err := parent(outer); err != nil || pp != a.InitPid() {

@@ -23,6 +23,10 @@ const (
 	nameBirth = "godwit-testenv-birth"
 )
 
+// lastPid sets the pid from which the kernel goes on counting, for the pid
+// namespace of the writer (Documentation/admin-guide/sysctl/kernel.rst, ns_last_pid).
+const lastPid = "/proc/sys/kernel/ns_last_pid"
+
 // Descriptors that the init of a host gets from its maker.
 const (
 	fdLifeline = 3 // read end of a pipe; end of file means that the maker is gone
@@ -35,6 +39,7 @@ type initConfig struct {
 	Hostname string
 	Shared   string            // directory that all hosts see at the same path
 	Hosts    map[string]string // name → address, for /etc/hosts
+	FirstPid int               // of the first process after init
 }
 
 // spawnConfig is what a spawn helper is told, as JSON in argv[1].
@@ -173,6 +178,9 @@ func setUpHost() error {
 		return fmt.Errorf("bind %s: %w", c.Shared, err)
 	}
 	_ = unix.Close(shared)
+	if err := os.WriteFile(lastPid, []byte(fmt.Sprint(c.FirstPid-1)), 0); err != nil {
+		return err
+	}
 	if err := unix.Mount(etcHosts, "/etc/hosts", "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("bind /etc/hosts: %w", err)
 	}
