@@ -17,7 +17,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
-	"golang.org/x/sys/unix"
 
 	"godwit/engine/image"
 	"godwit/engine/plan"
@@ -104,10 +103,10 @@ type Standing interface {
 	Pids() []int
 	// Run lets all tasks go. After it returned nil the tree is its own.
 	Run() error
-	// Wait waits for the end of the root after Run and returns its wait status,
-	// or that of the init of its new pid namespace. The root is a child of this
-	// process: unless somebody waits, it stays a zombie.
-	Wait() (unix.WaitStatus, error)
+	// Child is the process that is a child of this one and stays a zombie
+	// unless it is reaped: the root, or the init of its new pid namespace, which
+	// ends after it with status 0.
+	Child() int
 	// Discard kills the rebuilt tree; nothing of it has run.
 	Discard() error
 }

@@ -7,8 +7,6 @@ import (
 	"os"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"godwit/engine/dump"
 	"godwit/engine/files"
 	"godwit/engine/freeze"
@@ -123,17 +121,9 @@ func (e *Engine) Restore(ctx context.Context, src image.Source, o RestoreOptions
 // standing is a Standing.
 type standing struct{ *restore.Tree }
 
-func (s *standing) Wait() (unix.WaitStatus, error) {
-	pid := s.Root()
+func (s *standing) Child() int {
 	if s.Init() != 0 {
-		// The root is a child of its namespace's init, which ends after it.
-		pid = s.Init()
+		return s.Init()
 	}
-	for {
-		var ws unix.WaitStatus
-		_, err := unix.Wait4(pid, &ws, unix.WALL, nil)
-		if err != unix.EINTR {
-			return ws, os.NewSyscallError("wait4", err)
-		}
-	}
+	return s.Root()
 }
