@@ -1,5 +1,7 @@
 package procfs
 
+//lint:file-ignore ST1003 the fields have the names of the keys in /proc
+
 import (
 	"fmt"
 	"strings"
