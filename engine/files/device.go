@@ -1,0 +1,117 @@
+package files
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
+	"golang.org/x/sys/unix"
+)
+
+// kindDevice carries character devices without a state of their own in the open
+// file, found by path.
+var kindDevice = &kind{
+	name: "character device", typ: fdinfo.FdTypes_REG,
+	takes: func(_ *Dumper, o *object) bool {
+		return o.mode()&unix.S_IFMT == unix.S_IFCHR && !o.isPath() && strings.HasPrefix(o.link, "/") && !isTTY(o)
+	},
+	dump: dumpDevice,
+	has: func(_ *Restorer, x *description) bool {
+		return x.entry.GetReg().GetMode()&unix.S_IFMT == unix.S_IFCHR && x.entry.GetReg().GetFlags()&unix.O_PATH == 0
+	},
+	check: checkRegular,
+	open:  openEach(openDevice),
+}
+
+// stateful are devices whose open file holds what no image does, by major and
+// minor number (-1: all): Documentation/admin-guide/devices.txt.
+var stateful = []struct {
+	major, minor int
+	what         string
+}{
+	{1, 1, "physical memory"}, {1, 2, "kernel memory"}, {1, 4, "I/O ports"}, {1, 11, "the kernel's log"},
+	{10, 200, "a tun/tap interface"}, {10, 229, "a FUSE connection"}, {10, 232, "virtual machines"},
+	{10, 238, "a vhost device"}, {10, 241, "a vhost device"}, {10, 237, "loop devices"}, {10, 236, "device mapper"},
+	{10, 223, "an input device"}, {10, 196, "VFIO"}, {13, -1, "an input device"}, {21, -1, "a SCSI device"},
+	{29, -1, "a frame buffer"}, {81, -1, "a video device"}, {89, -1, "an I2C bus"}, {108, -1, "a PPP interface"},
+	{116, -1, "a sound device"}, {14, -1, "a sound device"}, {180, -1, "a USB device"}, {189, -1, "a USB device"},
+	{195, -1, "a GPU"}, {226, -1, "a GPU"}, {202, -1, "machine registers"}, {203, -1, "CPU facts"},
+}
+
+func dumpDevice(d *Dumper, o *object) error {
+	maj, minor := int(unix.Major(uint64(o.stat.Rdev))), int(unix.Minor(uint64(o.stat.Rdev)))
+	for _, s := range stateful {
+		if s.major == maj && (s.minor < 0 || s.minor == minor) {
+			d.refuse(o, fmt.Sprintf("character device %d:%d (%s) has a state that cannot be read", maj, minor, s.what), "let the program close it")
+			return nil
+		}
+	}
+	if o.held("mapping") && maj != 1 {
+		d.refuse(o, fmt.Sprintf("memory of character device %d:%d is mapped", maj, minor), "let the program unmap it")
+		return nil
+	}
+	path, at := d.locate(o)
+	if at != atPath {
+		d.refuse(o, fmt.Sprintf("character device %d:%d is no longer at its path", maj, minor), "make the node again (mknod)")
+		return nil
+	}
+	o.path = path
+	o.entries = append(o.entries, d.regEntry(o, o.id, path))
+	o.fact(o.id).Rdev = uint64(o.stat.Rdev)
+	return nil
+}
+
+func openDevice(r *Restorer, x *description) error {
+	e := x.entry.GetReg()
+	in, base, err := r.base(x, e)
+	if err != nil {
+		return err
+	}
+	if in == nil {
+		defer func() { _ = base.Close() }()
+	} else if in.Forward {
+		return r.forward(x, in)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(base.Fd()), &st); err != nil {
+		return &os.PathError{Op: "fstat", Path: base.Name(), Err: err}
+	}
+	if f := r.facts[x.id]; f != nil && in == nil && f.Rdev != 0 && f.Rdev != uint64(st.Rdev) {
+		return fmt.Errorf("%s is device %d:%d here, expected %d:%d", base.Name(), unix.Major(uint64(st.Rdev)), unix.Minor(uint64(st.Rdev)),
+			unix.Major(f.Rdev), unix.Minor(f.Rdev))
+	}
+	// O_NONBLOCK so that a device that waits for a carrier does not hold us up.
+	f, err := reopen(base, reopenFlags(int(e.GetFlags()), false)|unix.O_NONBLOCK)
+	if err != nil {
+		return hinted(err)
+	}
+	x.file = f
+	if err := setStatus(f, e.GetFlags()); err != nil && !errors.Is(err, unix.EPERM) {
+		return err
+	}
+	return setPosition(f, e.GetPos())
+}
+
+// setStatus gives a description the recorded flags that F_SETFL changes.
+// O_ASYNC is for the process to set.
+func setStatus(f *os.File, flags uint32) error {
+	want := int(flags) & settable &^ unix.O_ASYNC
+	have, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
+	if err != nil {
+		return &os.PathError{Op: "fcntl F_GETFL", Path: f.Name(), Err: err}
+	}
+	if have&settable == want {
+		return nil
+	}
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFL, want); err != nil {
+		return &os.PathError{Op: fmt.Sprintf("fcntl F_SETFL %#x", want), Path: f.Name(), Err: err}
+	}
+	return nil
+}
+
+func isTTY(o *object) bool {
+	_, err := unix.IoctlGetTermios(int(o.file.Fd()), unix.TCGETS)
+	return err == nil
+}

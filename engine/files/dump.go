@@ -1,0 +1,697 @@
+package files
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fown"
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+
+	"godwit/engine/image"
+	"godwit/engine/plan"
+	"godwit/engine/procfs"
+	"godwit/engine/refuse"
+	"godwit/engine/sys"
+)
+
+// Options says how files are dumped.
+type Options struct {
+	// External are keys of files that the destination provides (ParseKey).
+	External []string
+	// GhostLimit is the largest allocated size, in bytes, of a deleted file
+	// that travels with its data; 0 means 1 GiB.
+	GhostLimit uint64
+}
+
+// Proc is one process whose files are dumped.
+type Proc struct {
+	Pid     int    // on this host
+	VPid    int    // in its own pid namespace
+	Comm    string // for messages
+	FilesID uint32 // names the table of descriptors; processes that share one have the same
+}
+
+// Data is content that the core streams after the entries are sealed. File is
+// the Dumper's, opened for it alone, readable, and open until Close; holes are
+// found with SEEK_DATA and SEEK_HOLE.
+type Data struct {
+	ID   image.DataID
+	File *os.File
+	Size int64
+}
+
+// holder is one descriptor that leads to an object; fd -1 is none (AddPath).
+type holder struct {
+	proc *Proc
+	fd   int
+	role string // of AddPath: "mapping", "exe", "cwd", "root"
+}
+
+func (h holder) String() string {
+	if h.fd < 0 {
+		return fmt.Sprintf("%d:%s", h.proc.VPid, h.role)
+	}
+	return fmt.Sprintf("%d:%d", h.proc.VPid, h.fd)
+}
+
+// object is one open file description of the tree, or one path that is not
+// behind a descriptor.
+type object struct {
+	id      uint32
+	file    *os.File // a duplicate; nil after release
+	stat    unix.Stat_t
+	link    string // text of /proc/PID/fd/N
+	flags   int    // F_GETFL
+	info    procfs.Fdinfo
+	holders []holder
+	kind    *kind
+	refused bool
+	ext     bool
+	key     Key // valid if hasKey
+	hasKey  bool
+	fown    *fown.FownEntry
+
+	entries []*fdinfo.FileEntry
+	facts   *image.FileFacts
+	path    string // where the restore finds it, if it is found by path
+	create  bool   // the restore makes the path
+	state   any    // of the kind
+}
+
+func (o *object) mode() uint32     { return o.stat.Mode }
+func (o *object) isPath() bool     { return o.flags&unix.O_PATH != 0 }
+func (o *object) readable() bool   { return !o.isPath() && o.flags&unix.O_ACCMODE != unix.O_WRONLY }
+func (o *object) writable() bool   { return !o.isPath() && o.flags&unix.O_ACCMODE != unix.O_RDONLY }
+func (o *object) first() holder    { return o.holders[0] }
+func (o *object) mapped() bool     { return o.held("mapping") || o.held("exe") }
+func (o *object) deleted() bool    { return strings.HasSuffix(o.link, deletedSuffix) }
+func (o *object) linkPath() string { return strings.TrimSuffix(o.link, deletedSuffix) }
+
+func (o *object) held(role string) bool {
+	return slices.ContainsFunc(o.holders, func(h holder) bool { return h.role == role })
+}
+
+const deletedSuffix = " (deleted)"
+
+// groupKey are the facts in which two descriptors of one description agree;
+// only within a group is kcmp asked.
+type groupKey struct {
+	dev, ino uint64
+	typ      uint32
+	flags    int
+	pos      int64
+}
+
+// pathKey are the facts in which two uses of AddPath agree to share an entry.
+type pathKey struct {
+	dev, ino uint64
+	mnt      int
+	flags    int
+	link     string
+}
+
+// inodeID names an inode on this host.
+type inodeID struct{ dev, ino uint64 }
+
+// Dumper collects the files of a tree. Its methods are not for concurrent use.
+type Dumper struct {
+	log  hclog.Logger
+	opts Options
+	emit func(image.Entry) error // nil: preflight
+
+	inside  map[int]bool
+	tables  map[uint32]*Proc
+	order   []uint32 // of tables
+	fds     map[uint32][]fdSlot
+	pidfds  map[int]int
+	objects []*object
+	groups  map[groupKey][]*object // each sorted by kcmp's order
+	paths   map[pathKey]*object
+	wanted  []*wantedKey
+	shmids  map[inodeID]uint32
+	memfds  map[inodeID]*memfdInode
+	ghosts  map[inodeID]*ghost
+	mntns   map[int]bool // pid → lives in another mount namespace
+	others  *outsiders
+	netns   inodeID
+	data    []Data
+	refusal refuse.Refusal
+	lastID  uint32
+	done    bool
+}
+
+// fdSlot is one descriptor of a table.
+type fdSlot struct {
+	fd      int
+	cloexec bool
+	obj     *object
+}
+
+// wantedKey is one element of Options.External.
+type wantedKey struct {
+	text  string
+	keys  []Key
+	match []bool // of keys: some object has it
+}
+
+// NewDumper begins a dump. Every entry goes to emit, in the order of images; a nil
+// emit makes it the preflight of a running tree: nothing is emitted, nothing that
+// two readers would notice is done to the tree, and everything that cannot be
+// carried is collected for Refusal.
+func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumper {
+	if log == nil {
+		log = hclog.NewNullLogger()
+	}
+	if o.GhostLimit == 0 {
+		o.GhostLimit = 1 << 30
+	}
+	d := &Dumper{
+		log: log.Named("files"), opts: o, emit: emit,
+		inside: map[int]bool{}, tables: map[uint32]*Proc{}, fds: map[uint32][]fdSlot{}, pidfds: map[int]int{},
+		groups: map[groupKey][]*object{}, paths: map[pathKey]*object{}, shmids: map[inodeID]uint32{},
+		memfds: map[inodeID]*memfdInode{}, ghosts: map[inodeID]*ghost{}, mntns: map[int]bool{},
+	}
+	for _, s := range o.External {
+		keys, err := ParseKey(s)
+		if err != nil {
+			d.refusal.Add(refuse.Problem{Key: s, Reason: err.Error(), Hint: "plan lists every open file with its key"})
+			continue
+		}
+		d.wanted = append(d.wanted, &wantedKey{text: s, keys: keys, match: make([]bool, len(keys))})
+	}
+	return d
+}
+
+func (d *Dumper) dry() bool { return d.emit == nil }
+
+func (d *Dumper) newID() uint32 {
+	d.lastID++
+	return d.lastID
+}
+
+// ShmID gives the shmid of a shared memory object, the same for the same inode.
+// Memfds and shared anonymous memory are in one space.
+func (d *Dumper) ShmID(dev, ino uint64) uint32 {
+	k := inodeID{dev, ino}
+	if id, ok := d.shmids[k]; ok {
+		return id
+	}
+	id := uint32(len(d.shmids) + 1)
+	d.shmids[k] = id
+	return id
+}
+
+// held are the descriptor numbers of this process that dumpers hold: they
+// lead into trees being dumped and are nobody's use of them.
+var held sync.Map
+
+func hold(fd int, name string) *os.File {
+	held.Store(fd, true)
+	return os.NewFile(uintptr(fd), name)
+}
+
+func release(f *os.File) {
+	if f == nil {
+		return
+	}
+	fd := int(f.Fd())
+	_ = f.Close()
+	held.Delete(fd)
+}
+
+// AddProcess takes up all descriptors of a process. A table that was seen before
+// (FilesID) only makes the process known. Preconditions: unless this is a
+// preflight, the process is stopped.
+func (d *Dumper) AddProcess(p Proc) error {
+	d.inside[p.Pid] = true
+	if _, ok := d.tables[p.FilesID]; ok {
+		return nil
+	}
+	pp := &p
+	fds, err := procfs.Fds(p.Pid)
+	if err != nil {
+		return fmt.Errorf("list descriptors of pid %d: %w", p.Pid, err)
+	}
+	d.tables[p.FilesID] = pp
+	d.order = append(d.order, p.FilesID)
+	if len(fds) == 0 {
+		return nil
+	}
+	pidfd, err := unix.PidfdOpen(p.Pid, 0)
+	if err != nil {
+		return fmt.Errorf("open pidfd of pid %d: %w", p.Pid, os.NewSyscallError("pidfd_open", err))
+	}
+	defer func() { _ = unix.Close(pidfd) }()
+	slices.Sort(fds)
+	for _, fd := range fds {
+		slot, err := d.addFD(pp, pidfd, fd)
+		if err != nil {
+			// While the tree runs, descriptors come and go.
+			if d.dry() && (errors.Is(err, unix.EBADF) || procfs.Gone(err)) {
+				continue
+			}
+			return fmt.Errorf("look at fd %d of pid %d (%s): %w", fd, p.Pid, p.Comm, err)
+		}
+		d.fds[p.FilesID] = append(d.fds[p.FilesID], slot)
+	}
+	return nil
+}
+
+func (d *Dumper) addFD(p *Proc, pidfd, fd int) (fdSlot, error) {
+	n, err := unix.PidfdGetfd(pidfd, fd, 0)
+	if err != nil {
+		return fdSlot{}, os.NewSyscallError("pidfd_getfd", err)
+	}
+	o := &object{holders: []holder{{proc: p, fd: fd}}}
+	o.file = hold(n, "duplicate of fd "+strconv.Itoa(fd)+" of pid "+strconv.Itoa(p.Pid))
+	keep := false
+	defer func() {
+		if !keep {
+			release(o.file)
+		}
+	}()
+	if err := unix.Fstat(n, &o.stat); err != nil {
+		return fdSlot{}, os.NewSyscallError("fstat", err)
+	}
+	if o.flags, err = unix.FcntlInt(uintptr(n), unix.F_GETFL, 0); err != nil {
+		return fdSlot{}, os.NewSyscallError("fcntl F_GETFL", err)
+	}
+	// Locks, close-on-exec and the links are those of the process's descriptor.
+	if o.info, err = procfs.ReadFdinfo(p.Pid, fd); err != nil {
+		return fdSlot{}, err
+	}
+	if o.link, err = procfs.FdLink(p.Pid, fd); err != nil {
+		return fdSlot{}, err
+	}
+	slot := fdSlot{fd: fd, cloexec: o.info.Flags&unix.O_CLOEXEC != 0}
+	if len(o.info.Locks) > 0 {
+		l := o.info.Locks[0]
+		d.problem(o, fmt.Sprintf("it is locked (%s)", l.Type), "file locks are not carried: let the program release them, or stop it first")
+	}
+	slot.obj, err = d.identify(o)
+	if err != nil {
+		return fdSlot{}, err
+	}
+	keep = slot.obj == o
+	if !keep {
+		slot.obj.holders = append(slot.obj.holders, o.holders...)
+	}
+	return slot, nil
+}
+
+// identify finds the object that is the same description as o, or takes o up as
+// a new one.
+func (d *Dumper) identify(o *object) (*object, error) {
+	k := groupKey{dev: uint64(o.stat.Dev), ino: o.stat.Ino, typ: o.mode() & unix.S_IFMT, flags: o.flags, pos: o.info.Pos}
+	g := d.groups[k]
+	var cmpErr error
+	h := o.first()
+	i, found := slices.BinarySearchFunc(g, h, func(have *object, h holder) int {
+		hh := have.first()
+		ord, err := sys.KcmpFile(hh.proc.Pid, hh.fd, h.proc.Pid, h.fd)
+		switch {
+		case err != nil:
+			cmpErr = err
+			return 1
+		case ord == sys.Less:
+			return -1
+		case ord == sys.Equal:
+			return 0
+		}
+		return 1
+	})
+	if cmpErr != nil && !d.dry() {
+		return nil, cmpErr
+	}
+	if found && cmpErr == nil {
+		return g[i], nil
+	}
+	o.id = d.newID()
+	d.objects = append(d.objects, o)
+	d.groups[k] = slices.Insert(g, i, o)
+	d.match(o)
+	return o, nil
+}
+
+// AddPath registers what is held without a descriptor: a mapping, an executable, a
+// working directory or a root (role "mapping", "exe", "cwd", "root"). f was opened by
+// the caller, who keeps it, through /proc/PID/map_files or the like, perhaps with
+// O_PATH; link is the text of that link; flags are those to open it with again.
+// It returns the id that its entry gets in files.img: the same for the same file
+// and flags.
+func (d *Dumper) AddPath(p Proc, role string, f *os.File, link string, flags int) (uint32, error) {
+	d.inside[p.Pid] = true
+	o := &object{link: link, flags: flags &^ unix.O_CLOEXEC, holders: []holder{{proc: &p, fd: -1, role: role}}}
+	n, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("duplicate %s: %w", link, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err))
+	}
+	o.file = hold(n, link)
+	keep := false
+	defer func() {
+		if !keep {
+			release(o.file)
+		}
+	}()
+	if err := unix.Fstat(n, &o.stat); err != nil {
+		return 0, fmt.Errorf("stat %s: %w", link, os.NewSyscallError("fstat", err))
+	}
+	if o.info, err = procfs.ReadFdinfo(os.Getpid(), n); err != nil {
+		return 0, err
+	}
+	o.info.Pos = 0
+	k := pathKey{dev: uint64(o.stat.Dev), ino: o.stat.Ino, mnt: o.info.MntID, flags: o.flags, link: link}
+	if have, ok := d.paths[k]; ok {
+		have.holders = append(have.holders, o.holders...)
+		return have.id, nil
+	}
+	keep = true
+	o.id = d.newID()
+	d.paths[k] = o
+	d.objects = append(d.objects, o)
+	d.match(o)
+	return o.id, nil
+}
+
+// match marks o as external if its key is wanted. Only what can be opened again
+// through its descriptor can be: regular files, directories and fifos.
+func (d *Dumper) match(o *object) {
+	switch o.mode() & unix.S_IFMT {
+	case unix.S_IFREG, unix.S_IFDIR, unix.S_IFIFO:
+	default:
+		return
+	}
+	if !strings.HasPrefix(o.link, "/") || strings.HasPrefix(o.link, memfdPrefix) {
+		return
+	}
+	o.key, o.hasKey = Key{Mnt: uint64(o.info.MntID), Ino: o.stat.Ino}, true
+	for _, w := range d.wanted {
+		for i, k := range w.keys {
+			if k == o.key {
+				w.match[i] = true
+				o.ext = true
+			}
+		}
+	}
+}
+
+// problem records why o cannot be carried.
+func (d *Dumper) problem(o *object, reason, hint string) {
+	h := o.first()
+	p := refuse.Problem{Pid: h.proc.Pid, Comm: h.proc.Comm, FD: h.fd, HasFD: h.fd >= 0, Path: o.link, Reason: reason, Hint: hint}
+	if h.fd < 0 && h.role != "" && h.role != "mapping" {
+		p.Path = h.role + " " + o.link
+	}
+	if o.hasKey || (o.mode()&unix.S_IFMT == unix.S_IFREG && strings.HasPrefix(o.link, "/") && !strings.HasPrefix(o.link, memfdPrefix)) {
+		p.Key = Key{Mnt: uint64(o.info.MntID), Ino: o.stat.Ino}.String()
+	}
+	d.refusal.Add(p)
+}
+
+// refuse records that o cannot be carried at all.
+func (d *Dumper) refuse(o *object, reason, hint string) {
+	if !o.refused {
+		o.refused = true
+		d.problem(o, reason, hint)
+	}
+}
+
+// Finish looks at everything that was added, emits the entries, and checks what
+// needs the whole tree: both ends of pipes and connections, targets of epoll,
+// keys that match nothing. What cannot be carried is in Refusal afterwards; the
+// error is for what went wrong.
+func (d *Dumper) Finish() error {
+	if d.done {
+		return errors.New("files: Finish called twice")
+	}
+	d.done = true
+	d.checkKeys()
+	byKind := map[*kind][]*object{}
+	for _, o := range d.objects {
+		if err := d.dumpObject(o); err != nil {
+			if d.dry() && (errors.Is(err, unix.EBADF) || procfs.Gone(err)) {
+				continue
+			}
+			h := o.first()
+			return fmt.Errorf("dump fd %d of pid %d (%s), %s: %w", h.fd, h.proc.Pid, h.proc.Comm, o.link, err)
+		}
+		if o.kind != nil {
+			byKind[o.kind] = append(byKind[o.kind], o)
+		}
+	}
+	for _, k := range kinds {
+		if os := byKind[k]; len(os) > 0 && k.finish != nil {
+			if err := k.finish(d, os); err != nil {
+				return fmt.Errorf("dump %ss: %w", k.name, err)
+			}
+		}
+	}
+	for _, o := range d.objects {
+		release(o.file)
+		o.file = nil
+	}
+	if d.dry() {
+		return nil
+	}
+	return d.emitEntries()
+}
+
+func (d *Dumper) dumpObject(o *object) error {
+	for _, k := range kinds {
+		if k.takes(d, o) {
+			o.kind = k
+			break
+		}
+	}
+	if o.kind == nil {
+		what, hint := unsupported(o)
+		d.refuse(o, what, hint)
+		return nil
+	}
+	var err error
+	if o.fown, err = d.dumpOwner(o); err != nil {
+		return err
+	}
+	return o.kind.dump(d, o)
+}
+
+func (d *Dumper) emitEntries() error {
+	for _, o := range d.objects {
+		if o.refused {
+			continue
+		}
+		for _, e := range o.entries {
+			if err := d.put(filesImage, filesMagic, e, nil); err != nil {
+				return err
+			}
+		}
+	}
+	for _, id := range d.order {
+		for _, s := range d.fds[id] {
+			if s.obj.refused || s.obj.kind == nil {
+				continue
+			}
+			e := &fdinfo.FdinfoEntry{Id: proto.Uint32(s.obj.id), Flags: proto.Uint32(0), Type: s.obj.kind.typ.Enum(), Fd: proto.Uint32(uint32(s.fd))}
+			if s.cloexec {
+				e.Flags = proto.Uint32(unix.FD_CLOEXEC)
+			}
+			if err := d.put(fdinfoImage(id), fdinfoMagic, e, nil); err != nil {
+				return err
+			}
+		}
+	}
+	if err := d.emitMemfds(); err != nil {
+		return err
+	}
+	return d.emitGhosts()
+}
+
+func (d *Dumper) put(file, magic string, m proto.Message, extra []byte) error {
+	if err := d.emit(image.Entry{File: file, Magic: magic, Msg: m, Extra: extra}); err != nil {
+		return fmt.Errorf("write image %s: %w", file, err)
+	}
+	return nil
+}
+
+// checkKeys refuses external keys that match nothing, or two things.
+func (d *Dumper) checkKeys() {
+	var have []string
+	at := map[string]*object{}
+	for _, o := range d.objects {
+		if o.hasKey {
+			have = append(have, o.key.String())
+			at[o.key.String()] = o
+		}
+	}
+	for _, w := range d.wanted {
+		var got []string
+		for i, m := range w.match {
+			if m {
+				got = append(got, w.keys[i].String())
+			}
+		}
+		switch {
+		case len(got) == 0:
+			p := refuse.Problem{Key: w.text, Reason: "no process of the tree has a regular file, directory or fifo with this key open"}
+			if near := nearest(w.keys[0].String(), have); len(near) > 0 {
+				for i, s := range near {
+					h := at[s].first()
+					near[i] = fmt.Sprintf("%s (%s, pid %d fd %d)", s, at[s].link, h.proc.Pid, h.fd)
+				}
+				p.Hint = "nearest: " + strings.Join(near, ", ")
+			}
+			d.refusal.Add(p)
+		case len(got) > 1:
+			d.refusal.Add(refuse.Problem{Key: w.text, Reason: "the key, read as hexadecimal and as decimal, matches two files",
+				Hint: fmt.Sprintf("say file[0x%x:0x%x] or file[0x%x:0x%x]", w.keys[0].Mnt, w.keys[0].Ino, w.keys[1].Mnt, w.keys[1].Ino)})
+		case got[0] != w.text:
+			d.log.Info("external key resolved", "given", w.text, "key", got[0])
+		}
+	}
+}
+
+// Refusal lists everything that cannot be carried, after Finish.
+func (d *Dumper) Refusal() []refuse.Problem { return d.refusal.Problems }
+
+// Data lists the contents that must be streamed: of memfds (Shmem) and of
+// deleted regular files (Ghost). Preflights have none.
+func (d *Dumper) Data() []Data { return d.data }
+
+// addData opens o's file once more for reading its content: its own description's
+// offset and access mode stay out of it.
+func (d *Dumper) addData(o *object, id image.DataID) error {
+	f, err := reopen(o.file, unix.O_RDONLY)
+	if err != nil {
+		return fmt.Errorf("open the content of %s: %w", o.link, err)
+	}
+	d.data = append(d.data, Data{ID: id, File: f, Size: o.stat.Size})
+	return nil
+}
+
+// Facts tells, after Finish, what the images have no field for.
+func (d *Dumper) Facts() []image.FileFacts {
+	var out []image.FileFacts
+	for _, o := range d.objects {
+		if o.facts == nil || o.refused {
+			continue
+		}
+		for i, h := range o.holders {
+			if i == 8 { // enough for a message
+				break
+			}
+			o.facts.Holders = append(o.facts.Holders, h.String())
+		}
+		out = append(out, *o.facts)
+		o.facts.Holders = nil
+	}
+	return out
+}
+
+// fact sets the facts of an object.
+func (o *object) fact(id uint32) *image.FileFacts {
+	o.facts = &image.FileFacts{ID: id, Path: o.linkPath(), Dev: uint64(o.stat.Dev), Ino: o.stat.Ino}
+	return o.facts
+}
+
+// Plan tells, after Finish, what the destination must have: paths, files for
+// external keys, free socket addresses; and how many open file descriptions
+// there are.
+func (d *Dumper) Plan() (files []plan.File, ext []plan.External, ports []plan.Port, descriptions int) {
+	byPath := map[string]int{}
+	byKey := map[string]bool{}
+	for _, o := range d.objects {
+		if o.first().fd >= 0 {
+			descriptions++
+		}
+		if o.refused || o.kind == nil {
+			continue
+		}
+		if o.ext {
+			k := fmt.Sprintf("%s %o", o.key, o.flags)
+			if !byKey[k] {
+				byKey[k] = true
+				ext = append(ext, plan.External{Key: o.key.String(), Path: o.link, Kind: modeKind(o.mode()),
+					Flags: uint32(o.flags), Size: uint64(o.stat.Size), Mode: o.mode()})
+			}
+			continue
+		}
+		if s, ok := o.state.(*inetState); ok {
+			if p, ok := s.port(o); ok {
+				ports = append(ports, p)
+			}
+		}
+		if o.path == "" {
+			continue
+		}
+		i, ok := byPath[o.path]
+		if !ok {
+			i = len(files)
+			byPath[o.path] = i
+			f := plan.File{Path: o.path, Kind: modeKind(o.mode()), Size: uint64(o.stat.Size), Mode: o.mode(), Rdev: uint64(o.stat.Rdev)}
+			if o.kind == kindGhost { // the directory it is made in
+				f = plan.File{Path: o.path, Kind: "directory", Mode: unix.S_IFDIR}
+			}
+			files = append(files, f)
+		}
+		f := &files[i]
+		f.Create = f.Create || o.create
+		f.Writable = f.Writable || o.writable()
+		if o.mapped() && !f.Mapped {
+			f.Mapped = true
+			if id, ok := o.state.(*regularState); ok {
+				f.BuildID = id.buildID
+			}
+		}
+		for _, h := range o.holders {
+			if !slices.Contains(f.Pids, h.proc.Pid) {
+				f.Pids = append(f.Pids, h.proc.Pid)
+			}
+		}
+	}
+	return files, ext, ports, descriptions
+}
+
+// modeKind names the type of a file as package plan does.
+func modeKind(mode uint32) string {
+	switch mode & unix.S_IFMT {
+	case unix.S_IFREG:
+		return "regular"
+	case unix.S_IFDIR:
+		return "directory"
+	case unix.S_IFCHR:
+		return "chr"
+	case unix.S_IFBLK:
+		return "blk"
+	case unix.S_IFIFO:
+		return "fifo"
+	case unix.S_IFSOCK:
+		return "socket"
+	case unix.S_IFLNK:
+		return "symlink"
+	}
+	return "unknown"
+}
+
+// Close lets go of everything that the dump holds of the tree. It may be called twice.
+func (d *Dumper) Close() error {
+	for _, o := range d.objects {
+		release(o.file)
+		o.file = nil
+	}
+	var errs []error
+	for _, x := range d.data {
+		if x.File != nil {
+			errs = append(errs, x.File.Close())
+		}
+	}
+	d.data = nil
+	return errors.Join(errs...)
+}

@@ -1,0 +1,270 @@
+package files
+
+import (
+	"debug/elf"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/regfile"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+)
+
+// kindRegular carries what is found by its path: regular files, directories,
+// O_PATH descriptors of anything, and external files, which are found by their key.
+var kindRegular = &kind{
+	name: "regular file", typ: fdinfo.FdTypes_REG,
+	takes: func(_ *Dumper, o *object) bool {
+		if !strings.HasPrefix(o.link, "/") || pseudo(o) {
+			return false
+		}
+		switch o.mode() & unix.S_IFMT {
+		case unix.S_IFREG, unix.S_IFDIR:
+			return true
+		}
+		return o.isPath()
+	},
+	dump:  dumpRegular,
+	check: checkRegular,
+	open:  openEach(openRegular),
+}
+
+// regularState is what a plan wants to know of a regular file.
+type regularState struct {
+	buildID string
+}
+
+func dumpRegular(d *Dumper, o *object) error {
+	if o.ext {
+		return d.dumpExternal(o)
+	}
+	st := &regularState{}
+	o.state = st
+	if isProc, err := insideProc(o, d.rootOf(o)); err != nil {
+		return err
+	} else if isProc {
+		d.refuse(o, "it is a file of one process in /proc", "it ends with that process: let the program close it, or declare the file external")
+		return nil
+	}
+	path, at := d.locate(o)
+	if at != atPath {
+		d.refuseLost(o)
+		return nil
+	}
+	if d.dry() && o.mapped() {
+		st.buildID = buildID(o.file)
+	}
+	o.path = path
+	o.entries = append(o.entries, d.regEntry(o, o.id, path))
+	return nil
+}
+
+// refuseLost refuses a file to which no known path leads.
+func (d *Dumper) refuseLost(o *object) {
+	if o.mode()&unix.S_IFMT == unix.S_IFREG && o.deleted() {
+		d.refuse(o, fmt.Sprintf("its name was removed, but it has %d other names that are not known", o.stat.Nlink),
+			"link it under its old name again (ln), or declare it external")
+		return
+	}
+	d.refuse(o, "another file stands at its path, or none", "a mount may hide it: unmount that, or declare the file external")
+}
+
+// regEntry is the image entry of a file found by name.
+func (d *Dumper) regEntry(o *object, id uint32, name string) *fdinfo.FileEntry {
+	r := &regfile.RegFileEntry{
+		Id: proto.Uint32(id), Flags: proto.Uint32(uint32(o.flags)), Pos: proto.Uint64(uint64(max(o.info.Pos, 0))),
+		Fown: o.fown, Name: proto.String(name), Mode: proto.Uint32(o.mode()),
+	}
+	if o.mode()&unix.S_IFMT == unix.S_IFREG {
+		r.Size = proto.Uint64(uint64(o.stat.Size))
+	}
+	return &fdinfo.FileEntry{Type: fdinfo.FdTypes_REG.Enum(), Id: proto.Uint32(id), Reg: r}
+}
+
+// dumpExternal names the file by its key; its content stays outside.
+func (d *Dumper) dumpExternal(o *object) error {
+	e := d.regEntry(o, o.id, o.key.String())
+	e.Reg.Ext = proto.Bool(true)
+	o.entries = append(o.entries, e)
+	o.fact(o.id).Path = o.link
+	return nil
+}
+
+func checkRegular(r *Restorer, x *description) error {
+	e := x.entry.GetReg()
+	if e.GetPos() > 1<<63-1 {
+		return fmt.Errorf("the position %d is out of range", e.GetPos())
+	}
+	if e.GetExt() {
+		return r.checkExternal(e.GetName(), x)
+	}
+	return checkName(e.GetName())
+}
+
+func openRegular(r *Restorer, x *description) error {
+	e := x.entry.GetReg()
+	in, base, err := r.base(x, e)
+	if err != nil {
+		return err
+	}
+	if in != nil && in.Forward {
+		return r.forward(x, in)
+	}
+	defer func() {
+		if in == nil {
+			_ = base.Close()
+		}
+	}()
+	if x.file, err = r.reopenRecorded(x, base, e); err != nil {
+		return err
+	}
+	return setPosition(x.file, e.GetPos())
+}
+
+// base gives the file from which an entry's descriptions are opened: a handed
+// one, or what is at the path, opened with O_PATH so that nothing happens if it
+// is something else than expected. in is nil unless it was handed in.
+func (r *Restorer) base(x *description, e *regfile.RegFileEntry) (in *Inherit, base *os.File, err error) {
+	if in = r.inherited(e); in != nil {
+		if err := r.checkHanded(x, e, in); err != nil {
+			return nil, nil, err
+		}
+		return in, in.File, nil
+	}
+	if e.GetExt() {
+		return nil, nil, errors.New("no file was handed in for its key")
+	}
+	flags := unix.O_PATH | unix.O_CLOEXEC
+	if e.GetFlags()&unix.O_PATH != 0 && (e.Mode == nil || e.GetMode()&unix.S_IFMT == unix.S_IFLNK) {
+		flags |= int(e.GetFlags()) & unix.O_NOFOLLOW
+	}
+	f, err := r.opts.Open(e.GetName(), flags, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := sameKind(f, e); err != nil {
+		_ = f.Close()
+		return nil, nil, err
+	}
+	return nil, f, nil
+}
+
+// sameKind compares what was opened with what was recorded.
+func sameKind(f *os.File, e *regfile.RegFileEntry) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return &os.PathError{Op: "fstat", Path: f.Name(), Err: err}
+	}
+	if e.Mode != nil && st.Mode&unix.S_IFMT != e.GetMode()&unix.S_IFMT {
+		return fmt.Errorf("%s is a %s here, expected a %s", f.Name(), modeKind(st.Mode), modeKind(e.GetMode()))
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFREG && e.Size != nil && !e.GetExt() &&
+		e.GetFlags()&unix.O_ACCMODE == unix.O_RDONLY && e.GetFlags()&unix.O_PATH == 0 && uint64(st.Size) < e.GetSize() {
+		return fmt.Errorf("%s has %d bytes here, expected at least %d: copy the file first", f.Name(), st.Size, e.GetSize())
+	}
+	return nil
+}
+
+// reopenRecorded opens base with the flags of the entry.
+func (r *Restorer) reopenRecorded(x *description, base *os.File, e *regfile.RegFileEntry) (*os.File, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(base.Fd()), &st); err != nil {
+		return nil, &os.PathError{Op: "fstat", Path: base.Name(), Err: err}
+	}
+	switch kind := st.Mode & unix.S_IFMT; {
+	case kind == unix.S_IFREG, kind == unix.S_IFDIR, e.GetFlags()&unix.O_PATH != 0:
+	default: // opening it could block, or do something
+		return nil, fmt.Errorf("%s is a %s here, expected a regular file or directory", base.Name(), modeKind(st.Mode))
+	}
+	flags := reopenFlags(int(e.GetFlags()), st.Mode&unix.S_IFMT == unix.S_IFDIR)
+	if flags&unix.O_PATH != 0 && st.Mode&unix.S_IFMT == unix.S_IFLNK {
+		return dupFile(base) // a symlink itself cannot be reopened, but O_PATH is O_PATH
+	}
+	f, err := reopen(base, flags)
+	if errors.Is(err, unix.EPERM) && flags&unix.O_NOATIME != 0 {
+		r.log.Warn("file is not owned by this user: opened without O_NOATIME", "path", base.Name())
+		f, err = reopen(base, flags&^unix.O_NOATIME)
+	}
+	if err != nil {
+		return nil, hinted(err)
+	}
+	return f, nil
+}
+
+// hinted adds what to do to the errors of open(2) that puzzle.
+func hinted(err error) error {
+	switch {
+	case errors.Is(err, unix.ETXTBSY):
+		return fmt.Errorf("%w: the file is being executed and cannot be written", err)
+	case errors.Is(err, unix.EROFS):
+		return fmt.Errorf("%w: mount it read-write", err)
+	case errors.Is(err, unix.EINVAL):
+		return fmt.Errorf("%w: the file system may not know O_DIRECT", err)
+	case errors.Is(err, unix.ENXIO):
+		return fmt.Errorf("%w: it cannot be opened again; hand it in to be forwarded", err)
+	}
+	return err
+}
+
+func dupFile(f *os.File) (*os.File, error) {
+	n, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, &os.PathError{Op: "duplicate", Path: f.Name(), Err: err}
+	}
+	return os.NewFile(uintptr(n), f.Name()), nil
+}
+
+// setPosition seeks to the recorded position, unless the file has none. A
+// position beyond the end is kept.
+func setPosition(f *os.File, pos uint64) error {
+	if pos == 0 {
+		return nil
+	}
+	_, err := unix.Seek(int(f.Fd()), int64(pos), io.SeekStart)
+	switch {
+	case err == nil, errors.Is(err, unix.ESPIPE), errors.Is(err, unix.EBADF): // EBADF: O_PATH
+		return nil
+	}
+	return &os.PathError{Op: fmt.Sprintf("seek to %d in", pos), Path: f.Name(), Err: err}
+}
+
+// buildID reads the GNU build-id of an ELF file; other files have none.
+func buildID(f *os.File) string {
+	r, err := reopen(f, unix.O_RDONLY)
+	if err != nil {
+		return ""
+	}
+	defer func() { _ = r.Close() }()
+	ef, err := elf.NewFile(r)
+	if err != nil {
+		return ""
+	}
+	for _, p := range ef.Progs {
+		if p.Type != elf.PT_NOTE || p.Filesz > 1<<16 {
+			continue
+		}
+		b := make([]byte, p.Filesz)
+		if _, err := io.ReadFull(p.Open(), b); err != nil {
+			continue
+		}
+		for len(b) >= 12 {
+			bo := ef.ByteOrder
+			nameLen, descLen, typ := uint64(bo.Uint32(b)), uint64(bo.Uint32(b[4:])), bo.Uint32(b[8:])
+			nameEnd := 12 + (nameLen+3)&^3
+			end := nameEnd + (descLen+3)&^3
+			if end > uint64(len(b)) {
+				break
+			}
+			if typ == 3 && string(b[12:12+nameLen]) == "GNU\x00" { // NT_GNU_BUILD_ID
+				return hex.EncodeToString(b[nameEnd : nameEnd+descLen])
+			}
+			b = b[end:]
+		}
+	}
+	return ""
+}

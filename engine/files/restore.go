@@ -1,0 +1,574 @@
+package files
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fown"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/regfile"
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
+
+	"godwit/engine/image"
+	"godwit/engine/ptrace"
+)
+
+// RestoreOptions says how files are made again.
+type RestoreOptions struct {
+	// Inherit maps keys to open files that back them: file[mnt:ino] of external
+	// files, pipe:[ino], socket:[ino], or the path of a file that then is not
+	// opened by that path.
+	Inherit map[string]Inherit
+	// Open opens a path as the tree sees it, with open(2)'s flags; nil opens it as
+	// this process sees it. It must not change the flags.
+	Open func(path string, flags int, mode uint32) (*os.File, error)
+}
+
+// Inherit is an open file that the caller hands in. It stays the caller's.
+type Inherit struct {
+	File *os.File
+	// Forward gives the processes this very open file description, as it is, in
+	// place of one opened again with the recorded flags and position.
+	Forward bool
+}
+
+// Descriptor is one descriptor of a table.
+type Descriptor struct {
+	FD      int
+	Cloexec bool
+	File    *os.File // the Restorer's; the same for descriptors that share a description
+}
+
+// place is one descriptor of a table.
+type place struct {
+	filesID uint32
+	fd      int
+}
+
+// description is one open file description being made again.
+type description struct {
+	id    uint32
+	entry *fdinfo.FileEntry
+	kind  *kind
+	part  *description // whose REG entry this only is
+	at    []place
+	file  *os.File
+}
+
+// table is one table of descriptors.
+type table struct {
+	pid     uint32 // of one process that has it, for messages; 0: unknown
+	byFD    map[int]*description
+	cloexec map[int]bool
+	spare   map[*description]int // further descriptors, for as long as Calls run
+}
+
+// Restorer makes the files of a tree again. Its methods are not for concurrent use.
+type Restorer struct {
+	log    hclog.Logger
+	set    *image.Set
+	opts   RestoreOptions
+	all    []*description // in the order of the image
+	byID   map[uint32]*description
+	tables map[uint32]*table
+	facts  map[uint32]*image.FileFacts
+	remaps map[uint32]uint32
+	ghosts map[uint32]*ghostFile
+	memfds map[uint32]*memfdFile
+	pipes  map[uint32]*queue
+	fifos  map[uint32]*queue
+	queues map[uint32][]message
+	handed map[string]*Inherit // by the name in the image
+}
+
+// maxFD bounds descriptor numbers; the kernel's own bound is lower.
+const maxFD = 1 << 30
+
+// NewRestorer validates the images, which are untrusted, and matches what was
+// handed in. A handed file that nothing wants, and an external file that nothing
+// was handed in for, are errors.
+func NewRestorer(log hclog.Logger, set *image.Set, o RestoreOptions) (*Restorer, error) {
+	if log == nil {
+		log = hclog.NewNullLogger()
+	}
+	if o.Open == nil {
+		o.Open = openPath
+	}
+	r := &Restorer{
+		log: log.Named("files"), set: set, opts: o,
+		byID: map[uint32]*description{}, tables: map[uint32]*table{}, facts: map[uint32]*image.FileFacts{},
+		remaps: map[uint32]uint32{}, ghosts: map[uint32]*ghostFile{}, memfds: map[uint32]*memfdFile{}, handed: map[string]*Inherit{},
+	}
+	if set.Facts != nil {
+		for i := range set.Facts.Files {
+			r.facts[set.Facts.Files[i].ID] = &set.Facts.Files[i]
+		}
+	}
+	var err error
+	for _, load := range []func() error{r.loadFiles, r.loadTables, r.loadGhosts, r.loadMemfds, r.loadSockQueues, r.matchInherit} {
+		if err := load(); err != nil {
+			return nil, err
+		}
+	}
+	if r.pipes, err = r.loadQueues(pipesImage); err != nil {
+		return nil, err
+	}
+	if r.fifos, err = r.loadQueues(fifosImage); err != nil {
+		return nil, err
+	}
+	return r, r.check()
+}
+
+// openPath opens a path as this process sees it, without the runtime's poller.
+func openPath(path string, flags int, mode uint32) (*os.File, error) {
+	for {
+		fd, err := unix.Open(path, flags|unix.O_CLOEXEC, mode)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return nil, &os.PathError{Op: "open", Path: path, Err: err}
+		}
+		return os.NewFile(uintptr(fd), path), nil
+	}
+}
+
+// entryParts gives what all types of entries have, by type.
+func entryParts(e *fdinfo.FileEntry) (id uint32, owner *fown.FownEntry, flags uint32, ok bool) {
+	type common interface {
+		GetId() uint32
+		GetFown() *fown.FownEntry
+		GetFlags() uint32
+	}
+	var c common
+	switch e.GetType() {
+	case fdinfo.FdTypes_REG:
+		c, ok = e.GetReg(), e.Reg != nil
+	case fdinfo.FdTypes_PIPE:
+		c, ok = e.GetPipe(), e.Pipe != nil
+	case fdinfo.FdTypes_FIFO:
+		return e.GetFifo().GetId(), nil, 0, e.Fifo != nil // its REG entry has the rest
+	case fdinfo.FdTypes_EVENTFD:
+		c, ok = e.GetEfd(), e.Efd != nil
+	case fdinfo.FdTypes_EVENTPOLL:
+		c, ok = e.GetEpfd(), e.Epfd != nil
+	case fdinfo.FdTypes_SIGNALFD:
+		c, ok = e.GetSgfd(), e.Sgfd != nil
+	case fdinfo.FdTypes_TIMERFD:
+		c, ok = e.GetTfd(), e.Tfd != nil
+	case fdinfo.FdTypes_UNIXSK:
+		c, ok = e.GetUsk(), e.Usk != nil
+	case fdinfo.FdTypes_INETSK:
+		c, ok = e.GetIsk(), e.Isk != nil
+	case fdinfo.FdTypes_MEMFD:
+		c, ok = e.GetMemfd(), e.Memfd != nil
+	}
+	if !ok {
+		return 0, nil, 0, false
+	}
+	return c.GetId(), c.GetFown(), c.GetFlags(), true
+}
+
+// ownerOf gives the owner and flags of a description; those of a fifo are in its
+// REG entry.
+func (r *Restorer) ownerOf(x *description) (*fown.FownEntry, uint32) {
+	if reg := r.fifoReg(x); reg != nil {
+		return reg.GetFown(), reg.GetFlags()
+	}
+	_, o, flags, _ := entryParts(x.entry)
+	return o, flags
+}
+
+func (r *Restorer) fifoReg(x *description) *regfile.RegFileEntry {
+	if x.entry.GetType() != fdinfo.FdTypes_FIFO {
+		return nil
+	}
+	return r.regOf(x)
+}
+
+func (r *Restorer) loadFiles() error {
+	es, err := image.All[*fdinfo.FileEntry](r.set, filesImage)
+	if err != nil {
+		return err
+	}
+	for _, e := range es {
+		id, _, _, ok := entryParts(e)
+		switch {
+		case !ok:
+			return fmt.Errorf("image %s: file %d is of type %s, which is not carried, or its entry is empty", filesImage, e.GetId(), e.GetType())
+		case id != e.GetId():
+			return fmt.Errorf("image %s: file %d calls itself %d inside", filesImage, e.GetId(), id)
+		case r.byID[id] != nil:
+			return fmt.Errorf("image %s: file %d is there twice", filesImage, id)
+		}
+		x := &description{id: id, entry: e}
+		r.byID[id] = x
+		r.all = append(r.all, x)
+	}
+	return nil
+}
+
+func (r *Restorer) loadTables() error {
+	for _, name := range r.set.Files() {
+		num, ok := strings.CutPrefix(name, "fdinfo-")
+		if !ok {
+			continue
+		}
+		n, err := strconv.ParseUint(num, 10, 32)
+		if err != nil || fdinfoImage(uint32(n)) != name {
+			return fmt.Errorf("image %s: its name has no number", name)
+		}
+		es, err := image.All[*fdinfo.FdinfoEntry](r.set, name)
+		if err != nil {
+			return err
+		}
+		t := &table{byFD: map[int]*description{}, cloexec: map[int]bool{}, spare: map[*description]int{}}
+		r.tables[uint32(n)] = t
+		for _, e := range es {
+			x := r.byID[e.GetId()]
+			fd := int(e.GetFd())
+			switch {
+			case e.GetFd() >= maxFD:
+				return fmt.Errorf("image %s: fd %d is out of range", name, e.GetFd())
+			case t.byFD[fd] != nil:
+				return fmt.Errorf("image %s: fd %d is there twice", name, fd)
+			case x == nil:
+				return fmt.Errorf("image %s: fd %d leads to file %d, which image %s does not have", name, fd, e.GetId(), filesImage)
+			case x.entry.GetType() != e.GetType():
+				return fmt.Errorf("image %s: fd %d leads to a file of type %s, but file %d is of type %s", name, fd, e.GetType(), e.GetId(), x.entry.GetType())
+			}
+			t.byFD[fd] = x
+			t.cloexec[fd] = e.GetFlags()&unix.FD_CLOEXEC != 0
+			x.at = append(x.at, place{uint32(n), fd})
+		}
+	}
+	for _, name := range r.set.Files() {
+		num, ok := strings.CutPrefix(name, "ids-")
+		if !ok {
+			continue
+		}
+		pid, err := strconv.ParseUint(num, 10, 32)
+		if err != nil {
+			continue
+		}
+		for _, e := range r.set.Entries(name) {
+			if ids, ok := e.Msg.(*criu_core.TaskKobjIdsEntry); ok {
+				if t := r.tables[ids.GetFilesId()]; t != nil && t.pid == 0 {
+					t.pid = uint32(pid)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// check finds the kind of every description and validates it. External files
+// that are not there are all told in one error.
+func (r *Restorer) check() error {
+	var errs []error
+	for _, x := range r.all {
+		for _, k := range kinds {
+			if k.typ == x.entry.GetType() && (k.has == nil || k.has(r, x)) {
+				x.kind = k
+				break
+			}
+		}
+		if x.kind == nil {
+			errs = append(errs, fmt.Errorf("%s: files of type %s are not carried", r.who(x), x.entry.GetType()))
+		}
+	}
+	for _, x := range r.all {
+		if x.kind == nil {
+			continue
+		}
+		if x.kind.check != nil {
+			if err := x.kind.check(r, x); err != nil {
+				errs = append(errs, fmt.Errorf("%s: %w", r.who(x), err))
+				continue
+			}
+		}
+		if o, _ := r.ownerOf(x); x.kind != kindFifo {
+			if err := checkOwner(o); err != nil {
+				errs = append(errs, fmt.Errorf("%s: %w", r.who(x), err))
+			}
+		}
+	}
+	for orig := range r.remaps {
+		if r.byID[orig] == nil {
+			errs = append(errs, fmt.Errorf("image %s: file %d is not there", remapImage, orig))
+		}
+	}
+	if err := list("the files in the images cannot be restored", errs); err != nil {
+		return err
+	}
+	for id := range r.tables {
+		r.placeSpares(id)
+	}
+	return nil
+}
+
+// placeSpares finds free numbers for descriptors that Calls need for a moment.
+func (r *Restorer) placeSpares(filesID uint32) {
+	t := r.tables[filesID]
+	fd := 0
+	for _, x := range r.spares(filesID) {
+		for t.byFD[fd] != nil || r.lent(filesID, fd) {
+			fd++
+		}
+		t.spare[x] = fd
+		fd++
+	}
+}
+
+// lent says whether fd is a number that must mean another file for a moment.
+func (r *Restorer) lent(filesID uint32, fd int) bool {
+	return slices.ContainsFunc(r.watches(filesID), func(w watch) bool { return w.borrow && w.fd == fd })
+}
+
+// list makes one error of several.
+func list(doing string, errs []error) error {
+	errs = slices.DeleteFunc(slices.Clone(errs), func(e error) bool { return e == nil })
+	switch len(errs) {
+	case 0:
+		return nil
+	case 1:
+		return fmt.Errorf("%s: %w", doing, errs[0])
+	}
+	return &listError{doing: doing, errs: errs}
+}
+
+type listError struct {
+	doing string
+	errs  []error
+}
+
+func (e *listError) Error() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s, for %d reasons:", e.doing, len(e.errs))
+	for _, x := range e.errs {
+		b.WriteString("\n  - " + x.Error())
+	}
+	return b.String()
+}
+
+func (e *listError) Unwrap() []error { return e.errs }
+
+// who names a description in messages: its process, descriptor and path.
+func (r *Restorer) who(x *description) string {
+	if x.part != nil {
+		x = x.part
+	}
+	path := ""
+	id := x.id
+	if reg := x.entry.GetReg(); reg != nil {
+		path = reg.GetName()
+	} else if reg := r.fifoReg(x); reg != nil {
+		path, id = reg.GetName(), reg.GetId()
+	}
+	f := r.facts[id]
+	if f != nil && f.Path != "" {
+		path = f.Path
+	}
+	s := fmt.Sprintf("file %d (%s)", x.id, strings.ToLower(x.entry.GetType().String()))
+	switch {
+	case len(x.at) > 0:
+		s = fmt.Sprintf("fd %d", x.at[0].fd)
+		if pid := r.tables[x.at[0].filesID].pid; pid != 0 {
+			s += r.process(strconv.Itoa(int(pid)))
+		} else if f != nil && len(f.Holders) > 0 {
+			pid, _, _ := strings.Cut(f.Holders[0], ":")
+			s += r.process(pid)
+		}
+	case f != nil && len(f.Holders) > 0:
+		pid, role, _ := strings.Cut(f.Holders[0], ":")
+		s = role + r.process(pid)
+	}
+	if path != "" {
+		s += ", " + path
+	}
+	return s
+}
+
+// process names a process by its pid in the images.
+func (r *Restorer) process(pid string) string {
+	s := " of pid " + pid
+	for _, e := range r.set.Entries("core-" + pid) {
+		if c, ok := e.Msg.(*criu_core.CoreEntry); ok && c.GetTc().GetComm() != "" {
+			return s + " (" + c.GetTc().GetComm() + ")"
+		}
+	}
+	return s
+}
+
+// openEach makes descriptions that do not depend on each other.
+func openEach(open func(*Restorer, *description) error) func(*Restorer, []*description) []error {
+	return func(r *Restorer, xs []*description) []error {
+		var errs []error
+		for _, x := range xs {
+			if err := open(r, x); err != nil {
+				errs = append(errs, fmt.Errorf("%s: %w", r.who(x), err))
+			}
+		}
+		return errs
+	}
+}
+
+// byKind lists the descriptions of a kind that are to be made.
+func (r *Restorer) byKind(k *kind) []*description {
+	var out []*description
+	for _, x := range r.all {
+		if x.kind == k && x.part == nil {
+			out = append(out, x)
+		}
+	}
+	return out
+}
+
+// Open makes every description: with its flags, position, queued data, size,
+// address and state. Memory files and deleted files are empty but of full size.
+// Everything that fails is told in one error; Close then cleans up.
+func (r *Restorer) Open() error {
+	var errs []error
+	for _, k := range kinds {
+		if xs := r.byKind(k); len(xs) > 0 {
+			errs = append(errs, k.open(r, xs)...)
+		} else if k == kindMemfd && len(r.memfds) > 0 {
+			errs = append(errs, k.open(r, nil)...)
+		}
+	}
+	return list("open the files of the tree", errs)
+}
+
+// Seal finishes what must wait until all data is written (DataFile): sizes,
+// seals, times; and it starts timers. DataFile's files are closed by it.
+func (r *Restorer) Seal() error {
+	var errs []error
+	for _, k := range kinds {
+		if k.seal == nil {
+			continue
+		}
+		errs = append(errs, k.seal(r, r.byKind(k))...)
+	}
+	return list("finish the files of the tree", errs)
+}
+
+// DataFile is where the content of id goes, at its offsets; nil if the content is
+// not a file's. It is open for writing from Open to Seal.
+func (r *Restorer) DataFile(id image.DataID) *os.File {
+	switch id.Kind {
+	case image.Shmem:
+		for _, m := range r.memfds {
+			if m.msg.GetShmid() == id.ID {
+				return m.file
+			}
+		}
+	case image.Ghost:
+		if g := r.ghosts[id.ID]; g != nil && !g.sealed && g.msg.GetMode()&unix.S_IFMT == unix.S_IFREG {
+			return g.file
+		}
+	}
+	return nil
+}
+
+// File gives the open file of an entry: a mapping, an executable, a working
+// directory, a root. It is the Restorer's.
+func (r *Restorer) File(id uint32) (*os.File, error) {
+	x := r.byID[id]
+	switch {
+	case x == nil:
+		return nil, fmt.Errorf("image %s has no file %d", filesImage, id)
+	case x.file == nil:
+		return nil, fmt.Errorf("%s is not open", r.who(x))
+	}
+	return x.file, nil
+}
+
+// Descriptors lists a table of descriptors, in ascending order. Besides the
+// table's own there may be further ones, which Calls use and close.
+func (r *Restorer) Descriptors(filesID uint32) ([]Descriptor, error) {
+	t := r.tables[filesID]
+	if t == nil {
+		return nil, nil // CRIU writes no image for a process without descriptors
+	}
+	out := make([]Descriptor, 0, len(t.byFD)+len(t.spare))
+	add := func(fd int, x *description, cloexec bool) error {
+		if x.file == nil {
+			return fmt.Errorf("%s is not open", r.who(x))
+		}
+		out = append(out, Descriptor{FD: fd, Cloexec: cloexec, File: x.file})
+		return nil
+	}
+	for fd, x := range t.byFD {
+		if err := add(fd, x, t.cloexec[fd]); err != nil {
+			return nil, err
+		}
+	}
+	for x, fd := range t.spare {
+		if err := add(fd, x, true); err != nil {
+			return nil, err
+		}
+	}
+	slices.SortFunc(out, func(a, b Descriptor) int { return a.FD - b.FD })
+	return out, nil
+}
+
+// Calls makes the system calls that one process with the table must execute once
+// its descriptors are in place, before it drops its credentials: epoll_ctl, owners
+// of signals, listen (which records who listens). Pids in them are as in the images.
+func (r *Restorer) Calls(filesID uint32) ([]*ptrace.Call, error) {
+	t := r.tables[filesID]
+	if t == nil {
+		return nil, nil
+	}
+	out := r.epollCalls(filesID)
+	spare := make([]int, 0, len(t.spare))
+	for _, fd := range t.spare {
+		spare = append(spare, fd)
+	}
+	slices.Sort(spare)
+	for _, fd := range spare {
+		out = append(out, ptrace.NewCall(fmt.Sprintf("close fd %d", fd), unix.SYS_CLOSE, ptrace.Int(fd)))
+	}
+	for _, x := range r.all {
+		// The first descriptor of the first table does it for the description.
+		if x.part != nil || len(x.at) == 0 || x.at[0].filesID != filesID || r.isForwarded(x) {
+			continue
+		}
+		o, flags := r.ownerOf(x)
+		out = append(out, ownerCalls(x.at[0].fd, o, flags)...)
+		if x.kind == kindUnix {
+			out = append(out, listenCalls(x)...)
+		}
+	}
+	return out, nil
+}
+
+// Close closes everything that was made and not handed on. It may be called twice.
+func (r *Restorer) Close() error {
+	var errs []error
+	for _, x := range r.all {
+		if x.file != nil {
+			errs = append(errs, x.file.Close())
+			x.file = nil
+		}
+	}
+	for _, g := range r.ghosts {
+		if g.file != nil && !g.sealed {
+			errs = append(errs, g.file.Close())
+		}
+		g.file = nil
+	}
+	for _, m := range r.memfds {
+		if m.file != nil {
+			errs = append(errs, m.file.Close())
+			m.file = nil
+		}
+	}
+	return errors.Join(errs...)
+}
