@@ -98,7 +98,12 @@ func testEntries() []Entry {
 		)
 	}
 	for _, tid := range []uint32{12, 13, 14} {
-		es = append(es, Entry{File: CoreFile(tid), Magic: MagicCore, Msg: &criu_core.CoreEntry{Mtype: criu_core.CoreEntry_X86_64.Enum()}})
+		es = append(es, Entry{File: CoreFile(tid), Magic: MagicCore, Msg: &criu_core.CoreEntry{
+			Mtype: criu_core.CoreEntry_X86_64.Enum(),
+			Tc: &criu_core.TaskCoreEntry{
+				TaskState: u32(1), ExitCode: u32(0), Personality: u32(0), Flags: u32(0), BlkSigset: u64(0), Comm: proto.String("worker"),
+			},
+		}})
 	}
 	return es
 }
@@ -402,8 +407,18 @@ func TestCritDecodesAll(t *testing.T) {
 		t.Errorf("ghost file: %d entries for crit, want the file and two chunks", len(ghost))
 	}
 	ps, err := crit.New(nil, nil, dir, false, false).ExplorePs()
-	if err == nil && ps.PID != 12 {
-		t.Errorf("crit x ps: root %d, want 12", ps.PID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ps.PID != 12 || ps.Comm != "worker" || len(ps.Children) != 1 || ps.Children[0].PID != 14 {
+		t.Errorf("crit x ps: %+v, want 12 with the child 14", ps)
+	}
+	rss, err := crit.New(nil, nil, dir, false, false).ExploreRss()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(rss) != 2 || rss[0].PId != 12 || len(rss[0].Rsses) != 2 || len(rss[1].Rsses) != 0 {
+		t.Errorf("crit x rss: %+v, want 2 runs of 12 and none of 14", rss)
 	}
 }
 
