@@ -350,3 +350,27 @@ func FuzzFile(f *testing.F) {
 		}
 	})
 }
+
+// FuzzUnits: what is read is written so that it reads as the same.
+func FuzzUnits(f *testing.F) {
+	for _, s := range []string{"0", "4MiB", "1.5GiB", "100MB/s", "800Mbit/s", "10s", "1h30m", "18446744073709551615", "-1s", "1e3"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		if n, err := ParseSize(s); err == nil {
+			if again, err := ParseSize(n.String()); err != nil || again != n {
+				t.Errorf("ParseSize(%q) = %d, written %q, read as %d, %v", s, uint64(n), n, uint64(again), err)
+			}
+		}
+		if n, err := ParseRate(s); err == nil {
+			if again, err := ParseRate(n.String()); err != nil || again != n {
+				t.Errorf("ParseRate(%q) = %d, written %q, read as %d, %v", s, uint64(n), n, uint64(again), err)
+			}
+		}
+		if d, err := ParseDuration(s); err == nil {
+			if again, err := ParseDuration(d.String()); err != nil || again != d || d < 0 {
+				t.Errorf("ParseDuration(%q) = %d, written %q, read as %d, %v", s, d, d, again, err)
+			}
+		}
+	})
+}

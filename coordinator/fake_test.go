@@ -5,6 +5,7 @@ import (
 	"context"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -21,17 +22,20 @@ import (
 type testBus struct {
 	t   *testing.T
 	srv *bus.Server
+	dir string
+	url string
 	*link
 }
 
 func newBus(t *testing.T) *testBus {
 	t.Helper()
-	srv, err := bus.Start(bus.Config{Listen: "127.0.0.1:0", StoreDir: t.TempDir()})
-	if err != nil {
+	b := &testBus{t: t, dir: t.TempDir(), link: &link{}}
+	var err error
+	if b.srv, err = bus.Start(bus.Config{Listen: "127.0.0.1:0", StoreDir: b.dir}); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(srv.Shutdown)
-	b := &testBus{t: t, srv: srv, link: &link{}}
+	b.url = b.srv.URL()
+	t.Cleanup(func() { b.srv.Shutdown() })
 	b.nc = b.connect()
 	if b.records, err = transport.OpenRecords(t.Context(), b.nc, nil); err != nil {
 		t.Fatal(err)
@@ -41,12 +45,23 @@ func newBus(t *testing.T) *testBus {
 
 func (b *testBus) connect() *nats.Conn {
 	b.t.Helper()
-	nc, err := transport.Connect(transport.Config{URLs: []string{b.srv.URL()}, Name: b.t.Name()})
+	nc, err := transport.Connect(transport.Config{URLs: []string{b.url}, Name: b.t.Name()})
 	if err != nil {
 		b.t.Fatal(err)
 	}
 	b.t.Cleanup(nc.Close)
 	return nc
+}
+
+// restart stops the bus, and starts it again at the same place after a while.
+func (b *testBus) restart(away time.Duration) {
+	b.t.Helper()
+	b.srv.Shutdown()
+	time.Sleep(away)
+	var err error
+	if b.srv, err = bus.Start(bus.Config{Listen: strings.TrimPrefix(b.url, "nats://"), StoreDir: b.dir}); err != nil {
+		b.t.Fatal(err)
+	}
 }
 
 // quick is a patience for tests.
@@ -81,7 +96,7 @@ func (b *testBus) godwit(args ...string) *command {
 	c := &command{interrupts: make(chan os.Signal, 4), code: make(chan int, 1)}
 	a := &app{stdout: &c.stdout, stderr: &c.stderr, interrupts: c.interrupts, wait: &quick,
 		env: []string{"GODWIT_CONFIG=" + b.config()}}
-	args = append([]string{"--nats-url", b.srv.URL()}, args...)
+	args = append([]string{"--nats-url", b.url}, args...)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

@@ -5,6 +5,8 @@ import (
 	"os"
 	"time"
 
+	"github.com/nats-io/nats.go"
+
 	"godwit/transport"
 	"godwit/wire"
 )
@@ -29,6 +31,7 @@ type follow struct {
 	rec         *wire.Record
 	heard       time.Time // last sign of the migration
 	read        time.Time // last time that the record could be read
+	ear         ear
 	interrupted int
 	note        string // last one of tending
 }
@@ -109,6 +112,9 @@ func (f *follow) run(ctx context.Context, rec *wire.Record) (*wire.Record, error
 			if away := now.Sub(f.read); away > cutOffPatience {
 				return f.rec, f.left("the bus has not answered for " + formatDuration(away))
 			}
+			if f.ear.deaf(f.link.nc) {
+				f.heard = now
+			}
 			silent := now.Sub(f.heard)
 			if silent >= f.wait.probe && !tending {
 				tending = true
@@ -173,6 +179,19 @@ func (f *follow) records(ctx context.Context, id string, out chan<- *wire.Record
 			}
 		}
 	}
+}
+
+// ear knows whether this side could have heard anything.
+type ear struct{ reconnects uint64 }
+
+// deaf reports whether the connection is down or was since the last call: the
+// silence of others then means nothing, and they may need a moment, too, until
+// they are back on the bus.
+func (e *ear) deaf(nc *nats.Conn) bool {
+	n := nc.Stats().Reconnects
+	was := n != e.reconnects
+	e.reconnects = n
+	return was || !nc.IsConnected()
 }
 
 // settle waits a moment for the reports of a migration that has completed: the

@@ -461,6 +461,29 @@ func TestDetachWatchAbortHistory(t *testing.T) {
 	}
 }
 
+// TestBusRestart: a bus that goes away for longer than anybody may be silent
+// does not make the command give up, nor anybody else count as dead.
+func TestBusRestart(t *testing.T) {
+	for _, at := range []stop{atRestoring, atCommitted} {
+		t.Run(string(at), func(t *testing.T) {
+			t.Parallel()
+			b := newBus(t)
+			b.agent("alpha")
+			dst := b.agent("beta")
+			hold := make(chan struct{})
+			dst.hold[at] = hold
+			c := b.godwit("migrate", "alpha:412", "beta")
+			await(t, dst, at)
+			b.restart(2 * quick.dead)
+			waitFor(t, dst.nc.IsConnected)
+			close(hold)
+			if code := c.wait(t); code != 0 || !strings.Contains(c.stderr.String(), "completed") {
+				t.Errorf("exit code %d\n%s", code, c.stderr.String())
+			}
+		})
+	}
+}
+
 // TestRivals: of several migrations of one tree that are asked for at once
 // exactly one goes on.
 func TestRivals(t *testing.T) {

@@ -115,16 +115,6 @@ func clause(r *wire.Record, why *wire.Failure) string {
 	return bare.Error()
 }
 
-// entered is when a state was last entered; false if it never was.
-func entered(r *wire.Record, s wire.State) (time.Time, bool) {
-	for i := len(r.Steps) - 1; i >= 0; i-- {
-		if r.Steps[i].State == s {
-			return time.UnixMilli(r.Steps[i].UnixMs), true
-		}
-	}
-	return time.Time{}, false
-}
-
 // lasted is the time from the request to the last step, by the clocks of those
 // who made the two.
 func lasted(r *wire.Record) time.Duration {

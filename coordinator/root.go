@@ -39,6 +39,8 @@ type app struct {
 	env            []string
 	// interrupts gets a value for each SIGINT or SIGTERM.
 	interrupts <-chan os.Signal
+	// uncatch, if not nil, gives signals back their default action.
+	uncatch func()
 
 	// From the command line.
 	configFile  string
@@ -74,7 +76,8 @@ func Main(args []string, stdout, stderr io.Writer) int {
 	interrupts := make(chan os.Signal, 4)
 	signal.Notify(interrupts, os.Interrupt, syscall.SIGTERM)
 	defer signal.Stop(interrupts)
-	a := &app{stdout: stdout, stderr: stderr, env: os.Environ(), interrupts: interrupts}
+	a := &app{stdout: stdout, stderr: stderr, env: os.Environ(), interrupts: interrupts,
+		uncatch: func() { signal.Stop(interrupts) }}
 	return a.run(context.Background(), args)
 }
 
@@ -256,6 +259,9 @@ func (a *app) untilInterrupt(ctx context.Context) (context.Context, context.Canc
 		case <-ctx.Done():
 		case s := <-a.interrupts:
 			cancel(fmt.Errorf("got the signal %s", s))
+			if a.uncatch != nil {
+				a.uncatch() // who is in a hurry can kill it
+			}
 		}
 	}()
 	return ctx, func() { cancel(nil) }

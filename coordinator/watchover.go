@@ -36,6 +36,7 @@ func watchOver(ctx context.Context, l *link, log hclog.Logger, p patience) error
 	if err != nil {
 		return err
 	}
+	var hears ear
 	wards := map[string]*ward{}
 	type result struct {
 		id string
@@ -108,7 +109,11 @@ func watchOver(ctx context.Context, l *link, log hclog.Logger, p patience) error
 			}
 			w.note = res.t.note
 		case now := <-tick.C:
+			deaf := hears.deaf(l.nc)
 			for id, w := range wards {
+				if deaf {
+					w.heard = now
+				}
 				silent := now.Sub(w.heard)
 				if w.tending || silent < p.probe || stuck(w.rec) {
 					continue
