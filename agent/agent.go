@@ -36,6 +36,8 @@ type Engine interface {
 	Restore(ctx context.Context, src image.Source, o engine.RestoreOptions) (engine.Standing, error)
 }
 
+var _ Engine = (*engine.Engine)(nil)
+
 // Timeouts end what does not get on; none may be zero.
 type Timeouts struct {
 	Begin    time.Duration // what a request does before it is answered, at the record
@@ -68,7 +70,7 @@ type Agent struct {
 	stopping     bool
 	sources      map[string]*source
 	destinations map[string]*destination
-	landed       map[int]string // root pid: migration
+	landed       map[int]string // pid of the child of ours: migration
 
 	// informing ends when a stopping agent has nothing more to wait for but
 	// words that change nothing.
@@ -190,22 +192,22 @@ func errStopping(host string) error {
 	return wire.Errorf(wire.Code_CODE_UNAVAILABLE, "the agent of %s is being stopped", host)
 }
 
-// adopt takes care of a tree that landed here: its root is a child of this
-// process, and nobody else could reap it. When the agent ends, init does.
-func (a *Agent) adopt(root int, id string) {
+// adopt takes care of a tree that landed here: one process of it is a child of
+// this one, and nobody else could reap it. When the agent ends, init does.
+func (a *Agent) adopt(child int, id string) {
 	a.mu.Lock()
-	a.landed[root] = id
+	a.landed[child] = id
 	a.mu.Unlock()
 	go func() {
-		status, err := waitRoot(root)
+		status, err := waitChild(child)
 		a.mu.Lock()
-		delete(a.landed, root)
+		delete(a.landed, child)
 		a.mu.Unlock()
 		if err != nil {
-			a.log.Debug("a landed tree's root is not ours to reap", "pid", root, "migration", id, "error", err)
+			a.log.Debug("a landed tree is not ours to reap", "pid", child, "migration", id, "error", err)
 			return
 		}
-		a.log.Info("the root of a landed tree has ended", "pid", root, "migration", id, "exit_status", exitStatus(status))
+		a.log.Info("a landed tree has ended", "pid", child, "migration", id, "exit_status", exitStatus(status))
 	}()
 }
 

@@ -86,7 +86,7 @@ operator must look. dump and restore use 0 and 1 as CRIU does.`,
 	root.SetErr(stderr)
 	root.SetFlagErrorFunc(usageError)
 	root.SetVersionTemplate("{{.Version}}\n")
-	root.AddCommand(cmdRun(), cmdDump(), cmdRestore(), cmdInspect(), cmdVersion())
+	root.AddCommand(cmdRun(), cmdDump(), cmdRestore(), cmdCheck(), cmdInspect(), cmdVersion())
 	for _, c := range root.Commands() {
 		c.Args = usageArgs(c.Args)
 	}
@@ -152,8 +152,8 @@ func foreignFlags(fs *pflag.FlagSet, names ...string) {
 
 type foreign string
 
-func (foreign) String() string { return "" }
-func (foreign) Type() string   { return "" }
+func (foreign) String() string     { return "" }
+func (foreign) Type() string       { return "" }
 func (f foreign) Set(string) error { return foreignError(f) }
 
 // foreignError is an option of CRIU that was given and is not carried out.

@@ -46,7 +46,7 @@ Exit codes: 0 done; 1 failed or refused, the tree runs on.`,
 			}
 			defer closeLog()
 			boundMemory(localMemory)
-			return localError(runDump(cmd.Context(), newEngine(log), f, log))
+			return localError(runDump(cmd.Context(), engine.New(log), f, log))
 		},
 	}
 	f.add(cmd)

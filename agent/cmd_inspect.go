@@ -42,7 +42,7 @@ list of what stands in the way is on stderr.`,
 			if err := needRoot("inspect"); err != nil {
 				return err
 			}
-			return runInspect(cmd.Context(), newEngine(hclog.NewNullLogger()), f, cmd.OutOrStdout())
+			return runInspect(cmd.Context(), engine.New(hclog.NewNullLogger()), f, cmd.OutOrStdout())
 		},
 	}
 	fs := cmd.Flags()

@@ -31,7 +31,8 @@ func cmdRestore() *cobra.Command {
 		Short: "Rebuild a process tree from the images in a directory",
 		Long: `Rebuilds the tree whose images are in DIR, with the pids that it had. Without
 --restore-detached it then waits for the tree's root and exits with its status
-(128 plus the signal's number if a signal ended it).
+(128 plus the signal's number if a signal ended it; the status of a root in a
+pid namespace of its own is not told to the outside, and 0 stands for it).
 
 Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 		Example: `  godwit-agent restore -D /var/tmp/img -d --inherit-fd 'fd[4]:file[72:a3e7]' 4<>/run/fifo`,
@@ -45,7 +46,7 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 			}
 			defer closeLog()
 			boundMemory(localMemory)
-			return localError(runRestore(cmd.Context(), newEngine(log), f, log))
+			return localError(runRestore(cmd.Context(), engine.New(log), f, log))
 		},
 	}
 	f.add(cmd)
@@ -110,7 +111,7 @@ func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logge
 	}
 	ended := make(chan error, 1)
 	go func() {
-		status, err := waitRoot(tree.Root())
+		status, err := waitChild(tree.Child())
 		if code := exitStatus(status); err == nil && code != 0 {
 			err = &exitError{code: code}
 		}
@@ -120,7 +121,7 @@ func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logge
 	case err := <-ended:
 		return err
 	case <-ctx.Done():
-		return fmt.Errorf("told to stop waiting; the restored tree runs on as pid %d", tree.Root())
+		return fmt.Errorf("told to stop waiting: the restored tree runs on as pid %d", tree.Root())
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"godwit/configs"
+	"godwit/engine"
 	"godwit/transport"
 	"godwit/wire"
 )
@@ -108,7 +109,7 @@ func runDaemon(ctx context.Context, cfg *configs.Agent, stderr io.Writer) (err e
 		return err
 	}
 	a := New(Config{
-		Host: host, Version: Version, Engine: newEngine(log), Records: recs,
+		Host: host, Version: Version, Engine: engine.New(log), Records: recs,
 		Streams: &Streams{
 			Bus: bus, Control: nc, ChunkSize: int(cfg.Limits.Chunk), Window: int(cfg.Limits.Window), Lanes: cfg.Limits.Lanes,
 			Bandwidth: uint64(cfg.Limits.Bandwidth), IdleTimeout: cfg.Timeouts.Idle.D(), Logger: log,

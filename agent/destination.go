@@ -230,7 +230,7 @@ func (d *destination) land() {
 		return
 	}
 	resumed := time.Now()
-	d.a.adopt(d.tree.Root(), d.id)
+	d.a.adopt(d.tree.Child(), d.id)
 	d.report.ResumeUs = us(resumed.Sub(committed))
 	if last := d.in.Stats().Last; !last.IsZero() {
 		d.report.FrozenUs = us(resumed.Sub(last))

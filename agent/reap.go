@@ -9,11 +9,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// waitRoot waits until a restored root, a child of this process, has ended and
-// reaps it. It sleeps in the poller, not in wait4: that call would also take
+// waitChild waits until a process of a restored tree that is a child of this one
+// (engine.Standing.Child) has ended, and reaps it. It sleeps in the poller, not in wait4: that call would also take
 // the stops that a tracer in this process waits for, when the tree is moved on.
 // An exit signal other than SIGCHLD needs __WALL (wait(2)).
-func waitRoot(pid int) (unix.WaitStatus, error) {
+func waitChild(pid int) (unix.WaitStatus, error) {
 	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
 	if err != nil {
 		return 0, os.NewSyscallError(fmt.Sprintf("pidfd_open pid %d", pid), err)

@@ -20,6 +20,8 @@ func requirements(p *engine.Plan) *wire.Requirements {
 		Arch:        p.Arch,
 		PageSize:    uint64(os.Getpagesize()),
 		OpenFiles:   uint32(p.OpenFiles),
+
+		Capabilities: p.Capabilities,
 	}
 	for _, t := range p.Tasks {
 		r.Tasks = append(r.Tasks, &wire.RequiredTask{
@@ -59,6 +61,8 @@ func planOf(r *wire.Requirements) *engine.Plan {
 		Kernel:      r.GetKernel(),
 		Arch:        r.GetArch(),
 		OpenFiles:   int(r.GetOpenFiles()),
+
+		Capabilities: r.GetCapabilities(),
 	}
 	for i, t := range r.GetTasks() {
 		if i == 0 {

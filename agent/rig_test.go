@@ -224,6 +224,7 @@ func (t *fakeTree) Kill() error {
 type fakeStanding struct{ e *fakeEngine }
 
 func (s *fakeStanding) Root() int   { return 1 << 22 } // above every pid
+func (s *fakeStanding) Child() int  { return s.Root() }
 func (s *fakeStanding) Pids() []int { return []int{s.Root()} }
 
 func (s *fakeStanding) Run() error {
