@@ -136,7 +136,9 @@ func TestCommandLine(t *testing.T) {
 	}{
 		{"--version", 0, Version, ""},
 		{"version", 0, "protocol 1", ""},
-		{"nonsense", 1, "", `unknown command "nonsense"`},
+		{"nonsense", 2, "", `unknown command "nonsense"`},
+		{"--nonsense", 2, "", "unknown flag"},
+		{"", 0, "Usage:", ""},
 		{"dump --nonsense", 1, "", "unknown flag: --nonsense"},
 		{"run --nonsense", 2, "", "unknown flag: --nonsense"},
 		{"run --config /nonexistent/x.toml", 2, "", "/nonexistent/x.toml"},
@@ -150,7 +152,7 @@ func TestCommandLine(t *testing.T) {
 		{"restore --tcp-close", 1, "", "--tcp-close"},
 		{"restore -D " + dir + " --pid-namespace odd", 1, "", "neither same nor new"},
 		{"restore -D " + dir + " --inherit-fd fd[999]:file[1:2]", 1, "", "descriptor 999 is not open"},
-		{"restore -D " + dir + " -d", 1, "", dir},
+		{"restore -D " + dir + " -d", 1, "", "it is no dump"},
 		{"inspect", 2, "", "--tree"},
 		{"inspect -t 1 --output xml", 2, "", "neither text nor json"},
 		{"check --output xml", 2, "", "neither text nor json"},
@@ -279,7 +281,7 @@ func TestRunRestore(t *testing.T) {
 		want    string
 	}{
 		{name: "detached", pidfile: "pid", landed: "running"},
-		{name: "restore fails", point: "restore-data", landed: "", want: "on fire"},
+		{name: "restore fails", point: "restore-end", landed: "", want: "on fire"},
 		{name: "run fails", point: "run", pidfile: "pid", landed: "discarded", want: "on fire"},
 		{name: "no pid file", pidfile: "no/such/dir", landed: "discarded", want: "write the pid file"},
 	}
@@ -418,23 +420,23 @@ func TestPrintPlan(t *testing.T) {
 	const want = `Tree of pid 12: 2 processes, 3 threads, 5.00 MiB of memory, 9 open files (amd64, 6.18)
 
 Processes
- PID │ INNER PID │ PARENT │ THREADS │ MEMORY │ COMMAND 
-  12 │         2 │      0 │       2 │ 0 B    │ redis   
-  13 │         4 │      0 │       1 │ 0 B    │ sh      
+ PID  INNER PID  PARENT  THREADS  MEMORY  COMMAND 
+  12          2       0        2  0 B     redis   
+  13          4       0        1  0 B     sh      
 
 Files that must be at the destination
- KIND    │ USE       │ SIZE     │ PIDS                   │ PATH      
- regular │ mapped    │ 1.18 MiB │ 12 13 14 15 and 2 more │ /bin/x    
- socket  │ made anew │ 0 B      │ 12                     │ /run/s    
- chr     │ written   │ 0 B      │ 13                     │ /dev/null 
+ KIND     USE        SIZE      PIDS                    PATH      
+ regular  mapped     1.18 MiB  12 13 14 15 and 2 more  /bin/x    
+ socket   made anew  0 B       12                      /run/s    
+ chr      written    0 B       13                      /dev/null 
 
 External files, to be handed in at the destination
- KEY           │ KIND │ FLAGS │ PATH HERE 
- file[72:a3e7] │ fifo │ 02    │ /run/fifo 
+ KEY            KIND  FLAGS  PATH HERE 
+ file[72:a3e7]  fifo  02     /run/fifo 
 
 Ports that must be free at the destination
- NETWORK │ ADDRESS        │ PID 
- tcp     │ 127.0.0.1:6379 │  12 
+ NETWORK  ADDRESS         PID 
+ tcp      127.0.0.1:6379   12 
 `
 	trim := func(s string) []string {
 		lines := strings.Split(s, "\n")

@@ -187,6 +187,9 @@ func (t *fakeTree) dump(ctx context.Context, sink image.Sink) error {
 	if err := sink.Entry(inventoryEntry()); err != nil {
 		return err
 	}
+	if err := sink.Entry(mmEntry()); err != nil {
+		return err
+	}
 	if err := sink.Sealed(); err != nil {
 		return err
 	}

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/mm"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pipe-data"
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/proto"
@@ -67,6 +68,15 @@ func pipeEntry(id uint32, data []byte) image.Entry {
 	}}
 }
 
+// mmEntry announces the memory of process 1.
+func mmEntry() image.Entry {
+	u := proto.Uint64
+	return image.Entry{File: "mm-1", Magic: "MM", Msg: &mm.MmEntry{
+		MmStartCode: u(1), MmEndCode: u(2), MmStartData: u(3), MmEndData: u(4), MmStartStack: u(5), MmStartBrk: u(6), MmBrk: u(7),
+		MmArgStart: u(8), MmArgEnd: u(9), MmEnvStart: u(10), MmEnvEnd: u(11), ExeFileId: proto.Uint32(1),
+	}}
+}
+
 type datum struct {
 	ID  image.DataID
 	Off uint64
@@ -86,11 +96,11 @@ func fill(id image.DataID, off uint64, n int) []byte {
 func TestStreamRoundTrip(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		c := &chunkList{limit: rapid.SampledFrom([]int{8 << 10, 64 << 10, 512 << 10}).Draw(t, "limit")}
-		extras := rapid.SliceOfN(rapid.IntRange(0, 200<<10), 0, 5).Draw(t, "extras")
+		extras := rapid.SliceOfN(rapid.IntRange(0, 80<<10), 0, 4).Draw(t, "extras")
 		var data []datum
-		for i, kind := range rapid.SliceOfN(rapid.IntRange(1, 3), 0, 12).Draw(t, "kinds") {
+		for i, kind := range rapid.SliceOfN(rapid.IntRange(1, 3), 0, 8).Draw(t, "kinds") {
 			d := datum{ID: image.DataID{Kind: image.DataKind(kind), ID: uint32(i % 3)}, Off: uint64(i) << 30}
-			d.Len = rapid.IntRange(1, 180).Draw(t, "pages") * pageSize
+			d.Len = rapid.IntRange(1, 140).Draw(t, "pages") * pageSize
 			if d.ID.Kind == image.Ghost {
 				d.Len = rapid.IntRange(1, 300<<10).Draw(t, "bytes")
 			}
