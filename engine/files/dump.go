@@ -294,7 +294,7 @@ func (d *Dumper) addFD(p *Proc, pidfd, fd int) (fdSlot, error) {
 	slot := fdSlot{fd: fd, cloexec: o.info.Flags&unix.O_CLOEXEC != 0}
 	if len(o.info.Locks) > 0 {
 		l := o.info.Locks[0]
-		d.problem(o, fmt.Sprintf("it is locked (%s)", l.Type), "file locks are not carried: let the program release them, or stop it first")
+		d.problem(o, fmt.Sprintf("it is locked (%s %s)", l.Kind, l.Type), "file locks are not carried: let the program release them, or stop it first")
 	}
 	slot.obj, err = d.identify(o)
 	if err != nil {
