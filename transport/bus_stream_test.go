@@ -132,7 +132,7 @@ func TestRealStream(t *testing.T) {
 		if p.s.MaxChunk() != MaxChunkSize {
 			t.Errorf("MaxChunk %d", p.s.MaxChunk())
 		}
-		pump(t, p, 80, 256<<10, nil)
+		pump(t, p, 40, 256<<10, nil)
 		if st := p.s.Stats(); st.Rewinds != 0 || st.ResentBytes != 0 || st.WireBytes < st.Bytes {
 			t.Errorf("%d lanes: an undisturbed stream resent: %+v", lanes, st)
 		}
@@ -145,7 +145,7 @@ func TestRealStreamSmallPayloads(t *testing.T) {
 	if got, want := p.s.MaxChunk(), 64<<10-48; got != want {
 		t.Errorf("MaxChunk %d, want %d", got, want)
 	}
-	pump(t, p, 300, 64<<10-48, nil)
+	pump(t, p, 150, 64<<10-48, nil)
 }
 
 // The server is stopped and started again at the same port while a stream
@@ -159,7 +159,7 @@ func TestRealStreamServerRestart(t *testing.T) {
 	listen := strings.TrimPrefix(b.URL(), "nats://")
 	defer func() { b.Shutdown() }()
 	p := newRealPair(t, b.URL(), 2, SenderConfig{})
-	pump(t, p, 400, 128<<10, func(i uint64) {
+	pump(t, p, 400, 32<<10, func(i uint64) {
 		if i%100 != 50 || i > 300 {
 			return
 		}
@@ -177,7 +177,7 @@ func TestRealStreamReconnects(t *testing.T) {
 	b := startBus(t, bus.Config{})
 	p := newRealPair(t, b.URL(), 2, SenderConfig{})
 	conns := []*nats.Conn{p.sData[0], p.rData[0], p.sCtl, p.rCtl, p.sData[1], p.rData[1]}
-	pump(t, p, 600, 64<<10, func(i uint64) {
+	pump(t, p, 600, 16<<10, func(i uint64) {
 		if i%80 == 40 && len(conns) > 0 {
 			if err := conns[0].ForceReconnect(); err != nil {
 				t.Errorf("cut %s: %v", conns[0].Opts.Name, err)
