@@ -101,27 +101,16 @@ type seizer struct {
 func (s *seizer) tree(root int) error {
 	for {
 		found := 0
-		queue := []int{root}
-		for len(queue) > 0 {
-			pid := queue[0]
-			queue = queue[1:]
+		pids, err := procfs.Tree(root)
+		if err != nil && !procfs.Gone(err) {
+			return fmt.Errorf("list the tree of pid %d: %w", root, err)
+		}
+		for _, pid := range pids {
 			n, err := s.process(pid)
 			if err != nil {
 				return err
 			}
 			found += n
-			p := s.procs[pid]
-			if p == nil {
-				continue // it ended
-			}
-			children, err := procfs.Children(pid)
-			if procfs.Gone(err) {
-				continue
-			}
-			if err != nil {
-				return fmt.Errorf("list children of pid %d: %w", pid, err)
-			}
-			queue = append(queue, children...)
 		}
 		if len(s.order) == 0 {
 			return fmt.Errorf("no process has pid %d: %w", root, unix.ESRCH)
