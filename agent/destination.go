@@ -286,7 +286,7 @@ func (d *destination) abandon(cause error) {
 	if err != nil {
 		d.log.Warn("the record could not be brought up to date; the source finds out by itself", "error", err)
 	}
-	d.log.Error("the migration failed here, nothing of the tree is left", "error", cause)
+	d.log.Log(severity(wire.CodeOf(cause)), "the migration was aborted; nothing of the tree is left here", "reason", cause)
 }
 
 // tell writes into the record why this side gives up, unless the migration

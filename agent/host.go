@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
 
 	"godwit/engine/procfs"
 	"godwit/wire"
@@ -103,7 +104,31 @@ func (a *Agent) Ps(ctx context.Context, _ *wire.PsRequest) (*wire.PsReply, error
 		}
 		reply.Processes = append(reply.Processes, p)
 	}
+	// The reply is one message: on a host with very many processes the
+	// commands are what is left out first.
+	for _, most := range []int{64, 0} {
+		if proto.Size(reply) <= maxReply {
+			break
+		}
+		for _, p := range reply.Processes {
+			p.Command = clip(p.Command, most)
+		}
+	}
 	return reply, nil
+}
+
+// maxReply keeps within the 1 MiB that a bus allows by default, bytes.
+const maxReply = 900 << 10
+
+// clip shortens s to at most n bytes and a mark that tells.
+func clip(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	if n == 0 {
+		return ""
+	}
+	return strings.ToValidUTF8(s[:n], "") + "…"
 }
 
 // maxCommand is how much of a command line travels, bytes: a reply is one
@@ -130,11 +155,7 @@ func process(pid int) (*wire.Process, error) {
 		KernelThread: st.Flags&0x00200000 != 0,
 	}
 	if args, err := procfs.Cmdline(pid); err == nil {
-		cmd := strings.ToValidUTF8(strings.Join(args, " "), "?")
-		if len(cmd) > maxCommand {
-			cmd = strings.ToValidUTF8(cmd[:maxCommand], "") + "…"
-		}
-		p.Command = strings.TrimSpace(cmd)
+		p.Command = clip(strings.TrimSpace(strings.ToValidUTF8(strings.Join(args, " "), "?")), maxCommand)
 	}
 	if fds, err := procfs.Fds(pid); err == nil {
 		p.OpenFiles = uint32(len(fds))

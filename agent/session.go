@@ -154,7 +154,10 @@ func (s *session) report(ctx context.Context, m meter, pages func() uint64, tota
 		st := m.Stats()
 		p := &wire.Progress{
 			Id: s.id, Host: s.a.cfg.Host, State: s.phase(), BytesDone: st.Bytes, BytesTotal: max(total, st.Bytes),
-			PagesDone: pages(), BytesPerSecond: st.BytesPerSecond, UnixMs: time.Now().UnixMilli(),
+			PagesDone: pages(), UnixMs: time.Now().UnixMilli(),
+		}
+		if st.Bytes >= 1<<20 { // before that a rate means nothing
+			p.BytesPerSecond = st.BytesPerSecond
 		}
 		s.a.cfg.Progress(p)
 		select {
@@ -175,6 +178,15 @@ func transferred(r *wire.Report, st transport.Stats, pages uint64) {
 		r.BytesPerSecond = uint64(float64(st.Bytes) / d.Seconds())
 	}
 	r.PeakRssBytes = peakRSS()
+}
+
+// severity is how an end without a handoff is logged: what somebody asked for
+// is no failure.
+func severity(c wire.Code) hclog.Level {
+	if c == wire.Code_CODE_ABORTED {
+		return hclog.Warn
+	}
+	return hclog.Error
 }
 
 func us(d time.Duration) uint64 { return uint64(max(d.Microseconds(), 0)) }

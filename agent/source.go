@@ -342,7 +342,7 @@ func (s *source) resume(rec *wire.Record) {
 		s.trouble = wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the tree of pid %d could not be let go, look at it: %w", s.req.Pid, err)
 		s.log.Error("the tree could not be let go; an operator must look", "pid", s.req.Pid, "error", err)
 	} else {
-		s.log.Error("the migration was aborted; the tree runs on here", "pid", s.req.Pid, "reason", rec.Reason, "frozen_ms", s.report.FrozenUs/1000)
+		s.log.Log(severity(rec.Error.GetCode()), "the migration was aborted; the tree runs on here", "pid", s.req.Pid, "reason", rec.Reason, "frozen_ms", s.report.FrozenUs/1000)
 	}
 	s.conclude(s.trouble)
 }
@@ -418,5 +418,5 @@ func (s *source) giveUp(cause error) {
 	if err != nil {
 		s.log.Warn("the record could not be brought up to date", "error", err)
 	}
-	s.log.Error("the migration failed before the tree was frozen; it runs on here", "pid", s.req.Pid, "error", cause)
+	s.log.Log(severity(wire.CodeOf(cause)), "the migration ended before the tree was frozen, nothing was touched", "pid", s.req.Pid, "reason", cause)
 }
