@@ -263,7 +263,7 @@ func restore(t *testing.T, d *dumped, o RestoreOptions) *restored {
 		t.Fatal(err)
 	}
 	out := &restored{t: t, Restorer: r, tables: map[uint32]map[int]*os.File{}}
-	for id := range r.Restorer().tables {
+	for id := range r.tables {
 		ds, err := r.Descriptors(id)
 		if err != nil {
 			t.Fatal(err)
@@ -275,9 +275,6 @@ func restore(t *testing.T, d *dumped, o RestoreOptions) *restored {
 	}
 	return out
 }
-
-// Restorer helps to reach the fields of the embedded one.
-func (r *Restorer) Restorer() *Restorer { return r }
 
 // fd is the number, in this process, of what the child had as name.
 func (r *restored) fd(c *child, name string) int {

@@ -70,6 +70,14 @@ func dumpUnix(d *Dumper, o *object) error {
 		Flags: proto.Uint32(uint32(o.flags)), Uflags: proto.Uint32(0), Backlog: proto.Uint32(0), Peer: proto.Uint32(u.peer),
 		Fown: o.fown, Opts: opts, Name: []byte(name),
 	}
+	if isDgram(uint32(u.typ)) {
+		// The kernel marks both ends of a datagram connection as established, also
+		// the one that is connected to nobody; the entry only that with a peer.
+		e.State = proto.Uint32(stateClose)
+		if u.hasPeer {
+			e.State = proto.Uint32(stateEstablished)
+		}
+	}
 	if u.shutdown != 0 {
 		e.Shutdown = sk_opts.SkShutdown(u.shutdown & 3).Enum()
 	}
