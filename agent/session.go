@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"sync/atomic"
 	"time"
 
@@ -43,9 +42,6 @@ type session struct {
 	trouble error
 	done    chan struct{}
 }
-
-// errNoSession is an id of which this agent holds nothing.
-var errNoSession = errors.New("this agent holds nothing of that migration")
 
 func (a *Agent) newSession(id string, role wire.Role, peer string) *session {
 	s := &session{
