@@ -119,18 +119,21 @@ func Start(cfg Config) (*Server, error) {
 func (s *Server) start(cfg Config, host string, port int) error {
 	log := s.log
 	opts := &server.Options{
-		ServerName:            "godwit",
-		Host:                  host,
-		Port:                  port,
-		MaxPayload:            1 << 20,
-		MaxPending:            64 << 20,
-		WriteDeadline:         10 * time.Second,
-		PingInterval:          2 * time.Second,
-		MaxPingsOut:           3,
-		JetStream:             true,
-		StoreDir:              cfg.StoreDir,
-		JetStreamMaxMemory:    16 << 20,
-		JetStreamMaxStore:     1 << 30,
+		ServerName:         "godwit",
+		Host:               host,
+		Port:               port,
+		MaxPayload:         1 << 20,
+		MaxPending:         64 << 20,
+		WriteDeadline:      10 * time.Second,
+		PingInterval:       2 * time.Second,
+		MaxPingsOut:        3,
+		JetStream:          true,
+		StoreDir:           cfg.StoreDir,
+		JetStreamMaxMemory: 16 << 20,
+		JetStreamMaxStore:  1 << 30,
+		// A record that was acknowledged must be there after a power loss: who
+		// owns a tree hangs on it. Records are few and small.
+		SyncAlways:            true,
 		NoSigs:                true,
 		NoLog:                 false,
 		DisableShortFirstPing: true,
