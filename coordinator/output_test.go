@@ -229,7 +229,9 @@ func TestTerminalView(t *testing.T) {
 	v.now, v.start = func() time.Time { return now }, began
 	v.record(sample()[0])
 	v.record(sample()[3])
-	v.progress(&wire.Progress{Id: sample()[3].Id, Host: "alpha", BytesDone: 5 << 20, BytesTotal: 1 << 30, BytesPerSecond: 5 << 20})
+	v.progress(&wire.Progress{Id: sample()[3].Id, Host: "alpha", BytesDone: 60, BytesTotal: 1 << 30, BytesPerSecond: 1000})
+	now = now.Add(plainEvery)
+	v.progress(&wire.Progress{Id: sample()[3].Id, Host: "alpha", BytesDone: 50 << 20, BytesTotal: 1 << 30, BytesPerSecond: 5 << 20})
 	v.close()
 	golden(t, "plain", raw.String())
 }

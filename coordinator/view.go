@@ -132,7 +132,11 @@ func (v *textView) progress(p *wire.Progress) {
 		v.draw(false)
 		return
 	}
-	if now := v.now(); now.Sub(it.plain) >= plainEvery && p.Host == it.rec.Source && p.BytesDone > 0 {
+	now := v.now()
+	if it.plain.IsZero() {
+		it.plain = now // what takes less time needs no such line
+	}
+	if now.Sub(it.plain) >= plainEvery && p.Host == it.rec.Source && p.BytesDone > 0 {
 		it.plain = now
 		v.say(p.Id, progressText(it.rec, it.latest()))
 	}
@@ -211,7 +215,8 @@ func progressText(r *wire.Record, p *wire.Progress) string {
 	}
 	if p.BytesPerSecond > 0 {
 		s += ", " + formatRate(p.BytesPerSecond)
-		if p.BytesTotal > p.BytesDone && !wire.Committed(r.State) {
+		// A rate that comes from the first few bytes foretells nothing.
+		if p.BytesTotal > p.BytesDone && p.BytesDone >= p.BytesTotal/100 && !wire.Committed(r.State) {
 			left := time.Duration(float64(p.BytesTotal-p.BytesDone) / float64(p.BytesPerSecond) * float64(time.Second))
 			s += ", " + formatDuration(left.Round(10*time.Millisecond)) + " left"
 		}
