@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/eventpoll"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
@@ -141,10 +142,9 @@ func (d *Dumper) target(o *object, t procfs.EpollTarget, nth int) (found *object
 }
 
 func (d *Dumper) slot(filesID uint32, fd int) *fdSlot {
-	for i := range d.fds[filesID] {
-		if d.fds[filesID][i].fd == fd {
-			return &d.fds[filesID][i]
-		}
+	tab := d.fds[filesID] // ascending
+	if i, ok := slices.BinarySearchFunc(tab, fd, func(s fdSlot, fd int) int { return s.fd - fd }); ok {
+		return &tab[i]
 	}
 	return nil
 }
@@ -198,10 +198,9 @@ type watch struct {
 	data     uint64
 }
 
-// watches lists what the processes with one table of descriptors add. Every
-// watched file of an epoll is added once, by the first process that can.
-func (r *Restorer) watches(filesID uint32) []watch {
-	var out []watch
+// planWatches finds out which table's processes add which files. Every watched
+// file of an epoll is added once, by the first process that can.
+func (r *Restorer) planWatches() {
 	for _, x := range r.all {
 		if x.kind != kindEventpoll || len(x.at) == 0 {
 			continue
@@ -217,14 +216,11 @@ func (r *Restorer) watches(filesID uint32) []watch {
 			} else {
 				w.file, w.borrow = r.byID[t.GetId()], true
 			}
-			if p.filesID != filesID {
-				continue
-			}
 			w.epfd = p.fd
-			out = append(out, w)
+			tab := r.tables[p.filesID]
+			tab.watches = append(tab.watches, w)
 		}
 	}
-	return out
 }
 
 // epollCalls makes the calls for one table. Files whose one-shot event has been
@@ -232,7 +228,7 @@ func (r *Restorer) watches(filesID uint32) []watch {
 // added ready and collected.
 func (r *Restorer) epollCalls(filesID uint32) []*ptrace.Call {
 	var spent, rest []*ptrace.Call
-	for _, w := range r.watches(filesID) {
+	for _, w := range r.tables[filesID].watches {
 		before, after := r.lend(filesID, w)
 		if w.events&unix.EPOLLONESHOT != 0 && w.events&^uint32(privateBits) == 0 {
 			spent = append(spent, before...)
@@ -271,23 +267,32 @@ func (r *Restorer) lend(filesID uint32, w watch) (before, after []*ptrace.Call) 
 		ptrace.Int(t.spare[own]), ptrace.Int(w.fd), ptrace.Int(flags))}
 }
 
-// spares lists the files that lend needs under further descriptors.
-func (r *Restorer) spares(filesID uint32) []*description {
-	var out []*description
-	seen := map[*description]bool{}
-	add := func(x *description) {
-		if x != nil && !seen[x] {
-			seen[x] = true
-			out = append(out, x)
-		}
+// placeSpares finds free numbers for the descriptors that lend needs.
+func (t *table) placeSpares() {
+	lent := map[int]bool{}
+	for _, w := range t.watches {
+		lent[w.fd] = lent[w.fd] || w.borrow
 	}
-	for _, w := range r.watches(filesID) {
+	fd := 0
+	add := func(x *description) {
+		if x == nil {
+			return
+		}
+		if _, ok := t.spare[x]; ok {
+			return
+		}
+		for t.byFD[fd] != nil || lent[fd] {
+			fd++
+		}
+		t.spare[x] = fd
+		fd++
+	}
+	for _, w := range t.watches {
 		if w.borrow {
 			add(w.file)
-			add(r.tables[filesID].byFD[w.fd])
+			add(t.byFD[w.fd])
 		}
 	}
-	return out
 }
 
 func ctlCall(w watch, events uint32) *ptrace.Call {

@@ -76,7 +76,7 @@ func dumpMemfd(d *Dumper, o *object) error {
 // seals reads the seals of a memfd, whatever o was opened for.
 func (d *Dumper) seals(o *object) (int, error) {
 	f := o.file
-	if o.isPath() {
+	if o.isPath() || o.first().fd < 0 { // may have been opened with O_PATH
 		r, err := reopen(f, unix.O_RDONLY)
 		if err != nil {
 			return 0, err

@@ -18,8 +18,8 @@ import (
 func (d *Dumper) dumpOwner(o *object) (*fown.FownEntry, error) {
 	e := &fown.FownEntry{Uid: proto.Uint32(0), Euid: proto.Uint32(0), Signum: proto.Uint32(0),
 		PidType: proto.Uint32(0), Pid: proto.Uint32(0)}
-	if o.flags&unix.O_PATH != 0 || o.file == nil {
-		return e, nil // such a description has no owner
+	if o.isPath() || o.first().fd < 0 {
+		return e, nil // no owner is possible, or nobody's description
 	}
 	fd := int(o.file.Fd())
 	sig, err := sys.GetFileSignal(fd)

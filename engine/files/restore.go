@@ -66,6 +66,7 @@ type table struct {
 	pid     uint32 // of one process that has it, for messages; 0: unknown
 	byFD    map[int]*description
 	cloexec map[int]bool
+	watches []watch
 	spare   map[*description]int // further descriptors, for as long as Calls run
 }
 
@@ -76,6 +77,7 @@ type Restorer struct {
 	opts   RestoreOptions
 	all    []*description // in the order of the image
 	byID   map[uint32]*description
+	byIno  map[uint32]*description // unix sockets
 	tables map[uint32]*table
 	facts  map[uint32]*image.FileFacts
 	remaps map[uint32]uint32
@@ -102,7 +104,7 @@ func NewRestorer(log hclog.Logger, set *image.Set, o RestoreOptions) (*Restorer,
 	}
 	r := &Restorer{
 		log: log.Named("files"), set: set, opts: o,
-		byID: map[uint32]*description{}, tables: map[uint32]*table{}, facts: map[uint32]*image.FileFacts{},
+		byID: map[uint32]*description{}, byIno: map[uint32]*description{}, tables: map[uint32]*table{}, facts: map[uint32]*image.FileFacts{},
 		remaps: map[uint32]uint32{}, ghosts: map[uint32]*ghostFile{}, memfds: map[uint32]*memfdFile{}, handed: map[string]*Inherit{},
 	}
 	if set.Facts != nil {
@@ -209,6 +211,9 @@ func (r *Restorer) loadFiles() error {
 		}
 		x := &description{id: id, entry: e}
 		r.byID[id] = x
+		if u := e.GetUsk(); u != nil && r.byIno[u.GetIno()] == nil {
+			r.byIno[u.GetIno()] = x
+		}
 		r.all = append(r.all, x)
 	}
 	return nil
@@ -307,28 +312,11 @@ func (r *Restorer) check() error {
 	if err := list("the files in the images cannot be restored", errs); err != nil {
 		return err
 	}
-	for id := range r.tables {
-		r.placeSpares(id)
+	r.planWatches()
+	for _, t := range r.tables {
+		t.placeSpares()
 	}
 	return nil
-}
-
-// placeSpares finds free numbers for descriptors that Calls need for a moment.
-func (r *Restorer) placeSpares(filesID uint32) {
-	t := r.tables[filesID]
-	fd := 0
-	for _, x := range r.spares(filesID) {
-		for t.byFD[fd] != nil || r.lent(filesID, fd) {
-			fd++
-		}
-		t.spare[x] = fd
-		fd++
-	}
-}
-
-// lent says whether fd is a number that must mean another file for a moment.
-func (r *Restorer) lent(filesID uint32, fd int) bool {
-	return slices.ContainsFunc(r.watches(filesID), func(w watch) bool { return w.borrow && w.fd == fd })
 }
 
 // list makes one error of several.

@@ -385,7 +385,7 @@ func checkUnix(r *Restorer, x *description) error {
 	if e.GetPeer() == 0 || r.handed[fmt.Sprintf("socket:[%d]", e.GetIno())] != nil {
 		return nil
 	}
-	p := r.unixByIno(e.GetPeer())
+	p := r.byIno[e.GetPeer()]
 	switch {
 	case p == nil:
 		return fmt.Errorf("its peer, socket %d, is not in the images", e.GetPeer())
@@ -397,15 +397,6 @@ func checkUnix(r *Restorer, x *description) error {
 		return fmt.Errorf("its peer, socket %d, has another peer", e.GetPeer())
 	case p.entry.GetUsk().GetPeer() != e.GetIno() && len(unixName(p.entry.GetUsk())) == 0:
 		return fmt.Errorf("its peer, socket %d, has no name", e.GetPeer())
-	}
-	return nil
-}
-
-func (r *Restorer) unixByIno(ino uint32) *description {
-	for _, x := range r.all {
-		if e := x.entry.GetUsk(); e != nil && e.GetIno() == ino {
-			return x
-		}
 	}
 	return nil
 }
@@ -488,7 +479,8 @@ func (u *unixOpener) paired(x *description) bool {
 		return false
 	}
 	if e.GetPeer() == 0 {
-		return e.GetState() == stateEstablished
+		// CRIU keeps the kernel's state of datagram sockets (dumpUnix).
+		return e.GetState() == stateEstablished && (!isDgram(e.GetType()) || u.r.set.Facts != nil)
 	}
 	return mutual(x, u.byIno[e.GetPeer()])
 }
