@@ -57,7 +57,7 @@ func TestParse(t *testing.T) {
 		{"no process", images(2), "no process"},
 		{"pid 1", images(2, task3{1, 0, alive}), "impossible"},
 		{"pid beyond all", images(2, task3{maxPid + 1, 0, alive}), "impossible"},
-		{"pid twice", images(2, task3{10, 0, alive}, task3{10, 10, alive}), "twice"},
+		{"pid twice", images(2, task3{10, 0, alive}, task3{10, 10, alive}), "2 entries"},
 		{"dead root", images(2, task3{10, 0, dead}), "has exited"},
 		{"stranger's child", images(2, task3{10, 0, alive}, task3{11, 12, alive}), "not among"},
 		{"child of a zombie", images(2, task3{10, 0, alive}, task3{11, 10, dead}, task3{12, 11, alive}), "has exited"},
