@@ -81,7 +81,7 @@ func newRealPair(t testing.TB, url string, lanes int, cfg SenderConfig) *realPai
 // arrives, before it is released.
 func pump(t testing.TB, p *realPair, n uint64, size int, at func(i uint64)) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
 	sent := make(chan error, 1)
 	pattern := bytes.Repeat([]byte("godwit.."), size/8)

@@ -200,6 +200,9 @@ func Handle[Req, Resp proto.Message](s *Service, method string, fn func(context.
 		}()
 	})
 	err := s.svc.AddEndpoint(method, handler, micro.WithEndpointSubject(subject))
+	if err == nil {
+		err = flush(s.ctx, s.nc) // from now on callers reach it
+	}
 	if err != nil {
 		return fmt.Errorf("serve %s of agent %s: %w", method, s.host, err)
 	}

@@ -128,8 +128,8 @@ var fastTiming = timing{
 	probe:     10 * time.Millisecond,
 	blind:     100 * time.Millisecond,
 	blindMax:  400 * time.Millisecond,
-	idle:      2 * time.Second,
-	open:      2 * time.Second,
+	idle:      20 * time.Second,
+	open:      20 * time.Second,
 }
 
 // pair opens a stream over fake links.
@@ -197,7 +197,7 @@ func testChunk(seed uint64, i uint64, most int) []byte {
 // transfer moves n chunks and checks that they arrive in order, whole, once.
 func transfer(t testing.TB, s *Sender, r *Receiver, n uint64, most int) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
 	sent := make(chan error, 1)
 	go func() {

@@ -48,6 +48,7 @@ func FuzzPeer(f *testing.F) {
 			}
 		}
 		var want uint64
+		in = in[:min(len(in), 200*16)] // longer ones only take longer
 		for ; len(in) >= 16; in = in[16:] {
 			h := wire.FrameHeader{
 				Type: wire.FrameType(in[0]), Lane: in[1], Lanes: in[2],

@@ -424,6 +424,7 @@ func (r *Receiver) run() {
 	tick := time.NewTicker(r.t.tick)
 	defer tick.Stop()
 	var acked time.Time
+	last := time.Now()
 	lives := r.lives()
 	for {
 		beat := false
@@ -444,7 +445,8 @@ func (r *Receiver) run() {
 				r.mu.Unlock()
 				beat = false
 			}
-			r.watch(now)
+			r.watch(now, r.t.stalled(last, now))
+			last = now
 		}
 		if beat && now.Sub(acked) < r.t.heartbeat {
 			continue
@@ -463,9 +465,11 @@ func (r *Receiver) lives() uint64 {
 	return n
 }
 
-// watch fails the stream if the sender has not been heard for too long.
-func (r *Receiver) watch(now time.Time) {
+// watch fails the stream if the sender has not been heard for too long, not
+// counting the time that this process was stalled itself.
+func (r *Receiver) watch(now time.Time, stalled time.Duration) {
 	r.mu.Lock()
+	r.heard, r.begun = r.heard.Add(stalled), r.begun.Add(stalled)
 	r.meter.sample(now)
 	var err error
 	switch silent := now.Sub(r.heard); {

@@ -621,6 +621,7 @@ func (s *Sender) runTicker() {
 	tick := time.NewTicker(s.t.tick)
 	defer tick.Stop()
 	var pinged time.Time
+	last := time.Now()
 	ctlLives := s.ctl.lives()
 	for {
 		select {
@@ -644,6 +645,8 @@ func (s *Sender) runTicker() {
 			return
 		}
 		s.meter.sample(now)
+		s.heard = s.heard.Add(s.t.stalled(last, now))
+		last = now
 		if silent := now.Sub(s.heard); silent > s.t.idle {
 			s.mu.Unlock()
 			err := fmt.Errorf("%s: %w for %s", s.peer, ErrPeerSilent, silent.Round(100*time.Millisecond))

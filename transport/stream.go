@@ -123,6 +123,16 @@ func timings(idle, open time.Duration) timing {
 	return t
 }
 
+// stalled is how long this process did not run between two ticks (stopped, its
+// machine suspended or overloaded): what came meanwhile is still to be read, so
+// that time says nothing about the other end.
+func (t timing) stalled(last, now time.Time) time.Duration {
+	if gap := now.Sub(last); gap > t.idle/8+2*t.tick {
+		return gap
+	}
+	return 0
+}
+
 // cost is what a payload of n bytes takes of the window: the frame and what
 // the queues need to remember it, so that tiny chunks are bounded too. Both
 // ends count the same.

@@ -295,7 +295,7 @@ func TestStreamErrors(t *testing.T) {
 			t.Parallel()
 			p := newPair(t, newFakeNet(), 1, 4096, 64<<10, tc.timing)
 			tc.do(t, p)
-			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
 			defer cancel()
 			if tc.receiver != nil {
 				var err error
@@ -495,7 +495,7 @@ func TestWindowAccounting(t *testing.T) {
 			}
 		}
 		ops := rapid.SliceOfN(rapid.IntRange(0, 8<<10), 1, 60).Draw(rt, "sizes")
-		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 		defer cancel()
 		var wg sync.WaitGroup
 		wg.Go(func() {
@@ -604,5 +604,20 @@ func TestFramePool(t *testing.T) {
 			t.Errorf("a frame of %d has %d bytes", n, len(b))
 		}
 		putFrame(b)
+	}
+}
+
+func TestStalledTimeDoesNotCount(t *testing.T) {
+	tm := timings(8*time.Second, 0)
+	now := time.Unix(100, 0)
+	for gap, want := range map[time.Duration]time.Duration{
+		tm.tick:          0,
+		time.Second:      0,
+		2 * time.Second:  2 * time.Second,
+		60 * time.Second: 60 * time.Second,
+	} {
+		if got := tm.stalled(now, now.Add(gap)); got != want {
+			t.Errorf("ticks %s apart: %s do not count, want %s", gap, got, want)
+		}
 	}
 }
