@@ -143,6 +143,7 @@ type Dumper struct {
 	others  *outsiders
 	netns   inodeID
 	data    []Data
+	buf     []byte // for what is queued in sockets
 	refusal refuse.Refusal
 	lastID  uint32
 	done    bool

@@ -95,6 +95,9 @@ func (d *Dumper) dumpQueue(img, magic string, id uint32, ends []*object) error {
 // peekPipe reads what is in a pipe without taking it out, split as reads of a
 // large buffer get it: in one piece, unless there are packets.
 func peekPipe(fd, size int) ([][]byte, error) {
+	if n, err := unix.IoctlGetInt(fd, unix.TIOCINQ); err == nil && n == 0 {
+		return nil, nil
+	}
 	var p [2]int
 	if err := unix.Pipe2(p[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
 		return nil, os.NewSyscallError("pipe2", err)

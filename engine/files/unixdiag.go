@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 
 	"golang.org/x/sys/unix"
 )
@@ -34,12 +33,11 @@ const (
 	nlmsgHeader      = 16
 )
 
-// readUnixDiag asks for one socket of the network namespace netns (a descriptor;
-// -1: this process's own).
-func readUnixDiag(ino uint32, netns int) (unixDiag, error) {
-	fd, err := diagSocket(netns)
+// readUnixDiag asks for one socket of this network namespace.
+func readUnixDiag(ino uint32) (unixDiag, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
 	if err != nil {
-		return unixDiag{}, err
+		return unixDiag{}, os.NewSyscallError("socket sock_diag", err)
 	}
 	defer func() { _ = unix.Close(fd) }()
 	req := make([]byte, 0, 40)
@@ -69,34 +67,6 @@ func readUnixDiag(ino uint32, netns int) (unixDiag, error) {
 		}
 		return parseUnixDiag(buf[:n])
 	}
-}
-
-// diagSocket opens a netlink socket in a network namespace.
-func diagSocket(netns int) (int, error) {
-	open := func() (int, error) {
-		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
-		return fd, os.NewSyscallError("socket sock_diag", err)
-	}
-	if netns < 0 {
-		return open()
-	}
-	type result struct {
-		fd  int
-		err error
-	}
-	c := make(chan result)
-	go func() {
-		// The thread ends with the goroutine, and its namespace with it.
-		runtime.LockOSThread()
-		if err := unix.Setns(netns, unix.CLONE_NEWNET); err != nil {
-			c <- result{-1, os.NewSyscallError("setns", err)}
-			return
-		}
-		fd, err := open()
-		c <- result{fd, err}
-	}()
-	r := <-c
-	return r.fd, r.err
 }
 
 // parseUnixDiag parses the answer for one socket.

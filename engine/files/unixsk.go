@@ -53,7 +53,11 @@ func dumpUnix(d *Dumper, o *object) error {
 		d.refuse(o, "the socket is in another network namespace", "run the agent in the network namespace of the tree")
 		return nil
 	}
-	u, err := readUnixDiag(uint32(o.stat.Ino), -1)
+	u, err := readUnixDiag(uint32(o.stat.Ino))
+	if errors.Is(err, unix.ENOENT) { // the duplicate keeps the socket: it cannot have gone
+		d.refuse(o, "this kernel tells nothing about unix sockets", "load or build in unix_diag (CONFIG_UNIX_DIAG)")
+		return nil
+	}
 	if err != nil {
 		return err
 	}
@@ -212,7 +216,10 @@ type message struct {
 
 // dumpSockQueue emits what is queued at a socket, unless it cannot be put back.
 func (d *Dumper) dumpSockQueue(o *object, st *unixState, peer *object) error {
-	ms, rights, err := peekQueue(int(o.file.Fd()), st.e.GetType() == unix.SOCK_STREAM, st.diag.shutdown&1 != 0)
+	if st.diag.rqueue == 0 && st.e.GetType() == unix.SOCK_STREAM {
+		return nil
+	}
+	ms, rights, err := d.peekQueue(int(o.file.Fd()), st.e.GetType() == unix.SOCK_STREAM, st.diag.shutdown&1 != 0)
 	if err != nil {
 		return err
 	}
@@ -241,23 +248,25 @@ const maxMessages = 1 << 20
 // peekQueue reads what is queued at a socket without taking it out. The peek
 // offset is the socket's own, so it is put back as it was. rights: descriptors
 // are in the queue.
-func peekQueue(fd int, stream, closed bool) (ms []message, rights bool, err error) {
+func (d *Dumper) peekQueue(fd int, stream, closed bool) (ms []message, rights bool, err error) {
 	old, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF)
 	if err != nil {
 		return nil, false, os.NewSyscallError("getsockopt SO_PEEK_OFF", err)
 	}
 	defer func() { _ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, old) }()
-	size := 256 << 10
+	if d.buf == nil {
+		d.buf = make([]byte, 256<<10)
+	}
 	for {
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, 0); err != nil {
 			return nil, false, os.NewSyscallError("setsockopt SO_PEEK_OFF", err)
 		}
 		var longest int
-		ms, longest, rights, err = peekAll(fd, stream, closed, make([]byte, size))
-		if err != nil || longest <= size || stream {
+		ms, longest, rights, err = peekAll(fd, stream, closed, d.buf)
+		if err != nil || longest <= len(d.buf) || stream {
 			return ms, rights, err
 		}
-		size = longest // a datagram did not fit: once more
+		d.buf = make([]byte, longest) // a datagram did not fit: once more
 	}
 }
 
