@@ -278,7 +278,7 @@ func traces(t *testing.T, h *hosts.Host, pid int) string {
 			t.Fatal(err)
 		}
 		for line := range strings.Lines(string(st)) {
-			if strings.HasPrefix(line, "TracerPid:") || strings.HasPrefix(line, "Sig") || strings.HasPrefix(line, "Shd") {
+			if strings.HasPrefix(line, "TracerPid:") || strings.HasPrefix(line, "Sig") && !strings.HasPrefix(line, "SigQ:") || strings.HasPrefix(line, "Shd") {
 				b.WriteString(de.Name() + " " + line)
 			}
 		}

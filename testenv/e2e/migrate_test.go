@@ -98,7 +98,7 @@ func TestMigrateRedis(t *testing.T) {
 	f, alpha, beta := newFleet(ctx, t)
 	pid := redis(ctx, t, alpha, newDir(t))
 	want := redisDo(ctx, t, alpha, "debug", "digest")
-	quiet(ctx, t, alpha, pid)
+	quiet(ctx, t, alpha, 6379)
 	m, res, err := f.Migrate(ctx, "alpha", pid, "beta")
 	if err != nil {
 		t.Fatal(err)
@@ -291,7 +291,8 @@ func TestMigratePids(t *testing.T) {
 func TestMigrateRefused(t *testing.T) {
 	ctx := deadline(t, time.Minute)
 	f, alpha, _ := newFleet(ctx, t)
-	r := selfcheck(ctx, t, alpha, newDir(t), "hold", "inotify")
+	dir := newDir(t)
+	r, fine := selfcheck(ctx, t, alpha, dir, "hold", "inotify"), selfcheck(ctx, t, alpha, dir, "counter")
 	for _, tc := range []struct {
 		name, source, destination string
 		pid, code                 int
@@ -300,7 +301,7 @@ func TestMigrateRefused(t *testing.T) {
 		{"object", "alpha", "beta", r.Pid, 4, "inotify"},
 		{"unknown pid", "alpha", "beta", 99999, 1, "99999"},
 		{"unknown source", "gamma", "beta", r.Pid, 1, "gamma"},
-		{"unknown destination", "alpha", "gamma", r.Pid, 1, "gamma"},
+		{"unknown destination", "alpha", "gamma", fine.Pid, 1, "gamma"},
 		{"same host", "alpha", "alpha", r.Pid, 2, "same"},
 	} {
 		t.Run(strings.ReplaceAll(tc.name, " ", "-"), func(t *testing.T) {
@@ -314,8 +315,10 @@ func TestMigrateRefused(t *testing.T) {
 			}
 		})
 	}
-	goes(ctx, t, r, 10)
-	stop(ctx, t, r)
+	for _, r := range []*workloads.Run{r, fine} {
+		goes(ctx, t, r, 10)
+		stop(ctx, t, r)
+	}
 }
 
 // inFlight is a migration that a test disturbs.

@@ -167,6 +167,16 @@ func (r *Run) Failed() error {
 	if err != nil {
 		return err
 	}
+	// The file is made first and written then.
+	for range 100 {
+		if bytes.HasSuffix(b, []byte("\n")) {
+			break
+		}
+		time.Sleep(time.Millisecond)
+		if b, err = os.ReadFile(r.Prefix + ".fail"); err != nil {
+			return err
+		}
+	}
 	return fmt.Errorf("%s: %s", filepath.Base(r.Prefix), bytes.TrimSpace(b))
 }
 

@@ -40,7 +40,8 @@ void run_hold(void) {
 		fd = SYS(open(path_of("locked"), O_RDWR | O_CREAT, 0644));
 		SYS(flock(fd, LOCK_EX));
 	} else if (strcmp(k, "lock") == 0) {
-		fd = SYS(open(path_of("locked"), O_RDWR | O_CREAT, 0644));
+		// At its last number first: closing any descriptor of a file drops the lock.
+		fd = at_fd(33, SYS(open(path_of("locked"), O_RDWR | O_CREAT, 0644)));
 		struct flock l = {.l_type = F_WRLCK, .l_len = 10};
 		SYS(fcntl(fd, F_SETLK, &l));
 	} else fail("no kind %s", k);

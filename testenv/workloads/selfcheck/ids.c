@@ -72,7 +72,8 @@ static void describe(char *out, size_t size) {
 	SYS(sched_getaffinity(0, sizeof cpus, &cpus));
 	ADD("cpus");
 	for (int i = 0; i < CPU_SETSIZE; i++) if (CPU_ISSET(i, &cpus)) ADD(" %d", i);
-	ADD("\npid %d ppid %d pgid %d sid %d\n", getpid(), getppid() == 1, getpgrp(), getsid(0));
+	// The parent of a tree's root is whoever restored it.
+	ADD("\npid %d pgid %d sid %d\n", getpid(), getpgrp(), getsid(0));
 	char *cl = slurp("/proc/self/cmdline");
 	ADD("cmdline %s", cl);
 	char *env = slurp("/proc/self/environ");
