@@ -92,17 +92,15 @@ func (d *destination) run() {
 			d.held.close()
 		}
 		d.cancel(nil)
-		d.a.mu.Lock()
-		delete(d.a.destinations, d.id)
-		d.a.mu.Unlock()
+		d.leave()
 		close(d.done)
 	}()
 	err := d.begin()
+	if err != nil {
+		d.leave() // before the answer: whoever is refused may ask again at once
+	}
 	d.answer(err)
 	if err != nil {
-		if d.in != nil {
-			d.in.Close(err)
-		}
 		d.log.Info("refused", "reason", err)
 		return
 	}
@@ -114,6 +112,15 @@ func (d *destination) run() {
 		return
 	}
 	d.land()
+}
+
+// leave takes the session off the agent's list.
+func (d *destination) leave() {
+	d.a.mu.Lock()
+	defer d.a.mu.Unlock()
+	if d.a.destinations[d.id] == d {
+		delete(d.a.destinations, d.id)
+	}
 }
 
 // begin looks whether the tree can land and opens the stream.

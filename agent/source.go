@@ -148,12 +148,14 @@ func (s *source) run() {
 			s.unfeed()
 		}
 		s.cancel(nil)
-		s.a.mu.Lock()
-		delete(s.a.sources, s.id)
-		s.a.mu.Unlock()
+		s.leave()
 		close(s.done)
 	}()
 	touched, err := s.begin()
+	if err != nil && !touched {
+		// Whoever is refused may ask again at once and must not meet himself.
+		s.leave()
+	}
 	s.answer(err)
 	if err == nil {
 		err = s.freeze()
@@ -175,6 +177,15 @@ func (s *source) run() {
 		if touched {
 			s.giveUp(err)
 		}
+	}
+}
+
+// leave takes the session off the agent's list.
+func (s *source) leave() {
+	s.a.mu.Lock()
+	defer s.a.mu.Unlock()
+	if s.a.sources[s.id] == s {
+		delete(s.a.sources, s.id)
 	}
 }
 
