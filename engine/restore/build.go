@@ -297,7 +297,7 @@ func (t *Tree) addressSpace(p *process) error {
 	return t.mapAll(p)
 }
 
-// mapAll maps everything and sets the fields of the address space.
+// mapAll maps everything.
 func (t *Tree) mapAll(p *process) error {
 	r := p.remote()
 	use, err := t.mapFiles(p)
@@ -311,14 +311,6 @@ func (t *Tree) mapAll(p *process) error {
 			index[f] = len(list)
 			list = append(list, f)
 		}
-	}
-	exe, err := t.files.File(p.mm.GetExeFileId())
-	if err != nil {
-		return fmt.Errorf("its program: %w", err)
-	}
-	if _, ok := index[exe]; !ok {
-		index[exe] = len(list)
-		list = append(list, exe)
 	}
 	nums, err := t.ch.give(r, list)
 	if err != nil {
@@ -340,7 +332,6 @@ func (t *Tree) mapAll(p *process) error {
 			ptrace.Int(v.Prot), ptrace.Int(flags), ptrace.Int(fd), ptrace.Int(off)))
 		calls = append(calls, advise(v)...)
 	}
-	calls = append(calls, mmMap(p, nums[index[exe]]))
 	if p.mm.GetThpDisabled() {
 		calls = append(calls, ptrace.NewCall("disable huge pages", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_THP_DISABLE), ptrace.Int(1), ptrace.Int(0), ptrace.Int(0), ptrace.Int(0)))
 	}

@@ -9,8 +9,9 @@ import (
 	"godwit/engine/ptrace"
 )
 
-// descriptors fills the descriptor table of a process and sets its root and
-// working directory.
+// descriptors fills the descriptor table of a process and sets its program,
+// root and working directory. It comes after all data: a program whose file was
+// deleted cannot be set while that file is still being written.
 func (t *Tree) descriptors(p *process) error {
 	r := p.remote()
 	list, err := t.files.Descriptors(p.filesID)
@@ -58,15 +59,20 @@ func (t *Tree) descriptors(p *process) error {
 	if err != nil {
 		return err
 	}
-	nums, err := t.ch.give(r, dirs)
+	exe, err := t.files.File(p.mm.GetExeFileId())
+	if err != nil {
+		return fmt.Errorf("program: %w", err)
+	}
+	nums, err := t.ch.give(r, append([]*os.File{exe}, dirs...))
 	if err != nil {
 		return err
 	}
-	if len(nums) == 2 {
-		add("enter root directory", unix.SYS_FCHDIR, ptrace.Int(nums[1]))
+	calls = append(calls, mmMap(p, nums[0]))
+	if len(nums) == 3 {
+		add("enter root directory", unix.SYS_FCHDIR, ptrace.Int(nums[2]))
 		add("change root directory", unix.SYS_CHROOT, ptrace.Str("."))
 	}
-	add("enter working directory", unix.SYS_FCHDIR, ptrace.Int(nums[0]))
+	add("enter working directory", unix.SYS_FCHDIR, ptrace.Int(nums[1]))
 	add("close descriptors of the stub", unix.SYS_CLOSE_RANGE, ptrace.Int(0), ptrace.Int(high-1), ptrace.Int(0))
 	for i, d := range list {
 		flags := 0
