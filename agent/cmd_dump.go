@@ -95,9 +95,6 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 	if f.timeout < 0 {
 		return fmt.Errorf("--timeout: %d seconds are negative", f.timeout)
 	}
-	if err := f.checkDir(); err != nil {
-		return err
-	}
 	opts := engine.DumpOptions{External: f.external, GhostLimit: limit, Timeout: time.Duration(f.timeout) * time.Second}
 	if _, err := eng.Plan(ctx, f.tree, opts); err != nil {
 		return err
@@ -119,6 +116,11 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 		return err
 	}
 	stats, err := tree.Dump(ctx, sink)
+	var thawErr error
+	if f.leaveRunning && err == nil {
+		// Everything has been read: the tree need not wait for the disk.
+		thawErr = tree.Thaw()
+	}
 	if err == nil {
 		err = sink.Commit()
 	}
@@ -132,10 +134,10 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 	log.Info("dumped", "pid", f.tree, "dir", f.imagesDir, "processes", stats.Processes, "threads", stats.Threads,
 		"pages", stats.Pages, "bytes", stats.Bytes, "freeze_ms", stats.FreezeDur.Milliseconds(), "dump_ms", stats.DumpDur.Milliseconds())
 	complete = true // what fails from here on must not remove the images
+	if thawErr != nil {
+		return fmt.Errorf("dump pid %d: the images are complete, but the tree could not be let go, look at it: %w", f.tree, thawErr)
+	}
 	if f.leaveRunning {
-		if err := tree.Thaw(); err != nil {
-			return fmt.Errorf("dump pid %d: the images are complete, but the tree could not be let go, look at it: %w", f.tree, err)
-		}
 		return nil
 	}
 	if err := tree.Kill(); err != nil {

@@ -145,7 +145,7 @@ func TestCommandLine(t *testing.T) {
 		{"run --window 3furlongs", 2, "", "--window"},
 		{"dump extra", 1, "", "extra"},
 		{"dump -D " + dir, 1, "", "give the pid of its root with --tree"},
-		{"dump -t 1 -D " + dir + "/none", 1, "", "use the images' directory"},
+		{"restore -D " + dir + "/none", 1, "", "use the images' directory"},
 		{"dump -t 1 --tcp-established -D " + dir, 1, "", "CRIU's option --tcp-established is not carried out"},
 		{"dump -t 1 -j", 1, "", "CRIU's option --shell-job is not carried out"},
 		{"dump -t 1 --ghost-limit 3x -D " + dir, 1, "", "--ghost-limit"},
