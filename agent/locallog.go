@@ -20,7 +20,7 @@ type localFlags struct {
 
 func (f *localFlags) add(cmd *cobra.Command) {
 	fs := cmd.Flags()
-	fs.StringVarP(&f.imagesDir, "images-dir", "D", ".", "directory of the images; it must exist")
+	fs.StringVarP(&f.imagesDir, "images-dir", "D", ".", "directory of the images; a dump makes it if it is missing")
 	fs.StringVarP(&f.workDir, "work-dir", "W", "", "directory for the log and pid files (default: the images' directory)")
 	fs.StringVarP(&f.logFile, "log-file", "o", "", "write the log to this file in place of stderr")
 	// CRIU's default shows warnings and errors.
