@@ -20,7 +20,7 @@ func failure(err error, host string, phase wire.State) *wire.Failure {
 		name = phase.Phase()
 	}
 	if f, ok := errors.AsType[*wire.Failure](err); ok {
-		if error(f) == err {
+		if any(f) == any(err) { // the failure itself, not something around it
 			return f.At(host, name)
 		}
 		e := wire.ErrorOf(err)

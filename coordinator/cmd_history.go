@@ -164,7 +164,7 @@ func printMigration(w io.Writer, r *wire.Record, zone *time.Location) error {
 	if r.Reason != "" {
 		line("reason", "%s", r.Reason)
 	}
-	if f, ok := r.GetError().Err().(*wire.Failure); ok {
+	if f := r.GetError().Failure(); f != nil {
 		line("error", "%s", strings.ReplaceAll(f.Error(), "\n", "\n  "))
 	}
 	if _, err := io.WriteString(w, b.String()); err != nil {

@@ -208,7 +208,7 @@ func (m *migration) preflight(ctx context.Context) error {
 func bothErrors(r *wire.Record, source, destination error) error {
 	phase := wire.State_STATE_PREFLIGHT.Phase()
 	at := func(err error, host string) *wire.Failure {
-		return wire.ErrorOf(err).Err().(*wire.Failure).At(host, phase)
+		return wire.ErrorOf(err).Failure().At(host, phase)
 	}
 	switch {
 	case source == nil && destination == nil:
@@ -255,7 +255,7 @@ func (m *migration) start(ctx context.Context) error {
 func (m *migration) fail(ctx context.Context, cause error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*abortCallTimeout)
 	defer cancel()
-	f := wire.ErrorOf(cause).Err().(*wire.Failure)
+	f := wire.ErrorOf(cause).Failure()
 	var rec *wire.Record
 	var err error
 	if m.prepared || m.sent {

@@ -63,7 +63,7 @@ func outcome(r *wire.Record) string {
 // runs.
 func failureOf(r *wire.Record) error {
 	var why *wire.Failure
-	if f, ok := r.GetError().Err().(*wire.Failure); ok {
+	if f := r.GetError().Failure(); f != nil {
 		why = f
 	}
 	switch outcome(r) {

@@ -213,7 +213,7 @@ func printReport(w io.Writer, r *wire.Record, total time.Duration) error {
 		line("agents used", "%s on %s, %s on %s", formatBytes(src.GetPeakRssBytes()), r.Source, formatBytes(dst.GetPeakRssBytes()), r.Destination)
 	}
 	if r.Error != nil {
-		if f, ok := r.Error.Err().(*wire.Failure); ok {
+		if f := r.Error.Failure(); f != nil {
 			line("but", "%s", strings.ReplaceAll(f.Error(), "\n", "\n    "))
 		}
 	}

@@ -154,6 +154,14 @@ func (e *Error) Err() error {
 	if e == nil {
 		return nil
 	}
+	return e.Failure()
+}
+
+// Failure is Err with its type; nil for nil.
+func (e *Error) Failure() *Failure {
+	if e == nil {
+		return nil
+	}
 	f := &Failure{Code: e.Code, Message: e.Message, Host: e.Host, Phase: e.Phase}
 	if f.Message == "" {
 		f.Message = "failed without saying why (" + e.Code.String() + ")"

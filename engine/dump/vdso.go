@@ -25,9 +25,9 @@ var VdsoIdentity = sync.OnceValues(func() (string, error) {
 	for _, m := range maps {
 		switch m.Path {
 		case "[vvar]", "[vvar_vclock]":
-			fmt.Fprintf(h, "%s %d\n", m.Path, m.Len())
+			_, _ = fmt.Fprintf(h, "%s %d\n", m.Path, m.Len())
 		case "[vdso]":
-			fmt.Fprintf(h, "%s %d\n", m.Path, m.Len())
+			_, _ = fmt.Fprintf(h, "%s %d\n", m.Path, m.Len())
 			b, err := readSelf(m.Start, m.Len())
 			if err != nil {
 				return "", fmt.Errorf("read [vdso]: %w", err)
@@ -46,7 +46,7 @@ var VdsoIdentity = sync.OnceValues(func() (string, error) {
 				return "", fmt.Errorf("read symbols of [vdso]: %w", err)
 			}
 			for _, s := range syms {
-				fmt.Fprintf(h, "%s %x %x\n", s.Name, s.Value, s.Size)
+				_, _ = fmt.Fprintf(h, "%s %x %x\n", s.Name, s.Value, s.Size)
 			}
 		}
 	}

@@ -907,8 +907,8 @@ func (u *unixOpener) ownsPath(x *description) bool {
 	if e.GetState() == stateListen || !u.paired(x) {
 		return true
 	}
-	name := string(unixName(e))
-	return isDgram(e.GetType()) && u.listeners[name] == nil && u.temporary[name] == nil
+	name := unixName(e)
+	return isDgram(e.GetType()) && u.listeners[string(name)] == nil && u.temporary[string(name)] == nil
 }
 
 func listenCalls(x *description) []*ptrace.Call {

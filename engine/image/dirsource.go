@@ -259,7 +259,7 @@ func (s *DirSource) Next(ctx context.Context) (DataID, uint64, []byte, error) {
 	}
 	id, off, p, err := s.next()
 	if err != nil {
-		if err != io.EOF {
+		if !errors.Is(err, io.EOF) {
 			err = fmt.Errorf("read images in %s: %w", s.dir, err)
 		}
 		_ = s.Close()
@@ -287,7 +287,7 @@ func (s *DirSource) next() (DataID, uint64, []byte, error) {
 		if err == nil {
 			return s.cur.id, off, p, nil
 		}
-		if err != io.EOF {
+		if !errors.Is(err, io.EOF) {
 			return DataID{}, 0, nil, err
 		}
 		if err := s.cur.verify(); err != nil {

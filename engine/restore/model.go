@@ -44,7 +44,6 @@ type process struct {
 
 	curSid    int // session that it is in while the tree is built
 	reapChild bool
-	writer    *mem.Writer
 }
 
 func (p *process) leader() *thread            { return p.threads[0] }
