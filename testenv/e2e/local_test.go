@@ -279,10 +279,10 @@ func TestRedis(t *testing.T) {
 		if got := redisDo(ctx, t, h, "debug", "digest"); got != want {
 			t.Fatalf("round %d: digest was %s and is %s", i+1, want, got)
 		}
-		if got := redisDo(ctx, t, h, "incr", "rounds"); got != fmt.Sprint(i+1) {
-			t.Fatalf("round %d: counter is %s", i+1, got)
-		}
-		want = redisDo(ctx, t, h, "debug", "digest")
+	}
+	// It still takes writes.
+	if got := redisDo(ctx, t, h, "incr", "rounds"); got != "1" {
+		t.Errorf("a new counter is %s", got)
 	}
 	if got := redisDo(ctx, t, h, "dbsize"); got != "1000009" {
 		t.Errorf("%s keys, want 1000009", got)
