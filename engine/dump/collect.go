@@ -235,6 +235,9 @@ func (c *collector) kernelObjects() error {
 			}
 			return 0
 		})
+		if errors.Is(err, unix.EPERM) {
+			return fmt.Errorf("a process in the tree of pid %d (%s) has privileges that this agent lacks, so that it cannot be examined: %w", c.procs[0].pid, c.procs[0].comm, err)
+		}
 		if err != nil {
 			return fmt.Errorf("compare kernel objects of the tree: %w", err)
 		}

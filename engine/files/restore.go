@@ -319,9 +319,17 @@ func (r *Restorer) check() error {
 	return nil
 }
 
-// list makes one error of several.
+// list makes one error of several. What is said twice, of a fifo and of the
+// file that it is, is listed once.
 func list(doing string, errs []error) error {
-	errs = slices.DeleteFunc(slices.Clone(errs), func(e error) bool { return e == nil })
+	said := map[string]bool{}
+	errs = slices.DeleteFunc(slices.Clone(errs), func(e error) bool {
+		if e == nil || said[e.Error()] {
+			return true
+		}
+		said[e.Error()] = true
+		return false
+	})
 	switch len(errs) {
 	case 0:
 		return nil
