@@ -363,6 +363,9 @@ func (c *collector) memory(p *process) error {
 	if err != nil {
 		return err
 	}
+	if len(vmas) == 0 {
+		return fmt.Errorf("it is just exiting: %w", unix.ESRCH)
+	}
 	c.rss += p.status.RssAnon + p.status.RssShmem
 	hasVdso := false
 	for _, v := range vmas {

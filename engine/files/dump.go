@@ -127,7 +127,8 @@ type Dumper struct {
 	opts Options
 	emit func(image.Entry) error // nil: preflight
 
-	inside  map[int]bool
+	inside  map[int]bool // processes of the tree, on this host
+	vpids   map[int]bool // the same in their own pid namespace
 	tables  map[uint32]*Proc
 	order   []uint32 // of tables
 	fds     map[uint32][]fdSlot
@@ -158,9 +159,8 @@ type fdSlot struct {
 
 // wantedKey is one element of Options.External.
 type wantedKey struct {
-	text  string
-	keys  []Key
-	match []bool // of keys: some object has it
+	text string
+	keys []Key
 }
 
 // NewDumper begins a dump. Every entry goes to emit, in the order of images; a nil
@@ -176,7 +176,7 @@ func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumpe
 	}
 	d := &Dumper{
 		log: log.Named("files"), opts: o, emit: emit,
-		inside: map[int]bool{}, tables: map[uint32]*Proc{}, fds: map[uint32][]fdSlot{}, pidfds: map[int]int{},
+		inside: map[int]bool{}, vpids: map[int]bool{}, tables: map[uint32]*Proc{}, fds: map[uint32][]fdSlot{}, pidfds: map[int]int{},
 		groups: map[groupKey][]*object{}, paths: map[pathKey]*object{}, shmids: map[inodeID]uint32{},
 		memfds: map[inodeID]*memfdInode{}, ghosts: map[inodeID]*ghost{}, mntns: map[int]bool{},
 	}
@@ -186,7 +186,7 @@ func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumpe
 			d.refusal.Add(refuse.Problem{Key: s, Reason: err.Error(), Hint: "plan lists every open file with its key"})
 			continue
 		}
-		d.wanted = append(d.wanted, &wantedKey{text: s, keys: keys, match: make([]bool, len(keys))})
+		d.wanted = append(d.wanted, &wantedKey{text: s, keys: keys})
 	}
 	return d
 }
@@ -232,7 +232,7 @@ func release(f *os.File) {
 // (FilesID) only makes the process known. Preconditions: unless this is a
 // preflight, the process is stopped.
 func (d *Dumper) AddProcess(p Proc) error {
-	d.inside[p.Pid] = true
+	d.inside[p.Pid], d.vpids[p.VPid] = true, true
 	if _, ok := d.tables[p.FilesID]; ok {
 		return nil
 	}
@@ -349,7 +349,7 @@ func (d *Dumper) identify(o *object) (*object, error) {
 // It returns the id that its entry gets in files.img: the same for the same file
 // and flags.
 func (d *Dumper) AddPath(p Proc, role string, f *os.File, link string, flags int) (uint32, error) {
-	d.inside[p.Pid] = true
+	d.inside[p.Pid], d.vpids[p.VPid] = true, true
 	o := &object{link: link, flags: flags &^ unix.O_CLOEXEC, holders: []holder{{proc: &p, fd: -1, role: role}}}
 	n, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
@@ -382,8 +382,8 @@ func (d *Dumper) AddPath(p Proc, role string, f *os.File, link string, flags int
 	return o.id, nil
 }
 
-// match marks o as external if its key is wanted. Only what can be opened again
-// through its descriptor can be: regular files, directories and fifos.
+// match gives o its external key. Only what can be opened again through its
+// descriptor has one: regular files, directories and fifos.
 func (d *Dumper) match(o *object) {
 	switch o.mode() & unix.S_IFMT {
 	case unix.S_IFREG, unix.S_IFDIR, unix.S_IFIFO:
@@ -394,14 +394,6 @@ func (d *Dumper) match(o *object) {
 		return
 	}
 	o.key, o.hasKey = Key{Mnt: uint64(o.info.MntID), Ino: o.stat.Ino}, true
-	for _, w := range d.wanted {
-		for i, k := range w.keys {
-			if k == o.key {
-				w.match[i] = true
-				o.ext = true
-			}
-		}
-	}
 }
 
 // problem records why o cannot be carried.
@@ -522,39 +514,42 @@ func (d *Dumper) put(file, magic string, m proto.Message, extra []byte) error {
 	return nil
 }
 
-// checkKeys refuses external keys that match nothing, or two things.
+// checkKeys marks what is declared external and refuses keys that match nothing.
+// The canonical reading of a key goes before every other.
 func (d *Dumper) checkKeys() {
 	var have []string
-	at := map[string]*object{}
+	at := map[string][]*object{}
 	for _, o := range d.objects {
 		if o.hasKey {
 			have = append(have, o.key.String())
-			at[o.key.String()] = o
+			at[o.key.String()] = append(at[o.key.String()], o)
 		}
 	}
 	for _, w := range d.wanted {
-		var got []string
-		for i, m := range w.match {
-			if m {
-				got = append(got, w.keys[i].String())
+		got := ""
+		for _, k := range w.keys {
+			if len(at[k.String()]) > 0 {
+				got = k.String()
+				break
 			}
 		}
-		switch {
-		case len(got) == 0:
+		if got == "" {
 			p := refuse.Problem{Key: w.text, Reason: "no process of the tree has a regular file, directory or fifo with this key open"}
 			if near := nearest(w.keys[0].String(), have); len(near) > 0 {
 				for i, s := range near {
-					h := at[s].first()
-					near[i] = fmt.Sprintf("%s (%s, pid %d fd %d)", s, at[s].link, h.proc.Pid, h.fd)
+					h := at[s][0].first()
+					near[i] = fmt.Sprintf("%s (%s, pid %d fd %d)", s, at[s][0].link, h.proc.Pid, h.fd)
 				}
 				p.Hint = "nearest: " + strings.Join(near, ", ")
 			}
 			d.refusal.Add(p)
-		case len(got) > 1:
-			d.refusal.Add(refuse.Problem{Key: w.text, Reason: "the key, read as hexadecimal and as decimal, matches two files",
-				Hint: fmt.Sprintf("say file[0x%x:0x%x] or file[0x%x:0x%x]", w.keys[0].Mnt, w.keys[0].Ino, w.keys[1].Mnt, w.keys[1].Ino)})
-		case got[0] != w.text:
-			d.log.Info("external key resolved", "given", w.text, "key", got[0])
+			continue
+		}
+		if got != w.text {
+			d.log.Info("external key resolved", "given", w.text, "key", got)
+		}
+		for _, o := range at[got] {
+			o.ext = true
 		}
 	}
 }

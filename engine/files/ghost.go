@@ -37,7 +37,7 @@ var kindGhost = &kind{
 		if _, at := d.locate(o); at != gone {
 			return false
 		}
-		isProc, err := insideProc(o, "")
+		isProc, _, _, err := insideProc(o)
 		return err == nil && !isProc
 	},
 	dump:  dumpGhost,

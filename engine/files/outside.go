@@ -51,7 +51,7 @@ func (d *Dumper) scanOthers() *outsiders {
 	}
 	self := os.Getpid()
 	for _, pid := range pids {
-		if d.inside[pid] {
+		if d.inside[pid] || d.dry() && d.descends(pid) {
 			continue
 		}
 		fds, err := procfs.Fds(pid)
@@ -73,4 +73,22 @@ func (d *Dumper) scanOthers() *outsiders {
 		}
 	}
 	return out
+}
+
+// descends says whether pid is a descendant of the tree that was born since its
+// processes were listed, which happens while it runs.
+func (d *Dumper) descends(pid int) bool {
+	for range 64 { // a parent that ends meanwhile could make it a circle
+		st, err := procfs.ReadStat(pid)
+		if err != nil {
+			return true // it has ended
+		}
+		if pid = st.PPid; pid == 0 {
+			return false
+		}
+		if d.inside[pid] {
+			return true
+		}
+	}
+	return false
 }

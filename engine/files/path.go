@@ -130,22 +130,38 @@ func sibling(dir string, st *unix.Stat_t) (string, bool) {
 }
 
 // insideProc says whether path belongs to one process of a proc file system,
-// such as /proc/12/status: such a file ends with its process.
-func insideProc(o *object, root string) (bool, error) {
+// such as /proc/12/status: such a file ends with its process. pid is that
+// process, rest what follows it in the path; pid is 0 where that cannot be told.
+func insideProc(o *object) (inside bool, pid int, rest string, err error) {
 	var fs unix.Statfs_t
 	if err := unix.Fstatfs(int(o.file.Fd()), &fs); err != nil {
-		return false, os.NewSyscallError("fstatfs", err)
+		return false, 0, "", os.NewSyscallError("fstatfs", err)
 	}
 	if fs.Type != unix.PROC_SUPER_MAGIC {
-		return false, nil
+		return false, 0, "", nil
 	}
-	rest, ok := strings.CutPrefix(o.link, "/proc/")
+	path, ok := strings.CutPrefix(o.link, "/proc/")
 	if !ok {
-		return true, nil // a proc file system of some other place: cannot tell
+		return true, 0, "", nil // a proc file system of some other place: cannot tell
 	}
-	word, _, _ := strings.Cut(rest, "/")
-	_, err := strconv.Atoi(word)
-	return err == nil, nil
+	word, rest, _ := strings.Cut(path, "/")
+	pid, err = strconv.Atoi(word)
+	return err == nil, pid, rest, nil
+}
+
+// ownProc says whether a file in /proc is there again as soon as the process
+// pid is, which is of the tree: /proc/12/stat is, /proc/12/fd/7 is not yet when
+// files are opened.
+func (d *Dumper) ownProc(pid int, rest string) bool {
+	if !d.vpids[pid] {
+		return false
+	}
+	dir, sub, _ := strings.Cut(rest, "/")
+	switch dir {
+	case "fd", "fdinfo", "map_files", "task":
+		return sub == ""
+	}
+	return true
 }
 
 // checkName validates a path of an image.

@@ -45,9 +45,14 @@ func dumpRegular(d *Dumper, o *object) error {
 	}
 	st := &regularState{}
 	o.state = st
-	if isProc, err := insideProc(o, d.rootOf(o)); err != nil {
+	switch isProc, pid, rest, err := insideProc(o); {
+	case err != nil:
 		return err
-	} else if isProc {
+	case isProc && d.ownProc(pid, rest):
+		// No destination has it before the tree is there: not a path to check.
+		o.entries = append(o.entries, d.regEntry(o, o.id, o.link))
+		return nil
+	case isProc:
 		d.refuse(o, "it is a file of one process in /proc", "it ends with that process: let the program close it, or declare the file external")
 		return nil
 	}

@@ -149,7 +149,7 @@ func init() {
 			"netlink": must1(unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW, 0)),
 			"pidfd":   must1(unix.PidfdOpen(os.Getpid(), 0)),
 			"ns":      open("/proc/self/ns/net", unix.O_RDONLY),
-			"proc":    open("/proc/self/status", unix.O_RDONLY),
+			"proc":    open("/proc/"+itoa(os.Getppid())+"/status", unix.O_RDONLY),
 			"ptmx":    open("/dev/ptmx", unix.O_RDWR),
 			"icmp":    must1(unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_ICMP)),
 		}

@@ -72,7 +72,8 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 		return nil, err
 	}
 	start := time.Now()
-	if err := t.tracer.Do(func() error { return t.plant() }); err != nil {
+	// Processes come first: a program may have files of its own in /proc open.
+	if err := t.tracer.Do(func() error { return t.plant(ctx) }); err != nil {
 		return nil, err
 	}
 	if err := t.openFiles(set); err != nil {
@@ -95,8 +96,28 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 	return t, t.releaseFiles()
 }
 
-// plant starts the stub and gives it the spare memory.
-func (t *Tree) plant() (err error) {
+// plant makes all processes and threads, each with the address space of the
+// stub and the spare memory.
+func (t *Tree) plant(ctx context.Context) error {
+	if err := t.sow(); err != nil {
+		return err
+	}
+	if err := t.processes(); err != nil {
+		return err
+	}
+	for _, p := range t.model.procs {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := t.cloneThreads(p); err != nil {
+			return fmt.Errorf("make threads of %s: %w", p, err)
+		}
+	}
+	return nil
+}
+
+// sow starts the stub and gives it the spare memory.
+func (t *Tree) sow() (err error) {
 	if t.stub, err = startStub(t.ch, t.o.NewPidNamespace); err != nil {
 		return err
 	}
@@ -144,11 +165,8 @@ func (t *Tree) openInside(path string, flags int, mode uint32) (*os.File, error)
 	return os.NewFile(uintptr(fd), path), nil
 }
 
-// build makes all processes and threads and their empty address spaces.
+// build makes the empty address spaces.
 func (t *Tree) build(ctx context.Context) error {
-	if err := t.processes(); err != nil {
-		return err
-	}
 	for _, p := range t.model.procs {
 		if p.zombie {
 			continue
@@ -158,9 +176,6 @@ func (t *Tree) build(ctx context.Context) error {
 		}
 		if err := t.addressSpace(p); err != nil {
 			return fmt.Errorf("build the address space of %s: %w", p, err)
-		}
-		if err := t.cloneThreads(p); err != nil {
-			return fmt.Errorf("make threads of %s: %w", p, err)
 		}
 	}
 	return nil

@@ -19,7 +19,7 @@ func SelfTest() (err error) {
 		return err
 	}
 	return t.tracer.Do(func() error {
-		if err := t.plant(); err != nil {
+		if err := t.sow(); err != nil {
 			return err
 		}
 		for pid := 300; pid < 32768; pid++ {
