@@ -14,6 +14,7 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v8/crit"
 	"github.com/checkpoint-restore/go-criu/v8/crit/cli"
+	"golang.org/x/sys/unix"
 
 	"godwit/testenv/hosts"
 	"godwit/testenv/workloads"
@@ -339,6 +340,7 @@ func TestExternalScript(t *testing.T) {
 	}
 	waitText(ctx, t, out, "up\n1 before\n2 after\n")
 
+	n, said := 2, "up\n1 before\n2 after\n"
 	t.Run("mistakes", func(t *testing.T) {
 		for _, tc := range []struct {
 			name string
@@ -351,6 +353,15 @@ func TestExternalScript(t *testing.T) {
 			{"closed descriptor", []string{"restore", "--inherit-fd", "fd[77]:" + k}, []string{"77"}},
 			{"another key", []string{"restore", "--inherit-fd", "fd[4]:file[1:2]"}, []string{"file[1:2]"}},
 		} {
+			if tc.args[0] == "restore" && h.Alive(pid) {
+				// Its pid must be free for the mistake to be the only one.
+				if err := h.Kill(pid, unix.SIGKILL); err != nil {
+					t.Fatal(err)
+				}
+				if err := h.WaitGone(ctx, pid); err != nil {
+					t.Fatal(err)
+				}
+			}
 			t.Run(tc.name, func(t *testing.T) {
 				ctx := deadline(t, 20*time.Second)
 				d := img
@@ -366,16 +377,23 @@ func TestExternalScript(t *testing.T) {
 						t.Errorf("the message does not name %s: %s", w, o.stderr)
 					}
 				}
-				if !h.Alive(pid) {
-					t.Fatal("the script is gone")
-				}
 			})
+			if tc.args[0] == "dump" {
+				if _, err := f.WriteString("still\n"); err != nil {
+					t.Fatal(err)
+				}
+				n++
+				said += fmt.Sprintf("%d still\n", n)
+				waitText(ctx, t, out, said)
+			}
 		}
 	})
-	if _, err := f.WriteString("still\n"); err != nil {
+	// After all the mistakes the images are still good.
+	restore(ctx, t, h, img, pid, []*os.File{null, f}, "--inherit-fd", "fd[4]:"+k)
+	if _, err := f.WriteString("again\n"); err != nil {
 		t.Fatal(err)
 	}
-	waitText(ctx, t, out, "up\n1 before\n2 after\n3 still\n")
+	waitText(ctx, t, out, said+fmt.Sprintf("%d again\n", 2))
 }
 
 // TestExternalFiles hands in a fifo and an append-only log that are others than
