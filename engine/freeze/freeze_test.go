@@ -1,4 +1,4 @@
-package task_test
+package freeze_test
 
 import (
 	"context"
