@@ -174,6 +174,6 @@ func (e foreignError) Error() string {
 // near the limit. The limit covers what Go manages; stacks of threads and the
 // binary come on top, about 20 MiB.
 func boundMemory(limit int64) {
-	debug.SetGCPercent(200)
+	debug.SetGCPercent(400)
 	debug.SetMemoryLimit(limit)
 }

@@ -3,6 +3,7 @@ package coordinator
 import (
 	"context"
 	"fmt"
+	"runtime/debug"
 
 	"github.com/spf13/cobra"
 
@@ -58,6 +59,7 @@ func (a *app) runServe(ctx context.Context) error {
 	ready := readyDoc{Event: "ready"}
 	handover := ""
 	if len(a.config.NATS.URLs) == 0 {
+		boundServer()
 		srv, err := bus.Start(bus.Config{Listen: a.config.Serve.Listen, StoreDir: a.config.Serve.StoreDir, Logger: a.log})
 		if err != nil {
 			return err
@@ -126,4 +128,12 @@ func (a *app) printReady(d readyDoc, handover string) error {
 	}
 	_, err := fmt.Fprint(a.stdout, handover)
 	return err
+}
+
+// boundServer lets garbage of the embedded server grow, which passes every page
+// of every migration on, and bounds the memory that it may take for that.
+func boundServer() {
+	const limit = 256 << 20 // bytes
+	debug.SetGCPercent(400)
+	debug.SetMemoryLimit(limit)
 }

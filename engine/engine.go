@@ -87,7 +87,9 @@ type DumpStats struct {
 // Tree is a frozen tree (Freeze).
 type Tree interface {
 	// Dump writes the tree's images and data to the sink. The tree stays frozen
-	// and, whatever happens, unchanged. It may be called once.
+	// and, whatever happens, unchanged; only if it was frozen at a moment when
+	// it cannot be carried is it let go and frozen again, before anything is
+	// written. It may be called once.
 	Dump(ctx context.Context, sink image.Sink) (DumpStats, error)
 	// Thaw lets the tree run on as if nothing had happened.
 	Thaw() error

@@ -17,6 +17,10 @@ import (
 const (
 	defaultFreezeTimeout = 10 * time.Second
 	defaultGhostLimit    = 1 << 30
+
+	// planTries is how often a running tree is looked at before what cannot be
+	// carried is taken for lasting.
+	planTries = 3
 )
 
 func (o DumpOptions) internal() (dump.Options, error) {
@@ -44,7 +48,15 @@ func (e *Engine) Plan(ctx context.Context, pid int, o DumpOptions) (*Plan, error
 	if err != nil {
 		return nil, err
 	}
-	return dump.Preflight(ctx, e.log, pid, d)
+	for try := 1; ; try++ {
+		p, err := dump.Preflight(ctx, e.log, pid, d)
+		var r *Refusal
+		if !errors.As(err, &r) || try == planTries || ctx.Err() != nil {
+			return p, err
+		}
+		// A running program is full of passing moments; what lasts is refused.
+		time.Sleep(20 * time.Millisecond)
+	}
 }
 
 // source refuses pids that cannot be the root of a dump.
@@ -82,23 +94,56 @@ func (e *Engine) Freeze(ctx context.Context, pid int, o DumpOptions) (Tree, erro
 		}
 	}
 	e.log.Debug("tree frozen", "pid", pid, "processes", len(t.Procs), "threads", t.Threads(), "duration_us", t.FreezeDur.Microseconds())
-	return &frozen{e: e, t: t, o: d}, nil
+	return &frozen{e: e, t: t, o: d, pid: pid, timeout: timeout}, nil
 }
 
 // frozen is a Tree.
 type frozen struct {
-	e *Engine
-	t *freeze.Tree
-	o dump.Options
+	e       *Engine
+	t       *freeze.Tree
+	o       dump.Options
+	pid     int
+	timeout time.Duration
 }
 
+// freezeTries is how often a tree is frozen before what it holds that cannot
+// be carried is taken for lasting.
+const freezeTries = 4
+
+// Dump freezes the tree again, a little later, if it was caught with something
+// that cannot be carried and that the plan, moments before, did not see: a vfork
+// in progress, a file open for an instant.
 func (f *frozen) Dump(ctx context.Context, sink image.Sink) (DumpStats, error) {
 	start := time.Now()
-	s, err := dump.Dump(ctx, f.e.log, f.t, f.o, sink)
-	return DumpStats{
-		Processes: s.Processes, Threads: s.Threads, Pages: s.Pages, Bytes: s.Bytes,
-		FreezeDur: f.t.FreezeDur, DumpDur: time.Since(start), FrozenAt: f.t.FrozenAt,
-	}, err
+	for try := 1; ; try++ {
+		s, err := dump.Dump(ctx, f.e.log, f.t, f.o, sink)
+		var r *Refusal
+		if errors.As(err, &r) && try < freezeTries {
+			f.e.log.Debug("frozen at a bad moment, trying again", "pid", f.pid, "try", try, "error", err)
+			if aerr := f.again(ctx, time.Duration(try)*7*time.Millisecond); aerr != nil {
+				return DumpStats{}, errors.Join(err, aerr)
+			}
+			continue
+		}
+		return DumpStats{
+			Processes: s.Processes, Threads: s.Threads, Pages: s.Pages, Bytes: s.Bytes,
+			FreezeDur: f.t.FreezeDur, DumpDur: time.Since(start), FrozenAt: f.t.FrozenAt,
+		}, err
+	}
+}
+
+// again lets the tree run for a moment and freezes it anew.
+func (f *frozen) again(ctx context.Context, pause time.Duration) error {
+	if err := f.t.Thaw(); err != nil {
+		return err
+	}
+	time.Sleep(pause)
+	t, err := freeze.Freeze(ctx, f.pid, f.timeout)
+	if err != nil {
+		return err
+	}
+	f.t = t
+	return nil
 }
 
 func (f *frozen) Thaw() error { return f.t.Thaw() }

@@ -36,8 +36,8 @@ var allowed = map[string][]string{
 var layers = [][]string{
 	{"engine/arch", "engine/sys", "engine/refuse"},
 	{"engine/image", "engine/plan", "engine/procfs", "engine/ptrace"},
-	{"engine/freeze"}, // a frozen tree is what task, mem and files work on
 	{"engine/task", "engine/mem", "engine/files", "engine/sockets", "engine/ns"},
+	{"engine/freeze"},
 	{"engine/dump", "engine/restore"},
 	{"engine"},
 }

@@ -67,7 +67,9 @@ func split(args []string) (flags, packages []string) {
 
 // goTest runs go test on the packages and lets its output through.
 func goTest(ctx context.Context, flags, packages []string) error {
-	args := []string{"test"}
+	// Go would reuse results of end-to-end tests although the programs that
+	// they build and run have changed.
+	args := []string{"test", "-count=1"}
 	if i := slices.IndexFunc(flags, func(a string) bool { return a == "-args" || a == "--args" }); i >= 0 {
 		args = slices.Concat(args, flags[:i], packages, flags[i:])
 	} else {

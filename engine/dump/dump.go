@@ -54,9 +54,14 @@ func Preflight(ctx context.Context, log hclog.Logger, pid int, o Options) (_ *pl
 }
 
 // Dump reads a frozen tree and gives its images and data to the sink. The tree
-// stays frozen and is left exactly as it was, also after an error.
+// stays frozen and is left exactly as it was, also after an error. After a
+// *refuse.Refusal the sink has been given nothing.
 func Dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink image.Sink) (st Stats, err error) {
-	c := newCollector(log, o, t.Root().Pid, sink.Entry)
+	var held []image.Entry // until it is known that everything can be carried
+	c := newCollector(log, o, t.Root().Pid, func(e image.Entry) error {
+		held = append(held, e)
+		return nil
+	})
 	defer func() { err = errors.Join(err, c.close()) }()
 	procs := make([]*process, 0, len(t.Procs))
 	for _, fp := range t.Procs {
@@ -73,6 +78,11 @@ func Dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 	}
 	if err := c.err(); err != nil {
 		return st, err
+	}
+	for _, e := range held {
+		if err := sink.Entry(e); err != nil {
+			return st, err
+		}
 	}
 	facts, err := c.images(ctx, t, sink)
 	if err != nil {

@@ -125,10 +125,34 @@ func openRegular(r *Restorer, x *description) error {
 			_ = base.Close()
 		}
 	}()
-	if x.file, err = r.reopenRecorded(x, base, e); err != nil {
-		return err
+	if in == nil && e.GetFlags()&(unix.O_NOFOLLOW|unix.O_PATH) == unix.O_NOFOLLOW {
+		x.file = r.openNamed(base, e)
+	}
+	if x.file == nil {
+		if x.file, err = r.reopenRecorded(x, base, e); err != nil {
+			return err
+		}
 	}
 	return setPosition(x.file, e.GetPos())
+}
+
+// openNamed opens a file by its name, so that its flags show O_NOFOLLOW as
+// before, which a reopened one cannot have. It gives nil unless that leads to
+// base, which was checked.
+func (r *Restorer) openNamed(base *os.File, e *regfile.RegFileEntry) *os.File {
+	want, err := base.Stat()
+	if err != nil || !want.Mode().IsRegular() && !want.IsDir() {
+		return nil
+	}
+	f, err := r.opts.Open(e.GetName(), reopenFlags(int(e.GetFlags()), want.IsDir())|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil
+	}
+	if got, err := f.Stat(); err != nil || !os.SameFile(want, got) {
+		_ = f.Close()
+		return nil
+	}
+	return f
 }
 
 // base gives the file from which an entry's descriptions are opened: a handed

@@ -22,9 +22,9 @@ static int nknown;
 
 static struct known look(const char *name, int fd) {
 	struct known k = {.name = name, .fd = fd};
-	// Two flags only say how the path was walked when the file was opened; one
-	// that is opened anew has another path, or none.
-	k.getfl = SYS(fcntl(fd, F_GETFL)) & ~(O_NOFOLLOW | O_TMPFILE);
+	// O_TMPFILE only says how the file was made; what is made anew may be made
+	// in another way. It includes O_DIRECTORY.
+	k.getfl = SYS(fcntl(fd, F_GETFL)) & ~O_TMPFILE;
 	k.getfd = SYS(fcntl(fd, F_GETFD));
 	SYS(fstat(fd, &k.st));
 	if (!(k.getfl & O_PATH)) {
