@@ -99,7 +99,7 @@ const (
 // system call so that a task which never made the call makes it again: the
 // kernel restarts calls only in the task that was interrupted.
 // nanosleep and clock_nanosleep go on with the remaining time where the
-// program asked for it; the EINTR that ptrace causes in epoll waits is hidden.
+// program asked for it.
 func (r *Regs) RestartInNewTask() {
 	if int64(r.OrigRax) < 0 {
 		r.NoRestart()
@@ -124,13 +124,36 @@ func (r *Regs) RestartInNewTask() {
 			}
 		}
 		again()
-	case int64(unix.EINTR):
-		switch r.OrigRax {
-		case unix.SYS_EPOLL_WAIT, unix.SYS_EPOLL_PWAIT, unix.SYS_EPOLL_PWAIT2:
-			again()
-		}
 	}
 	r.NoRestart()
+}
+
+// interruptible are system calls that end with EINTR, having done nothing, when
+// they are interrupted without a signal for the program, as by a tracer
+// (signal(7), "Interruption of system calls and library functions by stop
+// signals"; those on sockets only if a timeout is set). They can be made again.
+var interruptible = map[uint64]bool{
+	unix.SYS_EPOLL_WAIT: true, unix.SYS_EPOLL_PWAIT: true, unix.SYS_EPOLL_PWAIT2: true,
+	unix.SYS_SEMOP: true, unix.SYS_SEMTIMEDOP: true, unix.SYS_IO_GETEVENTS: true, unix.SYS_IO_PGETEVENTS: true,
+	unix.SYS_RT_SIGTIMEDWAIT: true,
+	unix.SYS_READ:            true, unix.SYS_READV: true, unix.SYS_WRITE: true, unix.SYS_WRITEV: true,
+	unix.SYS_RECVFROM: true, unix.SYS_RECVMSG: true, unix.SYS_RECVMMSG: true,
+	unix.SYS_SENDTO: true, unix.SYS_SENDMSG: true, unix.SYS_ACCEPT: true, unix.SYS_ACCEPT4: true,
+}
+
+// HideInterrupt makes a task that a tracer interrupted in such a call make it
+// again, so that the program does not see EINTR; it says whether it did. A
+// timeout of the call begins anew.
+// Preconditions: no signal for the program is pending, which would have been
+// the reason itself.
+func (r *Regs) HideInterrupt() bool {
+	if int64(r.OrigRax) < 0 || int64(r.Rax) != -int64(unix.EINTR) || !interruptible[r.OrigRax] {
+		return false
+	}
+	r.Rax = r.OrigRax
+	r.Rip -= uint64(len(SyscallInsn))
+	r.NoRestart()
+	return true
 }
 
 // SyscallInsn is the system-call instruction; every [vdso] contains it.

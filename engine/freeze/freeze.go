@@ -24,7 +24,8 @@ type Thread struct {
 	VTid int // in its own pid namespace
 	// Regs are the registers with which the thread goes on. They differ from
 	// those at the stop only for a thread inside a restartable sequence, which
-	// is at its abort address, as after any preemption.
+	// is at its abort address, as after any preemption, and for one in a system
+	// call that the stop made fail with EINTR, which is made again.
 	Regs arch.Regs
 	Rseq sys.RseqConfig
 	// Resend says that a SIGSTOP was withheld while the thread worked for us.
@@ -347,7 +348,15 @@ func (th *Thread) identify(p *Proc) error {
 	if th.Rseq, err = sys.PtraceRseqConfig(th.Tid); err != nil {
 		return fmt.Errorf("read rseq registration of task %d: %w", th.Tid, err)
 	}
-	return th.leaveRseq()
+	if err := th.leaveRseq(); err != nil {
+		return err
+	}
+	// The stop itself makes some calls fail with EINTR, which the program
+	// should not see; a signal that waits for it is a reason of its own.
+	if deliverable := (st.SigPnd | st.ShdPnd) &^ st.SigBlk; deliverable == 0 && th.Regs.HideInterrupt() {
+		return ptrace.SetRegs(th.Tid, &th.Regs)
+	}
+	return nil
 }
 
 // leaveRseq moves a thread that stands inside a restartable sequence to its

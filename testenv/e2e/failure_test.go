@@ -119,7 +119,7 @@ func TestDiskFull(t *testing.T) {
 		t.Run(c.command, func(t *testing.T) {
 			ctx := deadline(t, time.Minute)
 			prefix := filepath.Join(newDir(t), c.command)
-			r := start(ctx, t, h, prefix, append([]string{programs.Selfcheck, "-e", c.command, prefix}, c.args...)...)
+			r := start(ctx, t, h, prefix, append([]string{programs.Selfcheck, c.command, prefix}, c.args...)...)
 			if c.command == "syscalls" {
 				// A small process needs a smaller disk.
 				if _, err := h.Run(ctx, "dd", "if=/dev/zero", "of=/run/tiny/fill", "bs=4k", "status=none", "count=2040"); err != nil {

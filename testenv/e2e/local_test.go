@@ -96,7 +96,7 @@ func TestObjects(t *testing.T) {
 		ctx := deadline(t, time.Minute)
 		dir := newDir(t)
 		prefix := filepath.Join(dir, "syscalls")
-		r := start(ctx, t, h, prefix, programs.Selfcheck, "-e", "syscalls", prefix)
+		r := start(ctx, t, h, prefix, programs.Selfcheck, "syscalls", prefix)
 		for range 5 {
 			img := newDir(t)
 			mustAgent(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", img, "-R")
