@@ -28,13 +28,13 @@ type Facts struct {
 
 // TaskFacts belongs to one thread.
 type TaskFacts struct {
-	TID         uint32   `json:"tid"`                // in the images' pid namespace
-	Affinity    []uint64 `json:"affinity,omitempty"` // words of the CPU mask, lowest first
-	TimerSlack  uint64   `json:"timer_slack_ns,omitempty"`
-	IOPrio      uint32   `json:"ioprio,omitempty"`
-	RobustHead  uint64   `json:"-"`
-	XFeatures   uint64   `json:"xfeatures,omitempty"` // XSTATE_BV
-	StoppedByUs bool     `json:"-"`
+	TID uint32 `json:"tid"` // in the images' pid namespace
+	// Affinity are the words of the CPU mask, lowest first; none means that the
+	// task was free to run on every CPU of its host.
+	Affinity   []uint64 `json:"affinity,omitempty"`
+	TimerSlack uint64   `json:"timer_slack_ns,omitempty"`
+	IOPrio     uint32   `json:"ioprio,omitempty"`
+	XFeatures  uint64   `json:"xfeatures,omitempty"` // XSTATE_BV
 }
 
 // FileFacts belongs to one file entry (by id in files.img).

@@ -167,7 +167,7 @@ func dump(s Source) (*Dumped, error) {
 	if err != nil {
 		return nil, os.NewSyscallError("sched_getattr", err)
 	}
-	affinity, err := sys.Affinity(s.Tid)
+	affinity, err := pinned(s.Tid)
 	if err != nil {
 		return nil, err
 	}
@@ -243,6 +243,24 @@ func dump(s Source) (*Dumped, error) {
 		}
 	}
 	return d, nil
+}
+
+// pinned gives the CPU mask of a task, none if it has all CPUs of this host.
+func pinned(tid int) ([]uint64, error) {
+	mask, err := sys.Affinity(tid)
+	if err != nil {
+		return nil, err
+	}
+	all, err := procfs.OnlineCPUs()
+	if err != nil {
+		return nil, err
+	}
+	for i, w := range all {
+		if i >= len(mask) || w&^mask[i] != 0 {
+			return mask, nil
+		}
+	}
+	return nil, nil
 }
 
 func (d *Dumped) addLeader(s Source, st *procfs.Status, stat *procfs.Stat, l *leaderCalls) error {

@@ -329,15 +329,14 @@ func Outside(pid, tid int, core *criu_core.CoreEntry, facts *image.TaskFacts) er
 	return nil
 }
 
-// setAffinity keeps a task that was free to run on all CPUs of a smaller host
-// free here: a mask is only set where it names a CPU that is not allowed for all.
+// setAffinity gives a task its CPU mask. One that was free to run everywhere is
+// free here too, whatever the agent itself is pinned to.
 func setAffinity(tid int, want []uint64) error {
 	if len(want) == 0 {
-		return nil
-	}
-	cur, err := sys.Affinity(tid)
-	if err != nil || slices.Equal(cur, want) {
-		return err
+		want = make([]uint64, 128) // the kernel takes away what does not exist
+		for i := range want {
+			want[i] = ^uint64(0)
+		}
 	}
 	return sys.SetAffinity(tid, want)
 }
