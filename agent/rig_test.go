@@ -230,6 +230,10 @@ func (s *fakeStanding) Root() int   { return 1 << 22 } // above every pid
 func (s *fakeStanding) Child() int  { return s.Root() }
 func (s *fakeStanding) Pids() []int { return []int{s.Root()} }
 
+func (s *fakeStanding) Stats() engine.RestoreStats {
+	return engine.RestoreStats{Processes: 1, Threads: 2, Pages: uint64(s.e.bytes / pageSize), ForkDur: 3 * time.Millisecond, RestoreDur: 5 * time.Millisecond}
+}
+
 func (s *fakeStanding) Run() error {
 	if err := s.e.w.at(context.Background(), "run"); err != nil {
 		return err

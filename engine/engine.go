@@ -78,10 +78,24 @@ type DumpStats struct {
 	Processes int
 	Threads   int
 	Pages     uint64 // of 4096 bytes: memory and shared memory
-	Bytes     uint64 // data, all kinds
-	FreezeDur time.Duration
-	DumpDur   time.Duration
-	FrozenAt  time.Time // first task stopped
+	// ShmemPages are those of Pages that belong to shared memory, memfds included.
+	ShmemPages uint64
+	Scanned    uint64 // pages looked at in private mappings
+	Bytes      uint64 // data, all kinds
+	FreezeDur  time.Duration
+	DumpDur    time.Duration
+	DataDur    time.Duration // of DumpDur: reading all data and giving it to the sink
+	FrozenAt   time.Time     // first task stopped
+}
+
+// RestoreStats says what a restore did.
+type RestoreStats struct {
+	Processes  int
+	Threads    int           // of all processes
+	Pages      uint64        // of 4096 bytes, written into private mappings
+	Bytes      uint64        // data, all kinds
+	ForkDur    time.Duration // making all processes and threads
+	RestoreDur time.Duration // from the read images to a tree that stands
 }
 
 // Tree is a frozen tree (Freeze).
@@ -109,6 +123,8 @@ type Standing interface {
 	// unless it is reaped: the root, or the init of its new pid namespace, which
 	// ends after it with status 0.
 	Child() int
+	// Stats says what the restore did.
+	Stats() RestoreStats
 	// Discard kills the rebuilt tree; nothing of it has run.
 	Discard() error
 }

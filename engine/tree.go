@@ -93,6 +93,9 @@ func (e *Engine) Freeze(ctx context.Context, pid int, o DumpOptions) (Tree, erro
 			return nil, errors.Join(fmt.Errorf("the agent itself (pid %d) is part of the tree of pid %d", p.Pid, pid), t.Thaw())
 		}
 	}
+	for _, p := range t.Procs {
+		e.log.Debug("process frozen", "pid", p.Pid, "comm", p.Comm, "threads", len(p.Threads))
+	}
 	e.log.Debug("tree frozen", "pid", pid, "processes", len(t.Procs), "threads", t.Threads(), "duration_us", t.FreezeDur.Microseconds())
 	return &frozen{e: e, t: t, o: d, pid: pid, timeout: timeout}, nil
 }
@@ -127,6 +130,7 @@ func (f *frozen) Dump(ctx context.Context, sink image.Sink) (DumpStats, error) {
 		}
 		return DumpStats{
 			Processes: s.Processes, Threads: s.Threads, Pages: s.Pages, Bytes: s.Bytes,
+			ShmemPages: s.ShmemPages, Scanned: s.Scanned, DataDur: s.DataDur,
 			FreezeDur: f.t.FreezeDur, DumpDur: time.Since(start), FrozenAt: f.t.FrozenAt,
 		}, err
 	}
@@ -165,6 +169,13 @@ func (e *Engine) Restore(ctx context.Context, src image.Source, o RestoreOptions
 
 // standing is a Standing.
 type standing struct{ *restore.Tree }
+
+func (s *standing) Stats() RestoreStats {
+	st := s.Tree.Stats()
+	return RestoreStats{
+		Processes: st.Processes, Threads: st.Threads, Pages: st.Pages, Bytes: st.Bytes, ForkDur: st.ForkDur, RestoreDur: st.RestoreDur,
+	}
+}
 
 func (s *standing) Child() int {
 	if s.Init() != 0 {

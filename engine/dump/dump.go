@@ -28,8 +28,11 @@ import (
 // Stats counts what a dump read.
 type Stats struct {
 	Processes, Threads int
-	Pages              uint64 // of the process memory and of shared memory
-	Bytes              uint64 // of data, all kinds
+	Pages              uint64        // of the process memory and of shared memory
+	ShmemPages         uint64        // those of shared memory
+	Scanned            uint64        // pages that were looked at in private mappings
+	Bytes              uint64        // of data, all kinds
+	DataDur            time.Duration // reading all data and giving it to the sink
 }
 
 // imgVersion is CRIU's CRTOOLS_IMAGES_V1_1: images with two magics.
@@ -133,6 +136,7 @@ func (c *collector) images(ctx context.Context, t *freeze.Tree, sink image.Sink)
 		if err := c.processImages(t, t.Procs[i], p, facts, put); err != nil {
 			return nil, fmt.Errorf("dump pid %d (%s): %w", p.pid, p.comm, err)
 		}
+		c.log.Debug("process dumped", "pid", p.pid, "pid_inside", p.vpid, "comm", p.comm, "threads", len(p.vtids), "mappings", len(p.vmas))
 	}
 	inv := &inventory.InventoryEntry{
 		ImgVersion: proto.Uint32(imgVersion), FdinfoPerId: proto.Bool(true), NsPerId: proto.Bool(true),
@@ -178,6 +182,9 @@ func (c *collector) processImages(t *freeze.Tree, fp *freeze.Proc, p *process, f
 	}
 	mm := leader.MM
 	mm.ExeFileId = &p.exe
+	if f, ok := mem.Facts(vpid, p.vmas); ok {
+		facts.Memory = append(facts.Memory, f)
+	}
 	for _, v := range p.vmas {
 		mm.Vmas = append(mm.Vmas, v.ToImage())
 	}
@@ -275,9 +282,19 @@ func (c *collector) data(ctx context.Context, sink image.Sink, st *Stats) error 
 		if err != nil {
 			return err
 		}
+		begin := time.Now()
 		n, err := r.Dump(ctx, p.vmas, sink, image.DataID{Kind: image.Memory, ID: uint32(p.vpid)})
 		st.Pages += n
 		st.Bytes += n * arch.PageSize
+		scanned := uint64(0)
+		for _, v := range p.vmas {
+			if v.HasPages() {
+				scanned += v.Len() / arch.PageSize
+			}
+		}
+		st.Scanned += scanned
+		c.log.Debug("memory dumped", "pid", p.pid, "comm", p.comm, "mappings", len(p.vmas), "pages_scanned", scanned, "pages", n,
+			"duration_us", time.Since(begin).Microseconds())
 		if err := errors.Join(err, r.Close()); err != nil {
 			return err
 		}
@@ -286,6 +303,8 @@ func (c *collector) data(ctx context.Context, sink image.Sink, st *Stats) error 
 		n, err := mem.DumpFile(ctx, s.file, s.size, true, sink, image.DataID{Kind: image.Shmem, ID: s.id})
 		st.Bytes += n
 		st.Pages += n / arch.PageSize
+		st.ShmemPages += n / arch.PageSize
+		c.log.Debug("shared memory dumped", "shmid", s.id, "size_bytes", s.size, "bytes", n)
 		if err != nil {
 			return err
 		}
@@ -296,11 +315,14 @@ func (c *collector) data(ctx context.Context, sink image.Sink, st *Stats) error 
 		st.Bytes += n
 		if whole {
 			st.Pages += n / arch.PageSize
+			st.ShmemPages += n / arch.PageSize
 		}
+		c.log.Debug("contents of a file dumped", "data", d.ID, "size_bytes", d.Size, "bytes", n)
 		if err != nil {
 			return err
 		}
 	}
-	c.log.Debug("data sent", "pages", st.Pages, "bytes", st.Bytes, "duration_ms", time.Since(start).Milliseconds())
+	st.DataDur = time.Since(start)
+	c.log.Debug("data sent", "pages", st.Pages, "bytes", st.Bytes, "duration_ms", st.DataDur.Milliseconds())
 	return nil
 }

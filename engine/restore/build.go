@@ -47,7 +47,20 @@ type Tree struct {
 	root int
 	init int // the stub that stays as init of a new pid namespace, 0 otherwise
 	done bool
+	st   Stats
 }
+
+// Stats counts what a restore made.
+type Stats struct {
+	Processes, Threads int
+	Pages              uint64        // written into private mappings
+	Bytes              uint64        // of data, all kinds
+	ForkDur            time.Duration // making all processes and threads
+	RestoreDur         time.Duration // from the read images to a tree that stands
+}
+
+// Stats says what the restore did.
+func (t *Tree) Stats() Stats { return t.st }
 
 // reap waits for a killed tracee.
 func reap(tid int) error { return freeze.Reap(tid) }
@@ -76,6 +89,12 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 	if err := t.tracer.Do(func() error { return t.plant(ctx) }); err != nil {
 		return nil, err
 	}
+	t.st.ForkDur = time.Since(start)
+	for _, p := range m.procs {
+		t.st.Processes++
+		t.st.Threads += len(p.threads)
+	}
+	log.Debug("processes made", "root", t.root, "processes", t.st.Processes, "threads", t.st.Threads, "duration_us", t.st.ForkDur.Microseconds())
 	if err := t.openFiles(set); err != nil {
 		return nil, err
 	}
@@ -86,13 +105,15 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 	if err := t.fill(ctx, src); err != nil {
 		return nil, err
 	}
+	log.Debug("data written", "pages", t.st.Pages, "bytes", t.st.Bytes, "duration_ms", time.Since(start).Milliseconds())
 	if err := t.files.Seal(); err != nil {
 		return nil, err
 	}
 	if err := t.tracer.Do(func() error { return t.complete(ctx) }); err != nil {
 		return nil, err
 	}
-	log.Debug("tree stands", "duration_ms", time.Since(start).Milliseconds())
+	t.st.RestoreDur = time.Since(start)
+	log.Debug("tree stands", "duration_ms", t.st.RestoreDur.Milliseconds())
 	return t, t.releaseFiles()
 }
 
@@ -177,6 +198,7 @@ func (t *Tree) build(ctx context.Context) error {
 		if err := t.addressSpace(p); err != nil {
 			return fmt.Errorf("build the address space of %s: %w", p, err)
 		}
+		t.log.Debug("address space built", "pid", p.vpid, "comm", p.comm(), "mappings", len(p.vmas))
 	}
 	return nil
 }
@@ -374,7 +396,13 @@ func (t *Tree) mapFiles(p *process) ([]*os.File, error) {
 	return out, nil
 }
 
+// advise makes the calls that give a new, empty mapping its flags and guard regions.
 func advise(v *mem.VMA) (calls []*ptrace.Call) {
+	// Before it is locked: a locked mapping takes no guard regions.
+	for _, g := range v.Guards {
+		calls = append(calls, ptrace.NewCall(fmt.Sprintf("install guard region %x-%x in %s", g.Start, g.End, v), unix.SYS_MADVISE,
+			ptrace.Int(g.Start), ptrace.Int(g.End-g.Start), ptrace.Int(mem.AdviseGuard)))
+	}
 	for a := range 64 {
 		if v.Madvise&(1<<uint(a)) != 0 {
 			calls = append(calls, ptrace.NewCall(fmt.Sprintf("advise %d on %s", a, v), unix.SYS_MADVISE, ptrace.Int(v.Start), ptrace.Int(v.Len()), ptrace.Int(a)))
@@ -382,6 +410,16 @@ func advise(v *mem.VMA) (calls []*ptrace.Call) {
 	}
 	if v.Flags&unix.MAP_LOCKED != 0 {
 		calls = append(calls, ptrace.NewCall("lock "+v.String(), unix.SYS_MLOCK, ptrace.Int(v.Start), ptrace.Int(v.Len())))
+	}
+	return calls
+}
+
+// sealAll makes the calls that seal mappings again, after everything that may still change them.
+func sealAll(p *process) (calls []*ptrace.Call) {
+	for _, v := range p.vmas {
+		if v.Sealed {
+			calls = append(calls, ptrace.NewCall("seal "+v.String(), unix.SYS_MSEAL, ptrace.Int(v.Start), ptrace.Int(v.Len()), ptrace.Int(0)))
+		}
 	}
 	return calls
 }
@@ -458,6 +496,7 @@ func (t *Tree) fill(ctx context.Context, src image.Source) (err error) {
 		if err != nil {
 			return fmt.Errorf("read data: %w", err)
 		}
+		t.st.Bytes += uint64(len(b))
 		if id.Kind != image.Memory {
 			if err := t.fillFile(id, off, b); err != nil {
 				return err
@@ -482,6 +521,7 @@ func (t *Tree) fill(ctx context.Context, src image.Source) (err error) {
 		if err := writer.Write(off, b); err != nil {
 			return err
 		}
+		t.st.Pages += uint64(len(b)) / arch.PageSize
 	}
 }
 
@@ -538,9 +578,13 @@ func (t *Tree) complete(ctx context.Context) error {
 		if err := p.remote().Run(calls...); err != nil {
 			return fmt.Errorf("descriptors of %s: %w", p, err)
 		}
+		if err := p.remote().Run(sealAll(p)...); err != nil {
+			return fmt.Errorf("build the address space of %s: %w", p, err)
+		}
 		if err := t.state(p); err != nil {
 			return fmt.Errorf("state of %s: %w", p, err)
 		}
+		t.log.Debug("process stands", "pid", p.vpid, "comm", p.comm(), "threads", len(p.threads))
 	}
 	return t.lastWords()
 }
