@@ -24,6 +24,8 @@ type Facts struct {
 
 	Tasks []TaskFacts `json:"tasks"`
 	Files []FileFacts `json:"files,omitempty"`
+	// Memory is of the processes whose mappings have something that VmaEntry has no field for.
+	Memory []MemoryFacts `json:"memory,omitempty"`
 }
 
 // TaskFacts belongs to one thread.
@@ -35,6 +37,23 @@ type TaskFacts struct {
 	TimerSlack uint64   `json:"timer_slack_ns,omitempty"`
 	IOPrio     uint32   `json:"ioprio,omitempty"`
 	XFeatures  uint64   `json:"xfeatures,omitempty"` // XSTATE_BV
+	// StopSeen: the parent of a stopped process has been told so by waitpid.
+	StopSeen bool `json:"stop_seen,omitempty"`
+}
+
+// MemoryFacts belongs to the address space of one process.
+type MemoryFacts struct {
+	PID uint32 `json:"pid"` // in the images' pid namespace
+	// Guards are the guard regions (MADV_GUARD_INSTALL), ascending.
+	Guards []Range `json:"guards,omitempty"`
+	// Sealed are the mappings under mseal(2), ascending, each one VMA.
+	Sealed []Range `json:"sealed,omitempty"`
+}
+
+// Range is a range of addresses, page-aligned.
+type Range struct {
+	Start uint64 `json:"start"`
+	End   uint64 `json:"end"` // behind the last byte
 }
 
 // FileFacts belongs to one file entry (by id in files.img).

@@ -66,7 +66,7 @@ func (r *Reader) dumpVMA(ctx context.Context, v *VMA, sink image.Sink, id image.
 		if err != nil {
 			return pages, err
 		}
-		for _, run := range r.vec[:n] {
+		for _, run := range r.unguarded(v, n) {
 			pages += (run.End - run.Start) / arch.PageSize
 			for a := run.Start; a < run.End; {
 				if err := ctx.Err(); err != nil {

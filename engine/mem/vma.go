@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"godwit/engine/arch"
+	"godwit/engine/image"
 	"godwit/engine/procfs"
 )
 
@@ -49,6 +50,10 @@ type VMA struct {
 	Madvise uint64
 	// OpenFlags are those that the mapped file needs: O_RDONLY or O_RDWR.
 	OpenFlags int
+	// Guarded says that there may be guard regions, Guards which they are.
+	Guarded bool
+	Guards  []image.Range
+	Sealed  bool // mseal(2)
 
 	Dev, Ino uint64 // of the mapped object
 	Path     string // as /proc/PID/maps shows it
@@ -105,8 +110,6 @@ var refusedFlags = map[string]string{
 	"uw": "memory under the program's own userfaultfd",
 	"ui": "memory under the program's own userfaultfd",
 	"ss": "a shadow stack",
-	"gu": "guard regions (MADV_GUARD_INSTALL)",
-	"sl": "a sealed mapping (mseal)",
 	"mp": "memory with a protection key",
 }
 
@@ -147,6 +150,10 @@ func Classify(m *procfs.SmapsEntry) (v *VMA, reason string) {
 			v.Flags |= unix.MAP_NORESERVE
 		case "lo":
 			v.Flags |= unix.MAP_LOCKED
+		case "gu":
+			v.Guarded = true
+		case "sl":
+			v.Sealed = true
 		}
 	}
 	if m.Shared {
@@ -273,5 +280,5 @@ func Read(pid int) (vmas []*VMA, refused map[*VMA]string, err error) {
 		}
 		vmas = append(vmas, v)
 	}
-	return vmas, refused, nil
+	return vmas, refused, readGuards(pid, vmas)
 }

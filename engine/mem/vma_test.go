@@ -46,7 +46,10 @@ func TestClassify(t *testing.T) {
 		{name: "AIO ring", m: procfs.Mapping{Path: "/[aio]", Deleted: true, Inode: 4}, refused: true},
 		{name: "perf ring", m: procfs.Mapping{Shared: true, Path: "anon_inode:[perf_event]", Inode: 4}, refused: true},
 		{name: "socket ring", m: procfs.Mapping{Shared: true, Path: "socket:[12]", Inode: 12}, refused: true},
-		{name: "guard regions", m: procfs.Mapping{Read: true}, flags: []string{"gu"}, refused: true},
+		{name: "guard regions", m: procfs.Mapping{Read: true}, flags: []string{"gu"},
+			want: &VMA{Prot: 1, Flags: private | unix.MAP_ANONYMOUS, Status: Regular | AnonPrivate, Guarded: true}},
+		{name: "sealed", m: procfs.Mapping{Read: true}, flags: []string{"sl"},
+			want: &VMA{Prot: 1, Flags: private | unix.MAP_ANONYMOUS, Status: Regular | AnonPrivate, Sealed: true}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			got, why := Classify(&procfs.SmapsEntry{Mapping: c.m, VmFlags: c.flags})

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sort"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -353,7 +354,8 @@ func (t *Tree) mapAll(p *process) error {
 	if err != nil {
 		return err
 	}
-	var calls []*ptrace.Call
+	var calls, locks []*ptrace.Call
+	var locked []*mem.VMA
 	for i, v := range p.vmas {
 		if v.Special() {
 			continue
@@ -369,13 +371,20 @@ func (t *Tree) mapAll(p *process) error {
 			ptrace.Int(v.Prot), ptrace.Int(flags), ptrace.Int(fd), ptrace.Int(off)))
 		calls = append(calls, advise(v)...)
 	}
+		if v.Flags&unix.MAP_LOCKED != 0 {
+			c := lock(v)
+			calls, locks, locked = append(calls, c), append(locks, c), append(locked, v)
+		}
 	if p.mm.GetThpDisabled() {
 		calls = append(calls, ptrace.NewCall("disable huge pages", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_THP_DISABLE), ptrace.Int(1), ptrace.Int(0), ptrace.Int(0), ptrace.Int(0)))
 	}
 	for _, n := range nums {
 		calls = append(calls, ptrace.NewCall("close", unix.SYS_CLOSE, ptrace.Int(n)))
 	}
-	return r.Run(calls...)
+	if err := r.Run(calls...); err != nil {
+		return err
+	}
+	return checkLocks(r.Tid, locked, locks)
 }
 
 // mapFiles gives the file behind each VMA, nil for anonymous memory.
@@ -408,13 +417,44 @@ func advise(v *mem.VMA) (calls []*ptrace.Call) {
 			calls = append(calls, ptrace.NewCall(fmt.Sprintf("advise %d on %s", a, v), unix.SYS_MADVISE, ptrace.Int(v.Start), ptrace.Int(v.Len()), ptrace.Int(a)))
 		}
 	}
-	if v.Flags&unix.MAP_LOCKED != 0 {
-		calls = append(calls, ptrace.NewCall("lock "+v.String(), unix.SYS_MLOCK, ptrace.Int(v.Start), ptrace.Int(v.Len())))
-	}
 	return calls
 }
 
 // sealAll makes the calls that seal mappings again, after everything that may still change them.
+// lock makes the call that locks a mapping. It may fail: see checkLocks.
+func lock(v *mem.VMA) *ptrace.Call {
+	c := ptrace.NewCall("lock "+v.String(), unix.SYS_MLOCK, ptrace.Int(v.Start), ptrace.Int(v.Len()))
+	c.MayFail = true
+	return c
+}
+
+// checkLocks judges calls of lock: one that fails with ENOMEM has locked the
+// mapping all the same if it was only not able to populate it, as one that is
+// inaccessible, has guard regions or reaches past the end of its file.
+func checkLocks(tid int, vmas []*mem.VMA, calls []*ptrace.Call) error {
+	var maps []procfs.SmapsEntry
+	for i, c := range calls {
+		v := vmas[i]
+		if c.Ret == 0 {
+			continue
+		}
+		if c.Ret == -int64(unix.ENOMEM) {
+			if maps == nil {
+				var err error
+				if maps, err = procfs.ReadSmaps(tid); err != nil {
+					return err
+				}
+			}
+			j := sort.Search(len(maps), func(j int) bool { return maps[j].End > v.Start })
+			if j < len(maps) && maps[j].Start <= v.Start && maps[j].Has("lo") {
+				continue
+			}
+		}
+		return fmt.Errorf("%s: %w", c.What, ptrace.Errno("mlock", c.Ret))
+	}
+	return nil
+}
+
 func sealAll(p *process) (calls []*ptrace.Call) {
 	for _, v := range p.vmas {
 		if v.Sealed {

@@ -88,8 +88,17 @@ func parse(set *image.Set) (*model, error) {
 			facts[set.Facts.Tasks[i].TID] = &set.Facts.Tasks[i]
 		}
 	}
+	memory := map[uint32]*image.MemoryFacts{}
+	if set.Facts != nil {
+		for i := range set.Facts.Memory {
+			memory[set.Facts.Memory[i].PID] = &set.Facts.Memory[i]
+		}
+	}
 	for i, it := range items {
 		p, err := m.process(set, it, facts)
+		if f := memory[it.GetPid()]; err == nil && f != nil && !p.zombie {
+			err = mem.ApplyFacts(p.vmas, f)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("images of pid %d: %w", it.GetPid(), err)
 		}

@@ -32,6 +32,7 @@ const (
 	PageIsPresent = 1 << 3
 	PageIsSwapped = 1 << 4
 	PageIsPfnZero = 1 << 5
+	PageIsGuard   = 1 << 8 // Linux 6.17
 )
 
 // PageRegion is struct page_region: a run of pages with equal categories.

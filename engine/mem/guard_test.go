@@ -1,0 +1,110 @@
+package mem
+
+import (
+	"bytes"
+	"encoding/binary"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"godwit/engine/arch"
+	"godwit/engine/image"
+	"godwit/engine/sys"
+)
+
+func TestWithout(t *testing.T) {
+	run := func(a, b uint64) sys.PageRegion { return sys.PageRegion{Start: a, End: b, Categories: 8} }
+	for _, c := range []struct {
+		name   string
+		runs   []sys.PageRegion
+		guards []image.Range
+		want   []sys.PageRegion
+	}{
+		{"none", []sys.PageRegion{run(1, 9)}, nil, []sys.PageRegion{run(1, 9)}},
+		{"middle", []sys.PageRegion{run(1, 9)}, []image.Range{{Start: 3, End: 4}, {Start: 6, End: 8}}, []sys.PageRegion{run(1, 3), run(4, 6), run(8, 9)}},
+		{"ends", []sys.PageRegion{run(1, 9)}, []image.Range{{Start: 0, End: 2}, {Start: 8, End: 12}}, []sys.PageRegion{run(2, 8)}},
+		{"whole run", []sys.PageRegion{run(1, 3), run(4, 5), run(6, 7)}, []image.Range{{Start: 4, End: 5}}, []sys.PageRegion{run(1, 3), run(6, 7)}},
+		{"one over several runs", []sys.PageRegion{run(1, 3), run(4, 5), run(6, 9)}, []image.Range{{Start: 2, End: 7}}, []sys.PageRegion{run(1, 2), run(7, 9)}},
+		{"between runs", []sys.PageRegion{run(1, 3), run(6, 9)}, []image.Range{{Start: 3, End: 6}}, []sys.PageRegion{run(1, 3), run(6, 9)}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if d := cmp.Diff(c.want, without(c.runs, c.guards)); d != "" {
+				t.Errorf("(-want +got)\n%s", d)
+			}
+		})
+	}
+}
+
+// TestGuardsPagemap reads entries as the kernel before 6.17 gives them.
+func TestGuardsPagemap(t *testing.T) {
+	const guard, present = 1 << 58, 1 << 63
+	var b []byte
+	for _, e := range []uint64{present, guard, guard, 0, guard, present, guard} {
+		b = binary.LittleEndian.AppendUint64(b, e)
+	}
+	got, err := guardsPagemap(bytes.NewReader(b), 0, 7*arch.PageSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const p = arch.PageSize
+	if d := cmp.Diff([]image.Range{{Start: p, End: 3 * p}, {Start: 4 * p, End: 5 * p}, {Start: 6 * p, End: 7 * p}}, got); d != "" {
+		t.Errorf("(-want +got)\n%s", d)
+	}
+	if _, err := guardsPagemap(bytes.NewReader(b), 0, 8*arch.PageSize); err == nil {
+		t.Error("a pagemap that ends too early was taken")
+	}
+	// The kernel takes the question, or says that it does not know guard regions.
+	f, err := os.Open("/proc/self/pagemap")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }()
+	if _, err := guards(f, 0x1000, 0x3000); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestApplyFacts(t *testing.T) {
+	const p = arch.PageSize
+	for _, c := range []struct {
+		name string
+		f    image.MemoryFacts
+		want string // part of the error, empty for none
+	}{
+		{"nothing", image.MemoryFacts{}, ""},
+		{"guards in two mappings", image.MemoryFacts{Guards: []image.Range{{Start: p, End: 2 * p}, {Start: 3 * p, End: 4 * p}, {Start: 8 * p, End: 9 * p}}}, ""},
+		{"odd address", image.MemoryFacts{Guards: []image.Range{{Start: p + 1, End: 2 * p}}}, "whole pages"},
+		{"empty", image.MemoryFacts{Guards: []image.Range{{Start: p, End: p}}}, "whole pages"},
+		{"out of order", image.MemoryFacts{Guards: []image.Range{{Start: 3 * p, End: 4 * p}, {Start: p, End: 2 * p}}}, "overlaps"},
+		{"over the edge", image.MemoryFacts{Guards: []image.Range{{Start: 3 * p, End: 5 * p}}}, "not inside"},
+		{"in [vdso]", image.MemoryFacts{Guards: []image.Range{{Start: 20 * p, End: 21 * p}}}, "not inside"},
+		{"behind everything", image.MemoryFacts{Guards: []image.Range{{Start: 30 * p, End: 31 * p}}}, "not inside"},
+		{"sealed", image.MemoryFacts{Sealed: []image.Range{{Start: p, End: 4 * p}, {Start: 8 * p, End: 9 * p}}}, ""},
+		{"partly sealed", image.MemoryFacts{Sealed: []image.Range{{Start: p, End: 2 * p}}}, "is no mapping"},
+		{"[vdso] sealed", image.MemoryFacts{Sealed: []image.Range{{Start: 20 * p, End: 22 * p}}}, "is no mapping"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			vmas := []*VMA{
+				{Start: p, End: 4 * p, Status: Regular | AnonPrivate},
+				{Start: 8 * p, End: 9 * p, Status: Regular | FilePrivate},
+				{Start: 20 * p, End: 22 * p, Status: Regular | Vdso | AnonPrivate},
+			}
+			err := ApplyFacts(vmas, &c.f)
+			if c.want != "" {
+				if err == nil || !strings.Contains(err.Error(), c.want) {
+					t.Fatalf("got %v, want an error with %q", err, c.want)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, ok := Facts(c.f.PID, vmas)
+			if d := cmp.Diff(c.f, got); d != "" || ok != (c.name != "nothing") {
+				t.Errorf("does not come back (-want +got)\n%s", d)
+			}
+		})
+	}
+}

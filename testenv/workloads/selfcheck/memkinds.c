@@ -1,0 +1,126 @@
+// Kinds of memory beyond those of an ordinary process.
+#include "selfcheck.h"
+#include <sys/mman.h>
+#include <sys/uio.h>
+
+#ifndef SYS_mseal
+#define SYS_mseal 462 // Linux 6.10
+#endif
+enum { PAGE = 4096, RW = PROT_READ | PROT_WRITE, PA = MAP_PRIVATE | MAP_ANONYMOUS };
+#ifndef MADV_GUARD_INSTALL
+#define MADV_GUARD_INSTALL 102 // Linux 6.13
+#endif
+
+// readable tells whether a byte can be read, without a signal.
+static bool readable(const void *p) {
+	char c;
+	struct iovec to = {&c, 1}, from = {(void *)p, 1};
+	ssize_t n = process_vm_readv(getpid(), &to, 1, &from, 1, 0);
+	CHECK(n == 1 || errno == EFAULT, "process_vm_readv: %s", strerror(errno));
+	return n == 1;
+}
+
+static void put(unsigned char *p, size_t len, uint64_t seed) {
+	for (size_t i = 0; i < len; i++) p[i] = pattern(seed, i);
+}
+
+static void same(const char *name, unsigned char *p, size_t from, size_t to, uint64_t seed) {
+	for (size_t i = from; i < to; i++) CHECK(p[i] == pattern(seed, i), "%s: byte %zu is %02x, want %02x", name, i, p[i], pattern(seed, i));
+}
+
+// has_flag looks for a flag in VmFlags of the mapping at p.
+static bool has_flag(const void *p, const char *flag) {
+	FILE *f = fopen("/proc/self/smaps", "re");
+	CHECK(f, "open smaps: %s", strerror(errno));
+	char line[4096], want[8];
+	snprintf(want, sizeof want, " %s ", flag);
+	bool in = false, found = false;
+	while (fgets(line, sizeof line, f)) {
+		unsigned long a, b;
+		if (sscanf(line, "%lx-%lx ", &a, &b) == 2) in = a <= (unsigned long)p && (unsigned long)p < b;
+		else if (in && strncmp(line, "VmFlags:", 8) == 0) found = strstr(line, want);
+	}
+	fclose(f);
+	return found;
+}
+
+// ---- guards: guard regions at the start, in the middle and at the end of
+// mappings, in memory that was used before, of many threads' stacks' shape, in a
+// locked and a read-only mapping and in one of a file.
+
+static unsigned char *guarded, *locked_guarded, *stacks, *file_guarded;
+enum { GPAGES = 600, NSTACKS = 300, SPAGES = 4 };
+
+static bool is_guard(int page) { return page < 2 || page >= GPAGES - 1 || page % 7 == 3 || (page >= 300 && page < 420); }
+
+static void guards_check(void) {
+	for (int i = 0; i < GPAGES; i++) {
+		CHECK(readable(guarded + i * PAGE) == !is_guard(i), "page %d of guarded memory: readable is %d", i, is_guard(i));
+		if (!is_guard(i)) same("guarded memory", guarded, i * PAGE + i % 64, (i * PAGE) + i % 64 + 64, 1);
+	}
+	for (int i = 0; i < NSTACKS; i++) {
+		CHECK(!readable(stacks + i * SPAGES * PAGE), "stack %d has no guard page", i);
+		CHECK(readable(stacks + (i * SPAGES + 1) * PAGE), "stack %d cannot be read", i);
+		CHECK(stacks[(i * SPAGES + 3) * PAGE] == (unsigned char)i, "stack %d has other contents", i);
+	}
+	for (int i = 0; i < 4; i++) {
+		CHECK(readable(locked_guarded + i * PAGE) == (i != 1), "page %d of locked memory", i);
+		CHECK(readable(file_guarded + i * PAGE) == (i != 2), "page %d of mapped file", i);
+		if (i != 2) same("mapped file", file_guarded, i * PAGE, (i + 1) * PAGE, 3);
+	}
+	CHECK(has_flag(locked_guarded, "lo"), "locked memory is no longer locked");
+}
+
+void run_guards(void) {
+	guarded = SYS(mmap(NULL, GPAGES * PAGE, RW, PA, -1, 0));
+	put(guarded, GPAGES * PAGE, 1);
+	for (int i = 0; i < GPAGES; i++)
+		if (is_guard(i)) SYS(madvise(guarded + i * PAGE, PAGE, MADV_GUARD_INSTALL));
+	stacks = SYS(mmap(NULL, NSTACKS * SPAGES * PAGE, RW, PA | MAP_NORESERVE, -1, 0));
+	for (int i = 0; i < NSTACKS; i++) {
+		SYS(madvise(stacks + i * SPAGES * PAGE, PAGE, MADV_GUARD_INSTALL));
+		stacks[(i * SPAGES + 3) * PAGE] = i;
+	}
+	locked_guarded = SYS(mmap(NULL, 4 * PAGE, RW, PA, -1, 0));
+	SYS(madvise(locked_guarded + PAGE, PAGE, MADV_GUARD_INSTALL));
+	mlock(locked_guarded, 4 * PAGE); // cannot populate the guard region, but locks
+	CHECK(has_flag(locked_guarded, "lo"), "mlock of a guarded mapping did not lock");
+	int fd = SYS(open(path_of("data"), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
+	unsigned char buf[4 * PAGE];
+	put(buf, sizeof buf, 3);
+	CHECK(SYS(write(fd, buf, sizeof buf)) == sizeof buf, "write data file");
+	file_guarded = SYS(mmap(NULL, 4 * PAGE, PROT_READ, MAP_PRIVATE, fd, 0));
+	SYS(madvise(file_guarded + 2 * PAGE, PAGE, MADV_GUARD_INSTALL));
+	close(fd);
+	guards_check();
+	loop(guards_check);
+	for (int i = 0; i < GPAGES; i++)
+		if (!is_guard(i)) same("guarded memory", guarded, i * PAGE, (i + 1) * PAGE, 1);
+}
+
+// ---- sealed: mappings under mseal, writable, read-only, and next to others.
+
+static unsigned char *seals[3];
+
+static void sealed_check(void) {
+	for (int i = 0; i < 3; i++) {
+		same("sealed memory", seals[i], 0, 4 * PAGE, 10 + i);
+		CHECK(mprotect(seals[i], PAGE, PROT_NONE) == -1 && errno == EPERM, "sealed mapping %d can be protected: %s", i, strerror(errno));
+		CHECK(munmap(seals[i], PAGE) == -1 && errno == EPERM, "sealed mapping %d can be unmapped", i);
+	}
+	seals[0][5]++;
+	seals[0][5]--;
+	// What lies behind the last one is not sealed.
+	SYS(mprotect(seals[2] + 4 * PAGE, PAGE, RW));
+	SYS(mprotect(seals[2] + 4 * PAGE, PAGE, PROT_READ));
+}
+
+void run_sealed(void) {
+	for (int i = 0; i < 3; i++) {
+		seals[i] = SYS(mmap(NULL, 5 * PAGE, RW, PA, -1, 0));
+		put(seals[i], 4 * PAGE, 10 + i);
+		if (i == 1) SYS(mprotect(seals[i], 4 * PAGE, PROT_READ));
+		SYS(syscall(SYS_mseal, seals[i], 4 * PAGE, 0));
+	}
+	loop(sealed_check);
+}
