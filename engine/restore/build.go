@@ -370,11 +370,11 @@ func (t *Tree) mapAll(p *process) error {
 		calls = append(calls, ptrace.NewCall("make "+v.String(), unix.SYS_MMAP, ptrace.Int(v.Start), ptrace.Int(v.Len()),
 			ptrace.Int(v.Prot), ptrace.Int(flags), ptrace.Int(fd), ptrace.Int(off)))
 		calls = append(calls, advise(v)...)
-	}
 		if v.Flags&unix.MAP_LOCKED != 0 {
 			c := lock(v)
 			calls, locks, locked = append(calls, c), append(locks, c), append(locked, v)
 		}
+	}
 	if p.mm.GetThpDisabled() {
 		calls = append(calls, ptrace.NewCall("disable huge pages", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_THP_DISABLE), ptrace.Int(1), ptrace.Int(0), ptrace.Int(0), ptrace.Int(0)))
 	}
@@ -420,7 +420,6 @@ func advise(v *mem.VMA) (calls []*ptrace.Call) {
 	return calls
 }
 
-// sealAll makes the calls that seal mappings again, after everything that may still change them.
 // lock makes the call that locks a mapping. It may fail: see checkLocks.
 func lock(v *mem.VMA) *ptrace.Call {
 	c := ptrace.NewCall("lock "+v.String(), unix.SYS_MLOCK, ptrace.Int(v.Start), ptrace.Int(v.Len()))
@@ -455,6 +454,7 @@ func checkLocks(tid int, vmas []*mem.VMA, calls []*ptrace.Call) error {
 	return nil
 }
 
+// sealAll makes the calls that seal mappings again, after everything that may still change them.
 func sealAll(p *process) (calls []*ptrace.Call) {
 	for _, v := range p.vmas {
 		if v.Sealed {
