@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -91,10 +92,14 @@ operator must look. dump and restore use 0 and 1 as CRIU does.`,
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	root.SetFlagErrorFunc(usageError)
-	root.SetVersionTemplate("{{.Version}}\n")
+	root.Flags().BoolP("version", "V", false, "print the release and the version of CRIU's images that it makes")
+	root.SetVersionTemplate("Version: {{.Version}}\nImages: CRIU 4.2\n")
 	root.AddCommand(cmdRun(), cmdDump(), cmdRestore(), cmdCheck(), cmdInspect(), cmdVersion())
 	for _, c := range root.Commands() {
 		c.Args = usageArgs(c.Args)
+		if c.Flags().Lookup("no-default-config") != nil {
+			negations(c.Flags())
+		}
 	}
 	return root
 }
@@ -123,22 +128,52 @@ func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 	}
 }
 
-// verbosityArgs rewrites CRIU's -vN and -vvv to --verbosity=N, since the flag
-// parser would take what follows -v for further short flags.
+// defaultVerbosity is CRIU's: warnings and errors.
+const defaultVerbosity = 2
+
+// Short options of the local commands by whether they take an argument.
+const (
+	shortBools  = "dRsljShV"
+	shortValues = "tDWor"
+)
+
+// verbosityArgs rewrites CRIU's -vN and -vvv, also inside of a cluster such as
+// -Rv4, to --verbosity=N, since the flag parser would take what follows v for
+// further short flags. Every v without a number adds one to the default.
 func verbosityArgs(args []string) []string {
 	out := make([]string, 0, len(args))
-	for i, a := range args {
+	level := defaultVerbosity
+	for i := 0; i < len(args); i++ {
+		a := args[i]
 		if a == "--" {
 			return append(out, args[i:]...)
 		}
-		if rest, ok := strings.CutPrefix(a, "-v"); ok {
-			if rest != "" && strings.Trim(rest, "0123456789") == "" {
-				a = "--verbosity=" + rest
-			} else if strings.Trim(rest, "v") == "" {
-				a = fmt.Sprintf("--verbosity=%d", len(rest)+1)
-			}
+		if len(a) < 2 || a[0] != '-' || a[1] == '-' {
+			out = append(out, a)
+			continue
 		}
-		out = append(out, a)
+		at := 1
+		for at < len(a) && strings.IndexByte(shortBools, a[at]) >= 0 {
+			at++
+		}
+		switch rest := a[at:]; {
+		case rest != "" && rest[0] == 'v' && strings.Trim(rest, "v") == "":
+			level += len(rest)
+		case len(rest) > 1 && rest[0] == 'v' && len(rest) < 6 && strings.Trim(rest[1:], "0123456789") == "":
+			level, _ = strconv.Atoi(rest[1:])
+		case len(rest) == 1 && strings.Contains(shortValues, rest) && i+1 < len(args):
+			// What follows is its argument, whatever it looks like.
+			out = append(out, a, args[i+1])
+			i++
+			continue
+		default:
+			out = append(out, a)
+			continue
+		}
+		if at > 1 {
+			out = append(out, a[:at])
+		}
+		out = append(out, fmt.Sprintf("--verbosity=%d", level))
 	}
 	return out
 }

@@ -46,7 +46,7 @@ Exit codes: 0 done; 1 failed or refused, the tree runs on.`,
 			}
 			defer closeLog()
 			boundMemory(localMemory)
-			return localError(runDump(cmd.Context(), engine.New(log), f, log))
+			return localError(f.logged(runDump(cmd.Context(), engine.New(log), f, log)))
 		},
 	}
 	f.add(cmd)
@@ -56,13 +56,13 @@ Exit codes: 0 done; 1 failed or refused, the tree runs on.`,
 	fs.StringArrayVar(&f.external, "external", nil, "a file that whoever restores provides: file[mnt_id:inode], hexadecimal; may be repeated")
 	fs.StringVar(&f.ghostLimit, "ghost-limit", "", "largest size of a deleted file that is carried, with K, M or G (default 1G)")
 	fs.IntVar(&f.timeout, "timeout", 0, "seconds within which all tasks have to stop (default 10)")
-	foreignFlags(fs, "shell-job,j", "tcp-established", "tcp-close", "skip-in-flight", "file-locks,l", "ext-unix-sk,x",
+	foreignFlags(fs, "tcp-established", "tcp-close", "skip-in-flight", "file-locks,l", "ext-unix-sk,x",
 		"link-remap", "evasive-devices", "track-mem", "prev-images-dir", "manage-cgroups", "cgroup-root", "cgroup-props",
-		"cgroup-props-file", "cgroup-dump-controller", "cgroup-yard", "leave-stopped,s", "root,r", "action-script", "page-server",
+		"cgroup-props-file", "cgroup-dump-controller", "cgroup-yard", "leave-stopped,s", "root,r", "page-server",
 		"address", "port", "lazy-pages", "auto-dedup", "pre-dump-mode", "cpu-cap", "unprivileged", "network-lock", "skip-mnt",
 		"enable-fs", "ext-mount-map,M", "veth-pair", "enable-external-sharing", "enable-external-masters", "force-irmap",
-		"irmap-scan-path", "freeze-cgroup", "lsm-profile", "stream", "file-validation", "ghost-fiemap", "mntns-compat-mode",
-		"status-fd", "ps-socket", "tls", "display-stats", "config", "no-default-config", "empty-ns", "join-ns", "log-pid",
+		"irmap-scan-path", "freeze-cgroup", "lsm-profile", "stream", "file-validation", "mntns-compat-mode",
+		"status-fd", "ps-socket", "tls", "empty-ns", "join-ns", "log-pid",
 		"restore-sibling,S", "exec-cmd", "weak-sysctls", "deprecated", "allow-uprobes")
 	return cmd
 }
@@ -96,9 +96,14 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 		return fmt.Errorf("--timeout: %d seconds are negative", f.timeout)
 	}
 	opts := engine.DumpOptions{External: f.external, GhostLimit: limit, Timeout: time.Duration(f.timeout) * time.Second}
-	if _, err := eng.Plan(ctx, f.tree, opts); err != nil {
+	if err := f.actions().run(ctx, stagePreDump, 0); err != nil {
+		return fmt.Errorf("dump pid %d, nothing of it was touched: %w", f.tree, err)
+	}
+	p, err := eng.Plan(ctx, f.tree, opts)
+	if err != nil {
 		return err
 	}
+	logPlan(log, p)
 	sink, err := image.NewDirSink(f.imagesDir)
 	if err != nil {
 		return fmt.Errorf("dump pid %d: %w", f.tree, err)
@@ -106,7 +111,7 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 	complete := false
 	defer func() {
 		if !complete {
-			if aerr := sink.Abort(); aerr != nil {
+			if aerr := sink.Withdraw(); aerr != nil {
 				err = fmt.Errorf("%w (and its images could not be removed: %w)", err, aerr)
 			}
 		}
@@ -116,13 +121,26 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 		return err
 	}
 	stats, err := tree.Dump(ctx, sink)
+	var commit, frozen time.Duration
+	defer func() {
+		if err == nil {
+			f.putStats(statsDumpFile, dumpStats(stats, frozen, commit))
+		}
+	}()
 	var thawErr error
-	if f.leaveRunning && err == nil {
+	early := f.leaveRunning && len(f.scripts) == 0
+	if early && err == nil {
 		// Everything has been read: the tree need not wait for the disk.
 		thawErr = tree.Thaw()
+		frozen = time.Since(stats.FrozenAt)
 	}
 	if err == nil {
+		begin := time.Now()
 		err = sink.Commit()
+		commit = time.Since(begin)
+	}
+	if err == nil {
+		err = f.actions().run(ctx, stagePostDump, f.tree)
 	}
 	if err != nil {
 		err = fmt.Errorf("dump pid %d, which runs on: %w", f.tree, err)
@@ -133,6 +151,9 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 	}
 	log.Info("dumped", "pid", f.tree, "dir", f.imagesDir, "processes", stats.Processes, "threads", stats.Threads,
 		"pages", stats.Pages, "bytes", stats.Bytes, "freeze_ms", stats.FreezeDur.Milliseconds(), "dump_ms", stats.DumpDur.Milliseconds())
+	if f.leaveRunning && !early {
+		thawErr = tree.Thaw()
+	}
 	complete = true // what fails from here on must not remove the images
 	if thawErr != nil {
 		return fmt.Errorf("dump pid %d: the images are complete, but the tree could not be let go, look at it: %w", f.tree, thawErr)
@@ -143,6 +164,7 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 	if err := tree.Kill(); err != nil {
 		return fmt.Errorf("dump pid %d: the images are complete, but the tree could not be killed and must not run beside a restored one: %w", f.tree, err)
 	}
+	frozen = time.Since(stats.FrozenAt)
 	return nil
 }
 

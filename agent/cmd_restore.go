@@ -46,7 +46,7 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 			}
 			defer closeLog()
 			boundMemory(localMemory)
-			return localError(runRestore(cmd.Context(), engine.New(log), f, log))
+			return localError(f.logged(runRestore(cmd.Context(), engine.New(log), f, log)))
 		},
 	}
 	f.add(cmd)
@@ -55,13 +55,13 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 	fs.StringArrayVar(&f.inherit, "inherit-fd", nil, "fd[N]:KEY: the open descriptor N backs the file KEY of the images; may be repeated")
 	fs.StringVar(&f.pidfile, "pidfile", "", "write the pid of the root into this file")
 	fs.StringVar(&f.pidNamespace, "pid-namespace", "same", "same: the pids must be free here; new: in a pid namespace of its own")
-	foreignFlags(fs, "shell-job,j", "tcp-established", "tcp-close", "file-locks,l", "ext-unix-sk,x", "link-remap",
+	foreignFlags(fs, "tcp-established", "tcp-close", "file-locks,l", "ext-unix-sk,x", "link-remap",
 		"evasive-devices", "manage-cgroups", "cgroup-root", "cgroup-props", "cgroup-props-file", "cgroup-dump-controller",
-		"cgroup-yard", "leave-stopped,s", "root,r", "action-script", "page-server", "address", "port", "lazy-pages", "auto-dedup",
+		"cgroup-yard", "leave-stopped,s", "root,r", "page-server", "address", "port", "lazy-pages", "auto-dedup",
 		"cpu-cap", "unprivileged", "network-lock", "skip-mnt", "enable-fs", "ext-mount-map,M", "veth-pair",
 		"enable-external-sharing", "enable-external-masters", "freeze-cgroup", "lsm-profile", "lsm-mount-context", "stream",
-		"file-validation", "skip-file-rwx-check", "mntns-compat-mode", "status-fd", "ps-socket", "tls", "display-stats", "config",
-		"no-default-config", "empty-ns", "join-ns", "log-pid", "restore-sibling,S", "exec-cmd", "weak-sysctls", "external",
+		"file-validation", "skip-file-rwx-check", "mntns-compat-mode", "status-fd", "ps-socket", "tls",
+		"empty-ns", "join-ns", "log-pid", "restore-sibling,S", "exec-cmd", "weak-sysctls", "external",
 		"tree,t", "deprecated", "timeout")
 	return cmd
 }
@@ -90,6 +90,12 @@ func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logge
 			_ = in.File.Close()
 		}
 	}()
+	for _, in := range held {
+		unix.CloseOnExec(int(in.File.Fd())) // they are not for action scripts
+	}
+	if err := f.actions().run(ctx, stagePreRestore, 0); err != nil {
+		return fmt.Errorf("restore from %s: %w", f.imagesDir, err)
+	}
 	src, err := image.OpenDir(f.imagesDir)
 	if err != nil {
 		return fmt.Errorf("restore from %s: %w", f.imagesDir, err)
@@ -104,6 +110,10 @@ func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logge
 			err = fmt.Errorf("%w (and what was built could not be removed: %w)", err, derr)
 		}
 		return fmt.Errorf("restore from %s: %w", f.imagesDir, err)
+	}
+	f.putStats(statsRestoreFile, restoreStats(tree.Stats()))
+	if err := f.actions().run(ctx, stagePostResume, tree.Root()); err != nil {
+		log.Error("the tree runs all the same", "pid", tree.Root(), "error", err)
 	}
 	log.Info("restored", "pid", tree.Root(), "dir", f.imagesDir, "processes", len(tree.Pids()))
 	if f.detached {
@@ -135,6 +145,11 @@ func startRestored(ctx context.Context, tree engine.Standing, f restoreFlags) er
 		}
 	}
 	err := ctx.Err()
+	for _, stage := range []string{stagePostRestore, stagePreResume} {
+		if err == nil {
+			err = f.actions().run(ctx, stage, tree.Root())
+		}
+	}
 	if err == nil {
 		err = tree.Run()
 	}

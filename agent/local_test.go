@@ -115,8 +115,13 @@ func TestParseSize(t *testing.T) {
 func TestVerbosityArgs(t *testing.T) {
 	for _, tt := range []struct{ in, want []string }{
 		{[]string{"dump", "-v4", "-t", "1"}, []string{"dump", "--verbosity=4", "-t", "1"}},
-		{[]string{"-v"}, []string{"--verbosity=1"}},
-		{[]string{"-vvv"}, []string{"--verbosity=3"}},
+		{[]string{"-v"}, []string{"--verbosity=3"}},
+		{[]string{"-vvv"}, []string{"--verbosity=5"}},
+		{[]string{"-v", "-v"}, []string{"--verbosity=3", "--verbosity=4"}},
+		{[]string{"-v0"}, []string{"--verbosity=0"}},
+		{[]string{"-Rjv4", "-lv"}, []string{"-Rj", "--verbosity=4", "-l", "--verbosity=5"}},
+		{[]string{"-o", "-v4", "-v1"}, []string{"-o", "-v4", "--verbosity=1"}},
+		{[]string{"-t", "12", "-D/tmp/v4"}, []string{"-t", "12", "-D/tmp/v4"}},
 		{[]string{"-vx", "--verbosity=2", "--", "-v4"}, []string{"-vx", "--verbosity=2", "--", "-v4"}},
 	} {
 		if diff := cmp.Diff(tt.want, verbosityArgs(tt.in)); diff != "" {
@@ -147,7 +152,13 @@ func TestCommandLine(t *testing.T) {
 		{"dump -D " + dir, 1, "", "give the pid of its root with --tree"},
 		{"restore -D " + dir + "/none", 1, "", "use the images' directory"},
 		{"dump -t 1 --tcp-established -D " + dir, 1, "", "CRIU's option --tcp-established is not carried out"},
-		{"dump -t 1 -j", 1, "", "CRIU's option --shell-job is not carried out"},
+		{"dump -t 1 -S", 1, "", "CRIU's option --restore-sibling is not carried out"},
+		{"-V", 0, "Version: " + Version + "\nImages: CRIU 4.2\n", ""},
+		{"dump -Rjv3 -D " + dir, 1, "", "give the pid of its root with --tree"},
+		{"restore -dj --images-dir=" + dir + "/none", 1, "", "use the images' directory"},
+		{"dump --config " + dir + "/none.conf", 1, "", dir + "/none.conf"},
+		{"restore -D " + dir + " --action-script false", 1, "", "action script \"false\" failed at stage pre-restore: exit status 1"},
+		{"dump -t 1 -D " + dir + " --action-script false", 1, "", "action script \"false\" failed at stage pre-dump: exit status 1"},
 		{"dump -t 1 --ghost-limit 3x -D " + dir, 1, "", "--ghost-limit"},
 		{"restore --tcp-close", 1, "", "--tcp-close"},
 		{"restore -D " + dir + " --pid-namespace odd", 1, "", "neither same nor new"},

@@ -1,30 +1,50 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/stats"
 	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/cobra"
+
+	"godwit/engine"
 )
 
 // localFlags are the options that dump and restore have in common, with CRIU's names.
 type localFlags struct {
+	cmd       *cobra.Command // nil outside of the program
+	log       hclog.Logger   // set by logger
 	imagesDir string
 	workDir   string
 	logFile   string
 	verbosity int
+	scripts   []string
+	stats     bool
+	shellJob  bool
+	fiemap    bool
+	config    configFlags
 }
 
 func (f *localFlags) add(cmd *cobra.Command) {
+	f.cmd = cmd
 	fs := cmd.Flags()
 	fs.StringVarP(&f.imagesDir, "images-dir", "D", ".", "directory of the images; a dump makes it if it is missing")
-	fs.StringVarP(&f.workDir, "work-dir", "W", "", "directory for the log and pid files (default: the images' directory)")
+	fs.StringVarP(&f.workDir, "work-dir", "W", "", "directory for the log, pid and statistics files (default: the images' directory)")
 	fs.StringVarP(&f.logFile, "log-file", "o", "", "write the log to this file in place of stderr")
 	// CRIU's default shows warnings and errors.
-	fs.IntVar(&f.verbosity, "verbosity", 2, "1 errors, 2 warnings, 3 information, 4 debug, 5 everything; also -v, -vv … and -v4")
+	fs.IntVar(&f.verbosity, "verbosity", 2, "1 errors, 2 warnings, 3 information, 4 debug, 5 everything; -v4 is 4, each v without a number one more than 2")
+	fs.StringArrayVar(&f.scripts, "action-script", nil, "shell command to call at each stage, with CRTOOLS_SCRIPT_ACTION, CRTOOLS_IMAGE_DIR and CRTOOLS_INIT_PID set; may be repeated")
+	fs.BoolVar(&f.stats, "display-stats", false, "print statistics at the end; they are in stats-dump or stats-restore anyway")
+	// What follows asks for what is done in any case.
+	fs.BoolVarP(&f.shellJob, "shell-job", "j", false, "accepted: a tree whose session leader is outside of it is carried anyway")
+	if cmd.Name() == "dump" {
+		fs.BoolVar(&f.fiemap, "ghost-fiemap", false, "accepted: holes of deleted files are found without reading them anyway")
+	}
+	f.config.add(cmd)
 }
 
 // inWorkDir is a path that is meant relative to the working directory, as CRIU does.
@@ -58,6 +78,12 @@ func (f *localFlags) logger(stderr io.Writer) (log hclog.Logger, closeLog func()
 	}
 	out, closeLog := stderr, func() {}
 	if f.logFile != "" {
+		if f.workDir == "" && f.cmd != nil && f.cmd.Name() == "dump" {
+			// As the dump itself would, a moment later.
+			if err := os.Mkdir(f.imagesDir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+				return nil, nil, fmt.Errorf("make the images' directory for the log file: %w", err)
+			}
+		}
 		file, err := os.OpenFile(f.inWorkDir(f.logFile), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 		if err != nil {
 			return nil, nil, fmt.Errorf("open the log file: %w", err)
@@ -65,9 +91,56 @@ func (f *localFlags) logger(stderr io.Writer) (log hclog.Logger, closeLog func()
 		out, closeLog = file, func() { _ = file.Close() }
 	}
 	levels := []hclog.Level{hclog.Off, hclog.Error, hclog.Warn, hclog.Info, hclog.Debug, hclog.Trace}
-	return hclog.New(&hclog.LoggerOptions{
+	f.log = hclog.New(&hclog.LoggerOptions{
 		Name: "godwit-agent", Level: levels[min(f.verbosity, len(levels)-1)], Output: out,
-	}), closeLog, nil
+	})
+	if f.cmd != nil {
+		f.log.Info("begin", "command", f.cmd.Name(), "version", Version, "pid", os.Getpid(), "images_dir", f.imagesDir)
+	}
+	return f.log, closeLog, nil
+}
+
+// logged puts the error of a command into its log file as well, if there is one.
+func (f *localFlags) logged(err error) error {
+	if err != nil && f.logFile != "" {
+		f.log.Error("failed", "error", err)
+	}
+	return err
+}
+
+// logPlan notes what a tree holds.
+func logPlan(log hclog.Logger, p *engine.Plan) {
+	for _, t := range p.Tasks {
+		log.Debug("process planned", "pid", t.Pid, "parent", t.PPid, "comm", t.Comm, "threads", len(t.VTids), "rss_bytes", t.RSS)
+	}
+	for _, x := range p.External {
+		log.Debug("external file planned", "key", x.Key, "kind", x.Kind, "path", x.Path)
+	}
+	log.Info("the tree can be carried", "pid", p.Pid, "processes", len(p.Tasks), "open_files", p.OpenFiles, "memory_bytes", p.MemoryBytes)
+}
+
+// actions are the action scripts.
+func (f *localFlags) actions() actionScripts {
+	a := actionScripts{list: f.scripts, imagesDir: f.imagesDir, out: io.Discard, log: f.log}
+	if f.cmd != nil {
+		a.out = f.cmd.ErrOrStderr()
+	}
+	if a.log == nil {
+		a.log = hclog.NewNullLogger()
+	}
+	return a
+}
+
+// putStats writes a file of statistics into the work directory, and prints them if
+// that was asked for. What was done stands without them: an error is only logged.
+func (f *localFlags) putStats(name string, e *stats.StatsEntry) {
+	err := writeStats(f.inWorkDir(name), e)
+	if f.stats && f.cmd != nil {
+		err = errors.Join(err, displayStats(f.cmd.OutOrStdout(), e))
+	}
+	if err != nil && f.log != nil {
+		f.log.Warn("the statistics are lost", "file", f.inWorkDir(name), "error", err)
+	}
 }
 
 // needRoot refuses early what would fail on the first system call.

@@ -101,6 +101,7 @@ type DirSink struct {
 	sums  map[string]fileSum
 
 	sealed, over bool
+	committed    bool
 	err          error // of the first failure, which all later calls repeat
 }
 
@@ -506,7 +507,7 @@ func (s *DirSink) Commit() error {
 	if err := s.stick(s.commit()); err != nil {
 		return err
 	}
-	s.over = true
+	s.over, s.committed = true, true
 	_ = s.d.Close() // gives the lock back; nothing is written through it
 	return nil
 }
@@ -605,6 +606,22 @@ func (s *DirSink) Abort() error {
 			}
 		}
 	}
+	err := s.remove()
+	_ = s.d.Close()
+	return err
+}
+
+// Withdraw is Abort for a dump that is complete as well: it is not wanted any more.
+func (s *DirSink) Withdraw() error {
+	if s.committed {
+		s.committed = false
+		return s.remove()
+	}
+	return s.Abort()
+}
+
+// remove removes what this sink made, the file that makes it a dump first.
+func (s *DirSink) remove() error {
 	var errs []error
 	for i := len(s.made) - 1; i >= 0; i-- {
 		if err := os.Remove(filepath.Join(s.dir, s.made[i])); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -617,7 +634,6 @@ func (s *DirSink) Abort() error {
 			errs = append(errs, err)
 		}
 	}
-	_ = s.d.Close()
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("remove the images of a failed dump: %w", err)
 	}
