@@ -20,6 +20,7 @@ type dumpFlags struct {
 	localFlags
 	tree         int
 	leaveRunning bool
+	leaveStopped bool
 	external     []string
 	ghostLimit   string
 	timeout      int
@@ -31,8 +32,8 @@ func cmdDump() *cobra.Command {
 		Use:   "dump -t PID -D DIR",
 		Short: "Write the images of a running process tree into a directory",
 		Long: `Freezes the tree of PID and writes its images, in CRIU's format, into DIR. After
-a dump that succeeded the tree is killed, unless --leave-running is given; after
-one that failed it runs on and the images are removed.
+a dump that succeeded the tree is killed, unless --leave-running or
+--leave-stopped is given; after one that failed it runs on and the images are removed.
 
 Exit codes: 0 done; 1 failed or refused, the tree runs on.`,
 		Example: `  godwit-agent dump -t 4711 -D /var/tmp/img --external 'file[72:a3e7]'`,
@@ -53,12 +54,13 @@ Exit codes: 0 done; 1 failed or refused, the tree runs on.`,
 	fs := cmd.Flags()
 	fs.IntVarP(&f.tree, "tree", "t", 0, "pid of the tree's root")
 	fs.BoolVarP(&f.leaveRunning, "leave-running", "R", false, "let the tree run on after the dump")
+	fs.BoolVarP(&f.leaveStopped, "leave-stopped", "s", false, "leave the tree stopped (SIGSTOP) after the dump")
 	fs.StringArrayVar(&f.external, "external", nil, "a file that whoever restores provides: file[mnt_id:inode], hexadecimal; may be repeated")
 	fs.StringVar(&f.ghostLimit, "ghost-limit", "", "largest size of a deleted file that is carried, with K, M or G (default 1G)")
 	fs.IntVar(&f.timeout, "timeout", 0, "seconds within which all tasks have to stop (default 10)")
 	foreignFlags(fs, "tcp-established", "tcp-close", "skip-in-flight", "file-locks,l", "ext-unix-sk,x",
 		"link-remap", "evasive-devices", "track-mem", "prev-images-dir", "manage-cgroups", "cgroup-root", "cgroup-props",
-		"cgroup-props-file", "cgroup-dump-controller", "cgroup-yard", "leave-stopped,s", "root,r", "page-server",
+		"cgroup-props-file", "cgroup-dump-controller", "cgroup-yard", "root,r", "page-server",
 		"address", "port", "lazy-pages", "auto-dedup", "pre-dump-mode", "cpu-cap", "unprivileged", "network-lock", "skip-mnt",
 		"enable-fs", "ext-mount-map,M", "veth-pair", "enable-external-sharing", "enable-external-masters", "force-irmap",
 		"irmap-scan-path", "freeze-cgroup", "lsm-profile", "stream", "file-validation", "mntns-compat-mode",
@@ -155,10 +157,13 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 		thawErr = tree.Thaw()
 	}
 	complete = true // what fails from here on must not remove the images
+	if f.leaveStopped && !f.leaveRunning {
+		thawErr = tree.ThawStopped()
+	}
 	if thawErr != nil {
 		return fmt.Errorf("dump pid %d: the images are complete, but the tree could not be let go, look at it: %w", f.tree, thawErr)
 	}
-	if f.leaveRunning {
+	if f.leaveRunning || f.leaveStopped {
 		return nil
 	}
 	if err := tree.Kill(); err != nil {

@@ -22,6 +22,7 @@ type restoreFlags struct {
 	inherit      []string
 	pidfile      string
 	pidNamespace string
+	leaveStopped bool
 }
 
 func cmdRestore() *cobra.Command {
@@ -54,10 +55,11 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 	fs.BoolVarP(&f.detached, "restore-detached", "d", false, "leave the tree to itself once it runs")
 	fs.StringArrayVar(&f.inherit, "inherit-fd", nil, "fd[N]:KEY: the open descriptor N backs the file KEY of the images; may be repeated")
 	fs.StringVar(&f.pidfile, "pidfile", "", "write the pid of the root into this file")
+	fs.BoolVarP(&f.leaveStopped, "leave-stopped", "s", false, "leave the tree stopped (SIGSTOP) until it gets SIGCONT")
 	fs.StringVar(&f.pidNamespace, "pid-namespace", "same", "same: the pids must be free here; new: in a pid namespace of its own")
 	foreignFlags(fs, "tcp-established", "tcp-close", "file-locks,l", "ext-unix-sk,x", "link-remap",
 		"evasive-devices", "manage-cgroups", "cgroup-root", "cgroup-props", "cgroup-props-file", "cgroup-dump-controller",
-		"cgroup-yard", "leave-stopped,s", "root,r", "page-server", "address", "port", "lazy-pages", "auto-dedup",
+		"cgroup-yard", "root,r", "page-server", "address", "port", "lazy-pages", "auto-dedup",
 		"cpu-cap", "unprivileged", "network-lock", "skip-mnt", "enable-fs", "ext-mount-map,M", "veth-pair",
 		"enable-external-sharing", "enable-external-masters", "freeze-cgroup", "lsm-profile", "lsm-mount-context", "stream",
 		"file-validation", "skip-file-rwx-check", "mntns-compat-mode", "status-fd", "ps-socket", "tls",
@@ -151,7 +153,11 @@ func startRestored(ctx context.Context, tree engine.Standing, f restoreFlags) er
 		}
 	}
 	if err == nil {
-		err = tree.Run()
+		if f.leaveStopped {
+			err = tree.RunStopped()
+		} else {
+			err = tree.Run()
+		}
 	}
 	if err != nil && f.pidfile != "" {
 		_ = os.Remove(f.inWorkDir(f.pidfile))

@@ -216,6 +216,8 @@ func (t *fakeTree) Thaw() error {
 	return nil
 }
 
+func (t *fakeTree) ThawStopped() error { return t.Thaw() }
+
 func (t *fakeTree) Kill() error {
 	if err := t.e.w.at(context.Background(), "kill"); err != nil {
 		return err
@@ -241,6 +243,8 @@ func (s *fakeStanding) Run() error {
 	s.e.w.set(&s.e.w.landed, "running")
 	return nil
 }
+
+func (s *fakeStanding) RunStopped() error { return s.Run() }
 
 func (s *fakeStanding) Discard() error {
 	if err := s.e.w.at(context.Background(), "discard"); err != nil {

@@ -118,6 +118,8 @@ type Standing interface {
 	// Pids are all processes on this host.
 	Pids() []int
 	// Run lets all tasks go. After it returned nil the tree is its own.
+	// ThawStopped is Thaw that leaves every process stopped by SIGSTOP.
+	ThawStopped() error
 	Run() error
 	// Child is the process that is a child of this one and stays a zombie
 	// unless it is reaped: the root, or the init of its new pid namespace, which
@@ -128,3 +130,6 @@ type Standing interface {
 	// Discard kills the rebuilt tree; nothing of it has run.
 	Discard() error
 }
+	// RunStopped is Run that leaves every process stopped by SIGSTOP, before
+	// its first instruction.
+	RunStopped() error

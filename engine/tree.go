@@ -150,8 +150,30 @@ func (f *frozen) again(ctx context.Context, pause time.Duration) error {
 	return nil
 }
 
-func (f *frozen) Thaw() error { return f.t.Thaw() }
-func (f *frozen) Kill() error { return f.t.Kill() }
+func (f *frozen) Thaw() error {
+	defer f.conns.Close()
+	return f.t.Thaw()
+}
+
+func (f *frozen) ThawStopped() error {
+	defer f.conns.Close()
+	return f.t.ThawStopped()
+}
+
+// Kill ends the tree. Its TCP connections close without a word.
+func (f *frozen) Kill() error {
+	defer f.conns.Close()
+	if err := f.conns.Silence(); err != nil {
+		// They close as when a program ends, and a restore on this host may have to
+		// wait for their addresses.
+		f.e.log.Warn("TCP connections of the dumped tree close with packets", "pid", f.pid, "error", err)
+	}
+	err := f.t.Kill()
+	if err != nil {
+		err = errors.Join(err, f.conns.Voice())
+	}
+	return err
+}
 
 // Restore rebuilds a tree from a source. The tree stands, and nothing of it
 // has run, when it returns; after an error nothing is left of it.

@@ -279,8 +279,6 @@ func (c *collector) state(p *process) error {
 		return fmt.Errorf("it is just exiting: %w", unix.ESRCH)
 	case st.Kthread:
 		c.refuse(p, "", "is a kernel thread", "name a process of user space")
-	case st.State == 'T':
-		c.refuse(p, "", "is stopped by a signal, which cannot be carried", "continue it first (kill -CONT "+strconv.Itoa(p.pid)+")")
 	case st.CoreDumping:
 		c.refuse(p, "", "is dumping core", "")
 	}

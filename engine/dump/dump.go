@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"godwit/engine/arch"
+	"godwit/engine/files"
 	"godwit/engine/freeze"
 	"godwit/engine/image"
 	"godwit/engine/mem"
@@ -33,6 +34,9 @@ type Stats struct {
 	Scanned            uint64        // pages that were looked at in private mappings
 	Bytes              uint64        // of data, all kinds
 	DataDur            time.Duration // reading all data and giving it to the sink
+	// Connections are the TCP connections, for the tree's end; the caller closes
+	// them. Nil if there are none or the dump failed.
+	Connections *files.Connections
 }
 
 // imgVersion is CRIU's CRTOOLS_IMAGES_V1_1: images with two magics.
@@ -92,13 +96,21 @@ func Dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 		return st, err
 	}
 	facts.Files = c.files.Facts()
+	facts.SysV = c.sysvFacts()
+	for _, s := range facts.SysV {
+		st.Segments = append(st.Segments, int(s.ID))
+	}
 	if err := sink.Facts(facts); err != nil {
 		return st, err
 	}
 	if err := sink.Sealed(); err != nil {
 		return st, err
 	}
-	return st, c.data(ctx, sink, &st)
+	if err := c.data(ctx, sink, &st); err != nil {
+		return st, err
+	}
+	st.Connections = c.files.TakeConnections()
+	return st, nil
 }
 
 func (c *collector) images(ctx context.Context, t *freeze.Tree, sink image.Sink) (*image.Facts, error) {
@@ -175,6 +187,11 @@ func (c *collector) processImages(t *freeze.Tree, fp *freeze.Proc, p *process, f
 		facts.Tasks = append(facts.Tasks, d.Facts)
 		if i == 0 {
 			d.Core.Ids = p.ids()
+			if fp.Stop != 0 {
+				d.Core.Tc.TaskState = u32(task.Stopped)
+				d.Core.Tc.StopSigno = u32(int(fp.Stop))
+				facts.Tasks[len(facts.Tasks)-1].StopSeen = fp.StopSeen
+			}
 		}
 		if err := put(image.CoreFile(uint32(fp.Threads[i].VTid)), image.MagicCore, d.Core); err != nil {
 			return err

@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -30,6 +31,8 @@ type Thread struct {
 	Rseq sys.RseqConfig
 	// Resend says that a SIGSTOP was withheld while the thread worked for us.
 	Resend bool
+	// stop is the signal of the group stop that the thread takes part in, 0 for none.
+	stop unix.Signal
 }
 
 // Proc is one process of a frozen tree.
@@ -40,7 +43,12 @@ type Proc struct {
 	Threads           []*Thread // the leader first; none for a zombie
 	Zombie            bool
 	ExitCode          int // wait status of a zombie
-	Parent            *Proc
+	// Stop is the signal that stopped the process before it was frozen, 0 if it
+	// was running. Thawed, it is stopped as before.
+	Stop unix.Signal
+	// StopSeen says that the parent has been told of that stop by waitpid.
+	StopSeen bool
+	Parent   *Proc
 }
 
 // Leader is the first thread.
@@ -207,7 +215,7 @@ func (s *seizer) process(pid int) (found int, err error) {
 		}
 	}
 	for _, tid := range told {
-		alive, err := s.awaitStop(p, tid)
+		stop, alive, err := s.awaitStop(p, tid)
 		if err != nil {
 			return 0, err
 		}
@@ -216,10 +224,11 @@ func (s *seizer) process(pid int) (found int, err error) {
 		}
 		s.known[tid] = true
 		found++
+		th := &Thread{Tid: tid, stop: stop}
 		if tid == pid {
-			p.Threads = append([]*Thread{{Tid: tid}}, p.Threads...)
+			p.Threads = append([]*Thread{th}, p.Threads...)
 		} else {
-			p.Threads = append(p.Threads, &Thread{Tid: tid})
+			p.Threads = append(p.Threads, th)
 		}
 	}
 	return found, nil
@@ -251,42 +260,44 @@ func (s *seizer) seize(p *Proc, tid int) (bool, error) {
 	return true, nil
 }
 
-func (s *seizer) awaitStop(p *Proc, tid int) (alive bool, err error) {
+// awaitStop waits until a thread that was told to stop has stopped; stop is the
+// signal of the group stop that it takes part in, 0 for none.
+func (s *seizer) awaitStop(p *Proc, tid int) (stop unix.Signal, alive bool, err error) {
 	pause := 20 * time.Microsecond
 	for {
 		st, ok, err := ptrace.TryWait(tid)
 		switch {
 		case errors.Is(err, unix.ECHILD):
-			return false, nil
+			return 0, false, nil
 		case err != nil:
-			return false, err
+			return 0, false, err
 		case !ok:
 			if cause := context.Cause(s.ctx); cause != nil {
 				// It stays seized and runs on; ending the tracer's thread lets it go.
-				return false, fmt.Errorf("task %d of pid %d (%s) does not stop (%s): %w", tid, p.Pid, p.Comm, waitingIn(p.Pid, tid), cause)
+				return 0, false, fmt.Errorf("task %d of pid %d (%s) does not stop (%s): %w", tid, p.Pid, p.Comm, waitingIn(p.Pid, tid), cause)
 			}
 			time.Sleep(pause)
 			pause = min(pause*2, 2*time.Millisecond)
 			continue
 		case st.Ended():
-			return false, nil
+			return 0, false, nil
 		case st.Event == sys.PtraceEventStop && st.Signal == unix.SIGTRAP:
-			return true, nil
+			return 0, true, nil
 		case st.Event == sys.PtraceEventStop:
-			return false, fmt.Errorf("pid %d (%s) is stopped by %s, which cannot be carried; continue it first", p.Pid, p.Comm, unix.SignalName(st.Signal))
+			return st.Signal, true, nil
 		case st.Event == 0 && !st.Sysc:
 			// A signal was on its way: let it be delivered, then stop.
 			if err := sys.PtraceCont(tid, int(st.Signal)); err != nil {
 				if errors.Is(err, unix.ESRCH) {
 					continue
 				}
-				return false, err
+				return 0, false, err
 			}
 			if err := sys.PtraceInterrupt(tid); err != nil && !errors.Is(err, unix.ESRCH) {
-				return false, err
+				return 0, false, err
 			}
 		default:
-			return false, &ptrace.StopError{Want: "an event stop", Got: st}
+			return 0, false, &ptrace.StopError{Want: "an event stop", Got: st}
 		}
 	}
 }
@@ -317,12 +328,55 @@ func (s *seizer) identify() error {
 			p.ExitCode = stat.ExitCode
 			continue
 		}
+		if err := s.groupStop(p); err != nil {
+			return fmt.Errorf("pid %d (%s): %w", p.Pid, p.Comm, err)
+		}
 		for _, th := range p.Threads {
 			if err := th.identify(p); err != nil {
 				return fmt.Errorf("pid %d (%s): %w", p.Pid, p.Comm, err)
 			}
 		}
 	}
+	return nil
+}
+
+// groupStop finds out whether a signal had stopped a process. One that was
+// about to stop has stopped afterwards.
+func (s *seizer) groupStop(p *Proc) error {
+	if !slices.ContainsFunc(p.Threads, func(th *Thread) bool { return th.stop != 0 }) {
+		return nil
+	}
+	for _, th := range p.Threads {
+		if th.stop != 0 {
+			continue
+		}
+		// It stopped for us just before the others met the signal; the interrupt
+		// keeps it from running on.
+		if err := sys.PtraceInterrupt(th.Tid); err != nil {
+			return fmt.Errorf("stop task %d: %w", th.Tid, err)
+		}
+		if err := sys.PtraceCont(th.Tid, 0); err != nil {
+			return fmt.Errorf("have task %d join the stop of its process: %w", th.Tid, err)
+		}
+		stop, alive, err := s.awaitStop(p, th.Tid)
+		if err != nil {
+			return err
+		}
+		if !alive {
+			return fmt.Errorf("task %d ended while it was stopped: %w", th.Tid, unix.ESRCH)
+		}
+		if stop == 0 {
+			return nil // a SIGCONT came in between
+		}
+		th.stop = stop
+	}
+	st, err := procfs.ReadStat(p.Pid)
+	if err != nil {
+		return fmt.Errorf("read state of pid %d: %w", p.Pid, err)
+	}
+	// The code of a stop is cleared when a waitpid of the parent took it
+	// (do_task_stat, fs/proc/array.c, 5.17).
+	p.Stop, p.StopSeen = p.Leader().stop, st.ExitCode == 0
 	return nil
 }
 
@@ -353,7 +407,8 @@ func (th *Thread) identify(p *Proc) error {
 	}
 	// The stop itself makes some calls fail with EINTR, which the program
 	// should not see; a signal that waits for it is a reason of its own.
-	if deliverable := (st.SigPnd | st.ShdPnd) &^ st.SigBlk; deliverable == 0 && th.Regs.HideInterrupt() {
+	// So is a stop signal that came before us.
+	if deliverable := (st.SigPnd | st.ShdPnd) &^ st.SigBlk; deliverable == 0 && th.stop == 0 && th.Regs.HideInterrupt() {
 		return ptrace.SetRegs(th.Tid, &th.Regs)
 	}
 	return nil
@@ -393,8 +448,14 @@ func readMem(tid int, addr uint64, b []byte) (int, error) {
 	return sys.ProcessVMRead(tid, b, []unix.RemoteIovec{{Base: uintptr(addr), Len: len(b)}})
 }
 
-// Thaw lets every task run on.
-func (t *Tree) Thaw() error {
+// Thaw lets every task run on; a process that was stopped by a signal stays stopped.
+func (t *Tree) Thaw() error { return t.release(false) }
+
+// ThawStopped lets every task go, but stopped by SIGSTOP before it executes an
+// instruction: SIGCONT makes the tree run on.
+func (t *Tree) ThawStopped() error { return t.release(true) }
+
+func (t *Tree) release(stopped bool) error {
 	if t.released {
 		return nil
 	}
@@ -402,6 +463,12 @@ func (t *Tree) Thaw() error {
 	err := t.Tracer.Do(func() error {
 		var errs []error
 		for _, p := range t.Procs {
+			if stopped && !p.Zombie {
+				// Queued before the first thread is let go, as below.
+				if err := unix.Kill(p.Pid, unix.SIGSTOP); err != nil && !errors.Is(err, unix.ESRCH) {
+					errs = append(errs, fmt.Errorf("stop pid %d (%s): %w", p.Pid, p.Comm, err))
+				}
+			}
 			for _, th := range p.Threads {
 				if th.Resend {
 					// Queued before the detach, so that the task stops before it runs.

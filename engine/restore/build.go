@@ -607,6 +607,9 @@ func (t *Tree) complete(ctx context.Context) error {
 	for _, p := range t.model.procs {
 		if p.zombie {
 			continue
+	if err := t.stops(); err != nil {
+		return err
+	}
 		}
 		if err := ctx.Err(); err != nil {
 			return err
@@ -714,7 +717,13 @@ func (t *Tree) Pids() []int { return t.pids }
 func (t *Tree) Init() int { return t.init }
 
 // Run lets all tasks go. It may be called once.
-func (t *Tree) Run() error {
+func (t *Tree) Run() error { return t.run(false) }
+
+// RunStopped is Run that leaves every process stopped by SIGSTOP before its
+// first instruction.
+func (t *Tree) RunStopped() error { return t.run(true) }
+
+func (t *Tree) run(stopped bool) error {
 	if t.done {
 		return errors.New("the tree was let go or discarded already")
 	}
@@ -728,6 +737,12 @@ func (t *Tree) Run() error {
 			for _, th := range p.threads {
 				if p.zombie {
 					continue
+			if stopped && !p.zombie {
+				// Queued before any thread of it is let go.
+				if err := unix.Kill(p.remote().Tid, unix.SIGSTOP); err != nil {
+					errs = append(errs, fmt.Errorf("stop %s: %w", p, os.NewSyscallError("kill", err)))
+				}
+			}
 				}
 				if th.remote.Stopped {
 					errs = append(errs, os.NewSyscallError("tgkill", unix.Tgkill(p.remote().Tid, th.remote.Tid, unix.SIGSTOP)))

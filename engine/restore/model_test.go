@@ -30,7 +30,7 @@ func images(version uint32, tasks ...task3) *image.Set {
 		add(image.PstreeFile, image.MagicPstree, &pstree.PstreeEntry{Pid: &x.pid, Ppid: &x.ppid, Pgid: &x.pid, Sid: &x.pid, Threads: []uint32{x.pid}})
 		march := criu_core.CoreEntry_X86_64
 		core := &criu_core.CoreEntry{Mtype: &march, Tc: &criu_core.TaskCoreEntry{TaskState: &x.state}, Ids: &criu_core.TaskKobjIdsEntry{FilesId: &x.pid}}
-		if x.state == task.Alive {
+		if x.state == task.Alive || x.state == task.Stopped {
 			core.ThreadInfo = &core_x86.ThreadInfoX86{Gpregs: arch.RegsToImage(&arch.Regs{}), Fpregs: &core_x86.UserX86FpregsEntry{}}
 			core.ThreadCore = &criu_core.ThreadCoreEntry{}
 		}
@@ -61,7 +61,9 @@ func TestParse(t *testing.T) {
 		{"dead root", images(2, task3{10, 0, dead}), "has exited"},
 		{"stranger's child", images(2, task3{10, 0, alive}, task3{11, 12, alive}), "not among"},
 		{"child of a zombie", images(2, task3{10, 0, alive}, task3{11, 10, dead}, task3{12, 11, alive}), "has exited"},
-		{"stopped task", images(2, task3{10, 0, 3}), "state 3"},
+		{"stopped task", images(2, task3{10, 0, task.Stopped}), ""},
+		{"stopped child", images(2, task3{10, 0, alive}, task3{11, 10, task.Stopped}), ""},
+		{"task in a state of its own", images(2, task3{10, 0, 4}), "state 4"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			m, err := parse(c.set)

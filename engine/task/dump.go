@@ -33,8 +33,9 @@ import (
 
 // Task states in CRIU's images.
 const (
-	Alive = 1
-	Dead  = 2
+	Alive   = 1
+	Dead    = 2
+	Stopped = 3
 )
 
 // Signals is the number of signals; actions of SIGKILL and SIGSTOP are not imaged.

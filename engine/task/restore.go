@@ -30,14 +30,26 @@ func Check(core *criu_core.CoreEntry, leader bool) error {
 		return errNoCore
 	case leader && core.GetTc().GetTaskState() == Dead:
 		return nil
-	case leader && core.GetTc().GetTaskState() != Alive:
-		return fmt.Errorf("image is of a task in state %d; only running tasks can be carried", core.GetTc().GetTaskState())
+	case leader && core.GetTc().GetTaskState() != Alive && core.GetTc().GetTaskState() != Stopped:
+		return fmt.Errorf("image is of a task in state %d; only running, stopped and ended tasks can be carried", core.GetTc().GetTaskState())
+	case leader && core.GetTc().GetTaskState() == Stopped && !StopSignal(unix.Signal(core.GetTc().GetStopSigno())) && core.GetTc().GetStopSigno() != 0:
+		return fmt.Errorf("image is of a task that was stopped by signal %d, which stops nothing", core.GetTc().GetStopSigno())
 	case core.GetThreadInfo().GetGpregs() == nil, core.GetThreadInfo().GetFpregs() == nil, core.GetThreadCore() == nil:
 		return errNoCore
 	case core.GetThreadCore().GetSeccompMode() != criu_core.SeccompMode_disabled, core.GetTc().GetOldSeccompMode() != criu_core.SeccompMode_disabled:
 		return fmt.Errorf("image is of a task under seccomp, which cannot be carried")
 	}
 	return nil
+}
+
+// StopSignal tells whether a signal is one of those whose default action is to
+// stop a process.
+func StopSignal(sig unix.Signal) bool {
+	switch sig {
+	case unix.SIGSTOP, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU:
+		return true
+	}
+	return false
 }
 
 func put64(vs ...uint64) []byte {

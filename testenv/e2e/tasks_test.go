@@ -1,0 +1,90 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"godwit/testenv/hosts"
+)
+
+// taskState is the letter of a process's state in /proc.
+func taskState(t *testing.T, h *hosts.Host, pid int) string {
+	t.Helper()
+	b, err := os.ReadFile(h.Path(fmt.Sprintf("/proc/%d/status", pid)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, ok := strings.Cut(string(b), "State:\t")
+	if !ok {
+		t.Fatalf("status has no state: %s", b)
+	}
+	return after[:1]
+}
+
+// TestStoppedRoot moves a tree that is stopped as a whole, with its parent
+// outside the tree, and one that a dump or a restore leaves stopped.
+func TestStoppedRoot(t *testing.T) {
+	h := newHosts(t, "alpha").Host("alpha")
+	for _, command := range []string{"counter", "threads", "sessions"} {
+		t.Run(command, func(t *testing.T) {
+			ctx := deadline(t, time.Minute)
+			r := selfcheck(ctx, t, h, newDir(t), command)
+			stands := func() {
+				t.Helper()
+				n := count(t, r)
+				if s := taskState(t, h, r.Pid); s != "T" {
+					t.Fatalf("its state is %s, want T", s)
+				}
+				// As long as five of its records take when it runs.
+				time.Sleep(60 * time.Millisecond)
+				if now := count(t, r); now != n {
+					t.Fatalf("it is stopped and made %d records", now-n)
+				}
+			}
+			cont := func() {
+				t.Helper()
+				// Every process was stopped; the host has no others that matter.
+				if _, err := h.Run(ctx, "sh", "-c", "kill -CONT -1"); err != nil {
+					t.Fatal(err)
+				}
+				goes(ctx, t, r, 5)
+			}
+			for range 2 {
+				if err := h.Kill(r.Pid, unix.SIGSTOP); err != nil {
+					t.Fatal(err)
+				}
+				for taskState(t, h, r.Pid) != "T" {
+					time.Sleep(time.Millisecond)
+				}
+				// Stopped before and stopped after a dump that leaves it alone.
+				mustAgent(ctx, t, h, nil, "dump", "-t", strconv.Itoa(r.Pid), "-D", newDir(t), "-R")
+				stands()
+				img := dump(ctx, t, h, r.Pid)
+				decodeImages(t, img)
+				restore(ctx, t, h, img, r.Pid, nil)
+				stands()
+				if err := h.Kill(r.Pid, unix.SIGCONT); err != nil {
+					t.Fatal(err)
+				}
+				goes(ctx, t, r, 5)
+
+				mustAgent(ctx, t, h, nil, "dump", "-t", strconv.Itoa(r.Pid), "-D", newDir(t), "--leave-stopped")
+				stands()
+				cont()
+				img = dump(ctx, t, h, r.Pid)
+				pidfile := filepath.Join(img, "pid")
+				mustAgent(ctx, t, h, nil, "restore", "-D", img, "-d", "-s", "--pidfile", pidfile)
+				stands()
+				cont()
+			}
+			stop(ctx, t, r)
+		})
+	}
+}
