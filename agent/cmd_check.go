@@ -15,14 +15,18 @@ import (
 
 func cmdCheck() *cobra.Command {
 	var output string
+	var f checkFlags
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Try out what this kernel has of what the engine uses",
 		Long: `Tries out each feature of the kernel that dump and restore use, on nothing but
-this program itself, and says what is there.
+this program itself, and says what is there. --feature, which may be repeated,
+asks for single ones by CRIU's names or by those of the list. One that CRIU has
+and that is not used here counts as missing, whatever the kernel has.
 
-Exit codes: 0 trees can be dumped and restored here; 1 something required is
-missing; 2 usage.`,
+Exit codes: 0 trees can be dumped and restored here, or what was asked for is
+there; 1 something required is missing, with --all or --extra anything of the
+list; 2 usage.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if output != "text" && output != "json" {
 				return usageError(cmd, fmt.Errorf("--output: %q is neither text nor json", output))
@@ -30,16 +34,39 @@ missing; 2 usage.`,
 			if err := needRoot("check"); err != nil {
 				return err
 			}
-			return reportFeatures(engine.Probe(), output, cmd.OutOrStdout())
+			probes := engine.Probe()
+			if len(f.features) > 0 {
+				err := askFeatures(f.features, probes)
+				if err == nil && output == "text" {
+					_, err = io.WriteString(cmd.OutOrStdout(), looksGood)
+				}
+				return err
+			}
+			return reportFeatures(probes, f.all || f.extra, output, cmd.OutOrStdout())
 		},
 	}
-	cmd.Flags().StringVar(&output, "output", "text", "text or json")
-	foreignFlags(cmd.Flags(), "all", "extra", "experimental", "feature", "ms")
+	fs := cmd.Flags()
+	fs.StringVar(&output, "output", "text", "text or json")
+	fs.StringArrayVar(&f.features, "feature", nil, "only whether this is there; may be repeated")
+	fs.BoolVar(&f.all, "all", false, "fail if anything is missing, not only what all trees need")
+	fs.BoolVar(&f.extra, "extra", false, "the same as --all: nothing experimental is used")
+	foreignFlags(fs, "experimental", "ms")
+	f.config.add(cmd)
 	return cmd
 }
 
-// reportFeatures prints what a probe found; a lack of something required is an error.
-func reportFeatures(fs []engine.Feature, output string, out io.Writer) error {
+type checkFlags struct {
+	features   []string
+	all, extra bool
+	config     configFlags
+}
+
+// looksGood is what CRIU prints.
+const looksGood = "Looks good.\n"
+
+// reportFeatures prints what a probe found; a lack of something required, with
+// all of anything, is an error.
+func reportFeatures(fs []engine.Feature, all bool, output string, out io.Writer) error {
 	type feature struct {
 		Name     string `json:"name"`
 		Answer   string `json:"answer"` // yes, no, unclear
@@ -48,7 +75,7 @@ func reportFeatures(fs []engine.Feature, output string, out io.Writer) error {
 		Error    string `json:"error,omitempty"`
 	}
 	var list []feature
-	var missing []string
+	var missing, optional []string
 	t := table.NewWriter()
 	t.SetStyle(table.StyleLight)
 	t.Style().Options = table.OptionsNoBordersAndSeparators
@@ -66,6 +93,8 @@ func reportFeatures(fs []engine.Feature, output string, out io.Writer) error {
 		}
 		if f.Required && f.Answer != engine.Yes {
 			missing = append(missing, f.Name)
+		} else if f.Answer != engine.Yes {
+			optional = append(optional, f.Name)
 		}
 		list = append(list, j)
 		t.AppendRow(table.Row{j.Name, j.Answer, need, use})
@@ -77,6 +106,12 @@ func reportFeatures(fs []engine.Feature, output string, out io.Writer) error {
 		err = enc.Encode(list)
 	} else {
 		_, err = io.WriteString(out, t.Render()+"\n")
+	}
+	if err == nil && missing == nil && optional != nil && all {
+		err = errors.New("some trees cannot be dumped or restored on this host, or more slowly: it lacks " + strings.Join(optional, ", "))
+	}
+	if err == nil && missing == nil && output == "text" {
+		_, err = io.WriteString(out, looksGood)
 	}
 	if err == nil && missing != nil {
 		err = errors.New("this host cannot dump or restore: it lacks " + strings.Join(missing, ", "))

@@ -126,6 +126,9 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 	var commit, frozen time.Duration
 	defer func() {
 		if err == nil {
+			if frozen == 0 {
+				frozen = time.Since(stats.FrozenAt)
+			}
 			f.putStats(statsDumpFile, dumpStats(stats, frozen, commit))
 		}
 	}()
@@ -169,7 +172,6 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 	if err := tree.Kill(); err != nil {
 		return fmt.Errorf("dump pid %d: the images are complete, but the tree could not be killed and must not run beside a restored one: %w", f.tree, err)
 	}
-	frozen = time.Since(stats.FrozenAt)
 	return nil
 }
 
