@@ -22,6 +22,7 @@ type restoreFlags struct {
 	inherit      []string
 	pidfile      string
 	pidNamespace string
+	fileLocks    bool
 	leaveStopped bool
 }
 
@@ -57,6 +58,7 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 	fs.StringVar(&f.pidfile, "pidfile", "", "write the pid of the root into this file")
 	fs.BoolVarP(&f.leaveStopped, "leave-stopped", "s", false, "leave the tree stopped (SIGSTOP) until it gets SIGCONT")
 	fs.StringVar(&f.pidNamespace, "pid-namespace", "same", "same: the pids must be free here; new: in a pid namespace of its own")
+	fs.BoolVarP(&f.fileLocks, "file-locks", "l", false, "set file locks and leases again; images that have some need it")
 	foreignFlags(fs, "tcp-established", "tcp-close", "file-locks,l", "ext-unix-sk,x", "link-remap",
 		"evasive-devices", "manage-cgroups", "cgroup-root", "cgroup-props", "cgroup-props-file", "cgroup-dump-controller",
 		"cgroup-yard", "root,r", "page-server", "address", "port", "lazy-pages", "auto-dedup",
@@ -71,7 +73,7 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 // runRestore rebuilds the tree and, unless f.detached, waits for its root,
 // whose status other than 0 is an *exitError.
 func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logger) error {
-	opts := engine.RestoreOptions{}
+	opts := engine.RestoreOptions{FileLocks: f.fileLocks}
 	switch f.pidNamespace {
 	case "same", "":
 	case "new":

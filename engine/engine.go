@@ -49,6 +49,8 @@ type DumpOptions struct {
 	// GhostLimit is the largest allocated size, in bytes, of a deleted file
 	// that travels with its data; 0 means 1 GiB.
 	GhostLimit uint64
+	// FileLocks carries file locks and leases; without it they are refused.
+	FileLocks bool
 }
 
 // RestoreOptions says how and where a tree is rebuilt.
@@ -58,6 +60,9 @@ type RestoreOptions struct {
 	// NewPidNamespace lands the tree in a pid namespace (and a mount
 	// namespace with its own /proc) of its own.
 	NewPidNamespace bool
+	// FileLocks sets file locks and leases again; without it images that
+	// have some are refused.
+	FileLocks bool
 	// Host names this host in messages; empty means os.Hostname.
 	Host string
 }

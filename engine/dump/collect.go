@@ -30,6 +30,7 @@ import (
 type Options struct {
 	External   []string // keys of external files
 	GhostLimit uint64   // bytes
+	FileLocks  bool     // carried, not refused
 	Host       string
 }
 
@@ -69,7 +70,7 @@ type collector struct {
 func newCollector(log hclog.Logger, o Options, root int, emit func(image.Entry) error) *collector {
 	return &collector{
 		log: log, o: o,
-		files:   files.NewDumper(log, files.Options{External: o.External, GhostLimit: o.GhostLimit}, emit),
+		files:   files.NewDumper(log, files.Options{External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks}, emit),
 		refusal: refuse.Refusal{Doing: fmt.Sprintf("dump of pid %d", root)},
 		shmems:  map[uint32]*shmem{},
 		limits:  map[int]plan.Rlimit{},

@@ -29,6 +29,8 @@ type Options struct {
 	// GhostLimit is the largest allocated size, in bytes, of a deleted file
 	// that travels with its data; 0 means 1 GiB.
 	GhostLimit uint64
+	// FileLocks carries file locks; without it they are refused.
+	FileLocks bool
 }
 
 // Proc is one process whose files are dumped.
@@ -136,6 +138,8 @@ type Dumper struct {
 	objects []*object
 	groups  map[groupKey][]*object // each sorted by kcmp's order
 	paths   map[pathKey]*object
+	locks   []heldLock
+	lockIDs map[lockID]bool
 	wanted  []*wantedKey
 	shmids  map[inodeID]uint32
 	memfds  map[inodeID]*memfdInode
@@ -175,7 +179,7 @@ func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumpe
 		o.GhostLimit = 1 << 30
 	}
 	d := &Dumper{
-		log: log.Named("files"), opts: o, emit: emit,
+		log: log.Named("files"), opts: o, emit: emit, lockIDs: map[lockID]bool{},
 		inside: map[int]bool{}, vpids: map[int]bool{}, tables: map[uint32]*Proc{}, fds: map[uint32][]fdSlot{}, pidfds: map[int]int{},
 		groups: map[groupKey][]*object{}, paths: map[pathKey]*object{}, shmids: map[inodeID]uint32{},
 		memfds: map[inodeID]*memfdInode{}, ghosts: map[inodeID]*ghost{}, mntns: map[int]bool{},
@@ -293,14 +297,11 @@ func (d *Dumper) addFD(p *Proc, pidfd, fd int) (fdSlot, error) {
 		return fdSlot{}, err
 	}
 	slot := fdSlot{fd: fd, cloexec: o.info.Flags&unix.O_CLOEXEC != 0}
-	if len(o.info.Locks) > 0 {
-		l := o.info.Locks[0]
-		d.problem(o, fmt.Sprintf("it is locked (%s %s)", l.Kind, l.Type), "file locks are not carried: let the program release them, or stop it first")
-	}
 	slot.obj, err = d.identify(o)
 	if err != nil {
 		return fdSlot{}, err
 	}
+	d.noteLocks(slot.obj, o.first(), o.info.Locks)
 	keep = slot.obj == o
 	if !keep {
 		slot.obj.holders = append(slot.obj.holders, o.holders...)
@@ -500,6 +501,9 @@ func (d *Dumper) emitEntries() error {
 				return err
 			}
 		}
+	}
+	if err := d.emitLocks(); err != nil {
+		return err
 	}
 	if err := d.emitMemfds(); err != nil {
 		return err

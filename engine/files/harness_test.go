@@ -379,8 +379,16 @@ func runCalls(path string) {
 			err = unix.Close(n(0))
 		case unix.SYS_LISTEN:
 			err = unix.Listen(n(0), n(1))
+		case unix.SYS_FLOCK:
+			err = unix.Flock(n(0), n(1))
 		case unix.SYS_FCNTL:
 			cmd, arg := n(1), 0
+			if cmd == unix.F_SETLK || cmd == unix.F_OFD_SETLK {
+				b := in(2)
+				must(unix.FcntlFlock(uintptr(n(0)), cmd, &unix.Flock_t{Type: int16(binary.NativeEndian.Uint16(b)),
+					Start: int64(binary.NativeEndian.Uint64(b[8:])), Len: int64(binary.NativeEndian.Uint64(b[16:]))}))
+				continue
+			}
 			if cmd == 15 { // F_SETOWN_EX
 				b := in(2)
 				cmd, arg = unix.F_SETOWN, int(binary.NativeEndian.Uint32(b[4:]))

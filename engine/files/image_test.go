@@ -12,9 +12,11 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v8/crit"
 	"github.com/checkpoint-restore/go-criu/v8/crit/cli"
+	criu_core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/eventpoll"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fifo"
+	file_lock "github.com/checkpoint-restore/go-criu/v8/crit/images/file-lock"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fown"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/ghost-file"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
@@ -320,6 +322,9 @@ func FuzzImages(f *testing.F) {
 		&fdinfo.FileEntry{Type: fdinfo.FdTypes_REG.Enum(), Id: proto.Uint32(2), Reg: &regfile.RegFileEntry{Id: proto.Uint32(2), Flags: proto.Uint32(0), Pos: proto.Uint64(0), Fown: noOwner(), Name: proto.String("/a")}})
 	seed(&fdinfo.FileEntry{Type: fdinfo.FdTypes_EVENTPOLL.Enum(), Id: proto.Uint32(1), Epfd: &eventpoll.EventpollFileEntry{Id: proto.Uint32(1), Flags: proto.Uint32(0), Fown: noOwner(),
 		Tfd: []*eventpoll.EventpollTfdEntry{{Id: proto.Uint32(2), Tfd: proto.Uint32(8), Events: proto.Uint32(1), Data: proto.Uint64(1)}}}})
+	seed(&criu_core.TaskKobjIdsEntry{FilesId: proto.Uint32(1)}, &fdinfo.FdinfoEntry{Id: proto.Uint32(1), Fd: proto.Uint32(3), Flags: proto.Uint32(0), Type: fdinfo.FdTypes_REG.Enum()},
+		&fdinfo.FileEntry{Type: fdinfo.FdTypes_REG.Enum(), Id: proto.Uint32(1), Reg: &regfile.RegFileEntry{Id: proto.Uint32(1), Flags: proto.Uint32(0), Pos: proto.Uint64(0), Fown: noOwner(), Name: proto.String("/a")}},
+		&file_lock.FileLockEntry{Flag: proto.Uint32(lockPosix), Type: proto.Uint32(1), Pid: proto.Int32(7), Fd: proto.Int32(3), Start: proto.Int64(0), Len: proto.Int64(0)})
 	seed(&memfd.MemfdInodeEntry{InodeId: proto.Uint64(1), Name: proto.String("m")})
 	f.Fuzz(func(_ *testing.T, b []byte) {
 		set := image.NewSet()
@@ -331,7 +336,7 @@ func FuzzImages(f *testing.F) {
 			}
 			b = b[2+n:]
 		}
-		r, err := NewRestorer(nil, set, RestoreOptions{})
+		r, err := NewRestorer(nil, set, RestoreOptions{FileLocks: true})
 		if err == nil {
 			_, _ = r.Calls(1)
 			_ = r.Close()
@@ -347,5 +352,5 @@ type fuzzEntry struct {
 var fuzzed = []fuzzEntry{
 	{"files", &fdinfo.FileEntry{}}, {"fdinfo-1", &fdinfo.FdinfoEntry{}}, {"remap-fpath", &remap_file_path.RemapFilePathEntry{}},
 	{"ghost-file-1", &ghost_file.GhostFileEntry{}}, {"memfd", &memfd.MemfdInodeEntry{}}, {"pipes-data", &pipe_data.PipeDataEntry{}},
-	{"sk-queues", &sk_packet.SkPacketEntry{}},
+	{"sk-queues", &sk_packet.SkPacketEntry{}}, {image.FileLocksFile, &file_lock.FileLockEntry{}}, {"ids-7", &criu_core.TaskKobjIdsEntry{}},
 }

@@ -25,6 +25,8 @@ type RestoreOptions struct {
 	// files, pipe:[ino], socket:[ino], or the path of a file that then is not
 	// opened by that path.
 	Inherit map[string]Inherit
+	// FileLocks sets file locks again; without it images with locks are refused.
+	FileLocks bool
 	// Open opens a path as the tree sees it, with open(2)'s flags; nil opens it as
 	// this process sees it. It must not change the flags.
 	Open func(path string, flags int, mode uint32) (*os.File, error)
@@ -86,7 +88,8 @@ type Restorer struct {
 	pipes  map[uint32]*queue
 	fifos  map[uint32]*queue
 	queues map[uint32][]message
-	handed map[string]*Inherit // by the name in the image
+	locks  map[uint32][]*fileLock // by table
+	handed map[string]*Inherit    // by the name in the image
 }
 
 // maxFD bounds descriptor numbers; the kernel's own bound is lower.
@@ -106,6 +109,7 @@ func NewRestorer(log hclog.Logger, set *image.Set, o RestoreOptions) (*Restorer,
 		log: log.Named("files"), set: set, opts: o,
 		byID: map[uint32]*description{}, byIno: map[uint32]*description{}, tables: map[uint32]*table{}, facts: map[uint32]*image.FileFacts{},
 		remaps: map[uint32]uint32{}, ghosts: map[uint32]*ghostFile{}, memfds: map[uint32]*memfdFile{}, handed: map[string]*Inherit{},
+		locks: map[uint32][]*fileLock{},
 	}
 	if set.Facts != nil {
 		for i := range set.Facts.Files {
@@ -113,7 +117,7 @@ func NewRestorer(log hclog.Logger, set *image.Set, o RestoreOptions) (*Restorer,
 		}
 	}
 	var err error
-	for _, load := range []func() error{r.loadFiles, r.loadTables, r.loadGhosts, r.loadMemfds, r.loadSockQueues, r.matchInherit} {
+	for _, load := range []func() error{r.loadFiles, r.loadTables, r.loadLocks, r.loadGhosts, r.loadMemfds, r.loadSockQueues, r.matchInherit} {
 		if err := load(); err != nil {
 			return nil, err
 		}
@@ -438,6 +442,7 @@ func (r *Restorer) Open() error {
 			errs = append(errs, k.open(r, nil)...)
 		}
 	}
+	errs = append(errs, r.probeLocks()...)
 	return list("open the files of the tree", errs)
 }
 
@@ -515,8 +520,8 @@ func (r *Restorer) Descriptors(filesID uint32) ([]Descriptor, error) {
 }
 
 // Calls makes the system calls that one process with the table must execute once
-// its descriptors are in place, before it drops its credentials: epoll_ctl, owners
-// of signals, listen (which records who listens). Pids in them are as in the images.
+// its descriptors are in place, before it drops its credentials: epoll_ctl, locks,
+// owners of signals, listen (which records who listens). Pids in them are as in the images.
 func (r *Restorer) Calls(filesID uint32) ([]*ptrace.Call, error) {
 	t := r.tables[filesID]
 	if t == nil {
@@ -531,6 +536,7 @@ func (r *Restorer) Calls(filesID uint32) ([]*ptrace.Call, error) {
 	for _, fd := range spare {
 		out = append(out, ptrace.NewCall(fmt.Sprintf("close fd %d", fd), unix.SYS_CLOSE, ptrace.Int(fd)))
 	}
+	out = append(out, r.lockCalls(filesID)...)
 	for _, x := range r.all {
 		// The first descriptor of the first table does it for the description.
 		if x.part != nil || len(x.at) == 0 || x.at[0].filesID != filesID || r.isForwarded(x) {

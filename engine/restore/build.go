@@ -28,6 +28,7 @@ import (
 type Options struct {
 	Inherit         map[string]files.Inherit
 	NewPidNamespace bool
+	FileLocks       bool
 }
 
 // Tree is a rebuilt tree. None of its tasks has run yet; all are stopped with
@@ -151,7 +152,7 @@ func (t *Tree) sow() (err error) {
 }
 
 func (t *Tree) openFiles(set *image.Set) (err error) {
-	fo := files.RestoreOptions{Inherit: t.o.Inherit}
+	fo := files.RestoreOptions{Inherit: t.o.Inherit, FileLocks: t.o.FileLocks}
 	if t.o.NewPidNamespace {
 		fo.Open = t.openInside
 	}

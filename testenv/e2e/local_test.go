@@ -61,18 +61,20 @@ func TestObjects(t *testing.T) {
 	}
 	h := newHosts(t, "alpha").Host("alpha")
 	for _, c := range cmds {
-		var args []string
+		var args, options []string
 		rounds := 3
 		switch c {
 		case "external", "hold", "mem", "forker":
 			continue // tests of their own
 		case "threads", "tree":
 			rounds = 10
+		case "locks":
+			options = []string{"--file-locks"}
 		}
 		t.Run(c, func(t *testing.T) {
 			ctx := deadline(t, time.Minute)
 			r := selfcheck(ctx, t, h, newDir(t), c, args...)
-			dumpRestore(ctx, t, r, rounds)
+			dumpRestore(ctx, t, r, rounds, options...)
 			goes(ctx, t, r, 20)
 			stop(ctx, t, r)
 		})
@@ -81,6 +83,38 @@ func TestObjects(t *testing.T) {
 		ctx := deadline(t, time.Minute)
 		r := selfcheck(ctx, t, h, newDir(t), "creds", "root")
 		dumpRestore(ctx, t, r, 3)
+		stop(ctx, t, r)
+	})
+	// Locks are carried only if that is asked for, at both ends, and never taken
+	// from somebody else.
+	t.Run("locks refused", func(t *testing.T) {
+		ctx := deadline(t, time.Minute)
+		dir := newDir(t)
+		r := selfcheck(ctx, t, h, dir, "locks")
+		fails := func(want string, args ...string) {
+			t.Helper()
+			if o := agentCmd(ctx, t, h, nil, args...); o.code != 1 || !strings.Contains(o.stderr, want) {
+				t.Errorf("%v: exit code %d, %q; want 1 and %q", args, o.code, o.stderr, want)
+			}
+		}
+		img := newDir(t)
+		fails("give --file-locks", "dump", "-t", fmt.Sprint(r.Pid), "-D", img)
+		goes(ctx, t, r, 10)
+		img = dump(ctx, t, h, r.Pid, "-l")
+		fails("give --file-locks", "restore", "-D", img, "-d")
+		other, err := os.Open(filepath.Join(dir, "locks.flock"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Flock(int(other.Fd()), unix.LOCK_SH); err != nil {
+			t.Fatal(err)
+		}
+		fails("its write flock cannot be set again", "restore", "-D", img, "-d", "-l")
+		if err := other.Close(); err != nil {
+			t.Fatal(err)
+		}
+		restore(ctx, t, h, img, r.Pid, nil, "-l")
+		goes(ctx, t, r, 10)
 		stop(ctx, t, r)
 	})
 	// Forks go on while the freeze runs after them.

@@ -219,15 +219,16 @@ func restore(ctx context.Context, t *testing.T, h *hosts.Host, dir string, pid i
 	}
 }
 
-// dumpRestore moves a tree into images and back n times.
-func dumpRestore(ctx context.Context, t *testing.T, r *workloads.Run, n int) {
+// dumpRestore moves a tree into images and back n times, with options that both
+// commands have.
+func dumpRestore(ctx context.Context, t *testing.T, r *workloads.Run, n int, options ...string) {
 	t.Helper()
 	for i := range n {
-		dir := dump(ctx, t, r.Host, r.Pid)
+		dir := dump(ctx, t, r.Host, r.Pid, options...)
 		if i == 0 {
 			decodeImages(t, dir)
 		}
-		restore(ctx, t, r.Host, dir, r.Pid, nil)
+		restore(ctx, t, r.Host, dir, r.Pid, nil, options...)
 		if err := r.Goes(ctx, 5); err != nil {
 			t.Fatalf("after %d rounds: %v", i+1, err)
 		}

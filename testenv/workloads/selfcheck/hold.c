@@ -5,7 +5,6 @@
 #include <linux/io_uring.h>
 #include <linux/netlink.h>
 #include <net/ethernet.h>
-#include <sys/file.h>
 #include <sys/inotify.h>
 #include <sys/socket.h>
 
@@ -36,14 +35,6 @@ void run_hold(void) {
 	else if (strcmp(k, "uring") == 0) {
 		struct io_uring_params p = {0};
 		fd = syscall(SYS_io_uring_setup, 4, &p);
-	} else if (strcmp(k, "flock") == 0) {
-		fd = SYS(open(path_of("locked"), O_RDWR | O_CREAT, 0644));
-		SYS(flock(fd, LOCK_EX));
-	} else if (strcmp(k, "lock") == 0) {
-		// At its last number first: closing any descriptor of a file drops the lock.
-		fd = at_fd(33, SYS(open(path_of("locked"), O_RDWR | O_CREAT, 0644)));
-		struct flock l = {.l_type = F_WRLCK, .l_len = 10};
-		SYS(fcntl(fd, F_SETLK, &l));
 	} else fail("no kind %s", k);
 	CHECK(fd >= 0, "make %s: %s", k, strerror(errno));
 	at_fd(33, fd);
