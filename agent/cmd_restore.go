@@ -59,7 +59,7 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 	fs.BoolVarP(&f.leaveStopped, "leave-stopped", "s", false, "leave the tree stopped (SIGSTOP) until it gets SIGCONT")
 	fs.StringVar(&f.pidNamespace, "pid-namespace", "same", "same: the pids must be free here; new: in a pid namespace of its own")
 	fs.BoolVarP(&f.fileLocks, "file-locks", "l", false, "set file locks and leases again; images that have some need it")
-	foreignFlags(fs, "tcp-established", "tcp-close", "file-locks,l", "ext-unix-sk,x", "link-remap",
+	foreignFlags(fs, "tcp-established", "tcp-close", "ext-unix-sk,x", "link-remap",
 		"evasive-devices", "manage-cgroups", "cgroup-root", "cgroup-props", "cgroup-props-file", "cgroup-dump-controller",
 		"cgroup-yard", "root,r", "page-server", "address", "port", "lazy-pages", "auto-dedup",
 		"cpu-cap", "unprivileged", "network-lock", "skip-mnt", "enable-fs", "ext-mount-map,M", "veth-pair",
