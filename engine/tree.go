@@ -7,11 +7,14 @@ import (
 	"os"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"godwit/engine/dump"
 	"godwit/engine/files"
 	"godwit/engine/freeze"
 	"godwit/engine/image"
 	"godwit/engine/restore"
+	"godwit/engine/sys"
 )
 
 const (
@@ -107,6 +110,9 @@ type frozen struct {
 	o       dump.Options
 	pid     int
 	timeout time.Duration
+
+	segments []int              // System V shared memory that was dumped
+	conns    *files.Connections // of the dumped tree
 }
 
 // freezeTries is how often a tree is frozen before what it holds that cannot
@@ -127,6 +133,10 @@ func (f *frozen) Dump(ctx context.Context, sink image.Sink) (DumpStats, error) {
 				return DumpStats{}, errors.Join(err, aerr)
 			}
 			continue
+		}
+		f.conns = s.Connections
+		if err == nil {
+			f.segments = s.Segments
 		}
 		return DumpStats{
 			Processes: s.Processes, Threads: s.Threads, Pages: s.Pages, Bytes: s.Bytes,
@@ -170,7 +180,19 @@ func (f *frozen) Kill() error {
 	}
 	err := f.t.Kill()
 	if err != nil {
-		err = errors.Join(err, f.conns.Voice())
+		return errors.Join(err, f.conns.Voice())
+	}
+	return f.removeSegments()
+}
+
+// removeSegments takes the System V segments of a tree that was killed along,
+// which would stay otherwise.
+func (f *frozen) removeSegments() (err error) {
+	for _, id := range f.segments {
+		rerr := sys.ShmRemove(id)
+		if rerr != nil && !errors.Is(rerr, unix.EINVAL) && !errors.Is(rerr, unix.EIDRM) { // gone with its last attachment
+			err = errors.Join(err, fmt.Errorf("remove System V segment %d: %w", id, rerr))
+		}
 	}
 	return err
 }

@@ -63,8 +63,10 @@ type collector struct {
 	procs   []*process
 	refusal refuse.Refusal
 	shmems  map[uint32]*shmem
-	rss     uint64
-	limits  map[int]plan.Rlimit
+
+	segments map[uint32]*segment // System V shared memory by id
+	rss      uint64
+	limits   map[int]plan.Rlimit
 }
 
 func newCollector(log hclog.Logger, o Options, root int, emit func(image.Entry) error) *collector {
@@ -72,8 +74,8 @@ func newCollector(log hclog.Logger, o Options, root int, emit func(image.Entry) 
 		log: log, o: o,
 		files:   files.NewDumper(log, files.Options{External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks}, emit),
 		refusal: refuse.Refusal{Doing: fmt.Sprintf("dump of pid %d", root)},
-		shmems:  map[uint32]*shmem{},
-		limits:  map[int]plan.Rlimit{},
+		shmems:  map[uint32]*shmem{}, segments: map[uint32]*segment{},
+		limits: map[int]plan.Rlimit{},
 	}
 }
 
@@ -194,6 +196,7 @@ func (c *collector) collect(procs []*process, running bool) error {
 			return fmt.Errorf("read pid %d (%s): %w", p.pid, p.comm, err)
 		}
 	}
+	c.finishSysV()
 	return c.files.Finish()
 }
 
@@ -382,6 +385,9 @@ func (c *collector) memory(p *process) error {
 	if !hasVdso {
 		c.refuse(p, "", "has no [vdso] (vdso=0 or removed), through which it is examined", "")
 	}
+	if err := c.attachments(p, vmas); err != nil {
+		return err
+	}
 	p.vmas = vmas
 	return c.readLimits(p)
 }
@@ -389,6 +395,8 @@ func (c *collector) memory(p *process) error {
 // object registers what a mapping shows.
 func (c *collector) object(p *process, v *mem.VMA) error {
 	switch {
+	case v.Is(mem.Sysvipc):
+		return c.sysv(p, v)
 	case v.Is(mem.AnonShared):
 		id := c.files.ShmID(v.Dev, v.Ino)
 		v.ShmID = uint64(id)

@@ -33,6 +33,7 @@ type Stats struct {
 	ShmemPages         uint64        // those of shared memory
 	Scanned            uint64        // pages that were looked at in private mappings
 	Bytes              uint64        // of data, all kinds
+	Segments           []int         // ids of System V shared memory
 	DataDur            time.Duration // reading all data and giving it to the sink
 	// Connections are the TCP connections, for the tree's end; the caller closes
 	// them. Nil if there are none or the dump failed.

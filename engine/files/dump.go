@@ -202,6 +202,9 @@ func (d *Dumper) newID() uint32 {
 	return d.lastID
 }
 
+// firstShmID is above all ids of System V segments, which keep theirs in images.
+const firstShmID = 1 << 31
+
 // ShmID gives the shmid of a shared memory object, the same for the same inode.
 // Memfds and shared anonymous memory are in one space.
 func (d *Dumper) ShmID(dev, ino uint64) uint32 {
@@ -209,7 +212,7 @@ func (d *Dumper) ShmID(dev, ino uint64) uint32 {
 	if id, ok := d.shmids[k]; ok {
 		return id
 	}
-	id := uint32(len(d.shmids) + 1)
+	id := firstShmID + uint32(len(d.shmids))
 	d.shmids[k] = id
 	return id
 }

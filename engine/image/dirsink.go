@@ -29,9 +29,8 @@ const (
 )
 
 const (
-	// vmaAnonShared and vmaSysV are bits of VmaEntry.status.
+	// vmaAnonShared is a bit of VmaEntry.status.
 	vmaAnonShared = 1 << 8
-	vmaSysV       = 1 << 10
 )
 
 const (
@@ -232,7 +231,7 @@ func (s *DirSink) entry(e Entry) error {
 		}
 		s.expect(DataID{Memory, pid})
 		for _, v := range m.GetVmas() {
-			if v.GetStatus()&vmaAnonShared != 0 && v.GetStatus()&vmaSysV == 0 {
+			if v.GetStatus()&vmaAnonShared != 0 {
 				s.expect(DataID{Shmem, uint32(v.GetShmid())})
 			}
 		}

@@ -26,6 +26,9 @@ type Facts struct {
 	Files []FileFacts `json:"files,omitempty"`
 	// Memory is of the processes whose mappings have something that VmaEntry has no field for.
 	Memory []MemoryFacts `json:"memory,omitempty"`
+	// SysV are the System V segments of shared memory; their contents are a
+	// data set of shared memory by the same id.
+	SysV []SysVFacts `json:"sysv,omitempty"`
 }
 
 // TaskFacts belongs to one thread.
@@ -48,6 +51,18 @@ type MemoryFacts struct {
 	Guards []Range `json:"guards,omitempty"`
 	// Sealed are the mappings under mseal(2), ascending, each one VMA.
 	Sealed []Range `json:"sealed,omitempty"`
+}
+
+// SysVFacts is a System V segment: struct shmid_ds of shmctl(2).
+type SysVFacts struct {
+	ID   uint32 `json:"id"`
+	Key  int32  `json:"key,omitempty"`
+	Size uint64 `json:"size"` // bytes
+	Mode uint32 `json:"mode"` // with SHM_DEST and SHM_LOCKED
+	UID  uint32 `json:"uid"`
+	GID  uint32 `json:"gid"`
+	CUID uint32 `json:"cuid"` // of the creator
+	CGID uint32 `json:"cgid"`
 }
 
 // Range is a range of addresses, page-aligned.

@@ -184,7 +184,8 @@ func (v *VMA) object(shared bool) (reason string) {
 			v.Status |= Stack
 		}
 	case strings.HasPrefix(path, "/SYSV"):
-		return "System V shared memory"
+		v.Flags |= unix.MAP_ANONYMOUS
+		v.Status |= AnonShared | Sysvipc
 	case strings.HasPrefix(path, "/anon_hugepage"):
 		return "shared huge pages"
 	case strings.HasPrefix(path, "/[aio]"):
@@ -226,7 +227,7 @@ func (v *VMA) ToImage() *vma.VmaEntry {
 	if v.Madvise != 0 {
 		e.Madv = proto.Uint64(v.Madvise)
 	}
-	if v.Mapped() {
+	if v.Mapped() || v.Is(Sysvipc) {
 		e.Fdflags = proto.Uint32(uint32(v.OpenFlags))
 	}
 	return e
@@ -252,7 +253,7 @@ func FromImage(es []*vma.VmaEntry) ([]*VMA, error) {
 			continue
 		case v.End > arch.TaskSize:
 			return nil, fmt.Errorf("VMA %d (%#x-%#x) is outside user space", i, v.Start, v.End)
-		case v.Status&(Sysvipc|Socket|AioRing) != 0:
+		case v.Status&(Socket|AioRing) != 0, v.Is(Sysvipc) != v.Is(Sysvipc|AnonShared):
 			return nil, fmt.Errorf("VMA %d (%#x-%#x) is of a kind that cannot be carried (status %#x)", i, v.Start, v.End, v.Status)
 		case v.Status&(Vdso|Vvar|FilePrivate|FileShared|AnonShared|AnonPrivate|Memfd) == 0:
 			return nil, fmt.Errorf("VMA %d (%#x-%#x) is of an unknown kind (status %#x)", i, v.Start, v.End, v.Status)

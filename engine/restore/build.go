@@ -42,6 +42,7 @@ type Tree struct {
 	ch     *channel
 	files  *files.Restorer
 	shmems map[uint32]*os.File
+	made   []int // System V segments that go with a Discard
 	spare  uint64
 	// live are the threads that exist, by tid on this host, in order of birth.
 	live []int
@@ -167,7 +168,7 @@ func (t *Tree) openFiles(set *image.Set) (err error) {
 			return fmt.Errorf("make %d bytes of shared memory: %w", size, err)
 		}
 	}
-	return nil
+	return t.openSegments()
 }
 
 // openInside opens a path in the mount namespace of the stub.
@@ -202,7 +203,7 @@ func (t *Tree) build(ctx context.Context) error {
 		}
 		t.log.Debug("address space built", "pid", p.vpid, "comm", p.comm(), "mappings", len(p.vmas))
 	}
-	return nil
+	return t.removeSegments()
 }
 
 // born takes over a task that r's target just made.
@@ -355,21 +356,24 @@ func (t *Tree) mapAll(p *process) error {
 	if err != nil {
 		return err
 	}
-	var calls, locks []*ptrace.Call
+	calls := attach(p)
+	var locks []*ptrace.Call
 	var locked []*mem.VMA
 	for i, v := range p.vmas {
 		if v.Special() {
 			continue
 		}
-		flags := v.Flags&(unix.MAP_SHARED|unix.MAP_PRIVATE|unix.MAP_GROWSDOWN|unix.MAP_NORESERVE) | unix.MAP_FIXED_NOREPLACE
-		fd, off := ^uint64(0), uint64(0)
-		if f := use[i]; f != nil {
-			fd, off = uint64(nums[index[f]]), v.Offset
-		} else {
-			flags |= unix.MAP_ANONYMOUS
+		if !v.Is(mem.Sysvipc) {
+			flags := v.Flags&(unix.MAP_SHARED|unix.MAP_PRIVATE|unix.MAP_GROWSDOWN|unix.MAP_NORESERVE) | unix.MAP_FIXED_NOREPLACE
+			fd, off := ^uint64(0), uint64(0)
+			if f := use[i]; f != nil {
+				fd, off = uint64(nums[index[f]]), v.Offset
+			} else {
+				flags |= unix.MAP_ANONYMOUS
+			}
+			calls = append(calls, ptrace.NewCall("make "+v.String(), unix.SYS_MMAP, ptrace.Int(v.Start), ptrace.Int(v.Len()),
+				ptrace.Int(v.Prot), ptrace.Int(flags), ptrace.Int(fd), ptrace.Int(off)))
 		}
-		calls = append(calls, ptrace.NewCall("make "+v.String(), unix.SYS_MMAP, ptrace.Int(v.Start), ptrace.Int(v.Len()),
-			ptrace.Int(v.Prot), ptrace.Int(flags), ptrace.Int(fd), ptrace.Int(off)))
 		calls = append(calls, advise(v)...)
 		if v.Flags&unix.MAP_LOCKED != 0 {
 			c := lock(v)
@@ -393,6 +397,7 @@ func (t *Tree) mapFiles(p *process) ([]*os.File, error) {
 	out := make([]*os.File, len(p.vmas))
 	for i, v := range p.vmas {
 		switch {
+		case v.Is(mem.Sysvipc):
 		case v.Is(mem.AnonShared):
 			out[i] = t.shmems[uint32(v.ShmID)]
 		case v.Mapped():
@@ -784,5 +789,5 @@ func (t *Tree) Discard() error {
 		return errors.Join(errs...)
 	})
 	t.tracer.Close()
-	return errors.Join(err, t.releaseFiles())
+	return errors.Join(err, t.discardSegments(), t.releaseFiles())
 }

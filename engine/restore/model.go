@@ -40,7 +40,9 @@ type process struct {
 	filesID uint32
 	mm      *mm.MmEntry
 	vmas    []*mem.VMA
-	fs      *fsimg.FsEntry
+
+	attached []*mem.Attachment // among vmas
+	fs       *fsimg.FsEntry
 
 	curSid    int // session that it is in while the tree is built
 	reapChild bool
@@ -57,6 +59,8 @@ type model struct {
 	procs []*process // parents before children
 	byPid map[int]*process
 	ids   map[int]bool // every pid and tid
+
+	segments map[uint32]*image.SysVFacts // System V shared memory by id
 }
 
 // maxPid is the largest pid of a 64-bit kernel (include/linux/threads.h).
@@ -118,7 +122,10 @@ func parse(set *image.Set) (*model, error) {
 		m.procs = append(m.procs, p)
 		m.byPid[p.vpid] = p
 	}
-	return m, nil
+	if err := m.chains(set); err != nil {
+		return nil, err
+	}
+	return m, m.checkSegments(set.Facts)
 }
 
 func (m *model) process(set *image.Set, it *pstree.PstreeEntry, facts map[uint32]*image.TaskFacts) (*process, error) {
@@ -175,7 +182,7 @@ func (m *model) shmemSizes() map[uint32]uint64 {
 	sizes := map[uint32]uint64{}
 	for _, p := range m.procs {
 		for _, v := range p.vmas {
-			if v.Is(mem.AnonShared) {
+			if v.Is(mem.AnonShared) && !v.Is(mem.Sysvipc) {
 				id := uint32(v.ShmID)
 				sizes[id] = max(sizes[id], v.Offset+v.Len())
 			}

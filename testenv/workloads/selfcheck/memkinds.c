@@ -1,6 +1,8 @@
 // Kinds of memory beyond those of an ordinary process.
 #include "selfcheck.h"
+#include <sys/ipc.h>
 #include <sys/mman.h>
+#include <sys/shm.h>
 #include <sys/uio.h>
 
 #ifndef SYS_mseal
@@ -123,4 +125,89 @@ void run_sealed(void) {
 		SYS(syscall(SYS_mseal, seals[i], 4 * PAGE, 0));
 	}
 	loop(sealed_check);
+}
+
+// ---- sysvshm: System V segments with and without a key, removed while attached,
+// attached twice, read-only, with protection changed in the middle, shared with
+// a child, of another owner.
+
+enum { KEYED, PRIVATE, REMOVED, OWNED, NSEGS };
+static struct { int id, key; size_t size; unsigned char *p, *again; unsigned mode; unsigned long attached; } segs[NSEGS];
+static pid_t sysv_child;
+
+static void sysvshm_check(void) {
+	static unsigned turn;
+	turn++;
+	for (int i = 0; i < NSEGS; i++) {
+		struct shmid_ds d;
+		SYS(shmctl(segs[i].id, IPC_STAT, &d));
+		CHECK(d.shm_perm.mode == segs[i].mode, "segment %d has mode %o, want %o", i, d.shm_perm.mode, segs[i].mode);
+		CHECK(d.shm_segsz == segs[i].size, "segment %d has %zu bytes", i, d.shm_segsz);
+		CHECK(d.shm_nattch == segs[i].attached, "segment %d is attached %lu times, want %lu", i, d.shm_nattch, segs[i].attached);
+		CHECK(d.shm_perm.__key == (i == REMOVED ? 0 : segs[i].key), "segment %d has key %x", i, d.shm_perm.__key);
+		same("System V segment", segs[i].p, 8, segs[i].size, 20 + i);
+	}
+	struct shmid_ds d;
+	SYS(shmctl(segs[OWNED].id, IPC_STAT, &d));
+	CHECK(d.shm_perm.uid == 1234 && d.shm_perm.gid == 5678 && d.shm_perm.cuid == 4321, "owner is %u:%u, creator %u", d.shm_perm.uid, d.shm_perm.gid, d.shm_perm.cuid);
+	CHECK(shmget(segs[KEYED].key, 0, 0) == segs[KEYED].id, "the key leads elsewhere");
+	CHECK(!has_flag(segs[KEYED].again, "mw"), "the read-only attachment can be made writable");
+	unsigned char c = turn;
+	segs[KEYED].p[5] = c;
+	CHECK(segs[KEYED].again[5] == c, "two attachments of one segment differ");
+	CHECK(segs[PRIVATE].p[1] == 0 || segs[PRIVATE].p[1] == segs[PRIVATE].p[0], "the child answers %d to %d", segs[PRIVATE].p[1], segs[PRIVATE].p[0]);
+	if (segs[PRIVATE].p[1]) {
+		segs[PRIVATE].p[1] = 0;
+		segs[PRIVATE].p[0] = 1 + turn % 250;
+	}
+	static unsigned since;
+	if (!segs[PRIVATE].p[1]) since++;
+	else since = 0;
+	CHECK(since < 500, "the child does not answer through its segment");
+	expect_alive(sysv_child);
+	// What was attached later goes on being detached and attached.
+	void *p = SYS(shmat(segs[OWNED].id, NULL, SHM_RDONLY));
+	SYS(shmdt(p));
+}
+
+void run_sysvshm(void) {
+	segs[KEYED].key = getpid() | 0x40000000;
+	segs[KEYED].size = 10 * PAGE + 100;
+	segs[PRIVATE].size = 40 * PAGE;
+	segs[REMOVED].size = 3 * PAGE;
+	segs[OWNED].size = 100;
+	for (int i = 0; i < NSEGS; i++) {
+		if (i == OWNED) SYS(seteuid(4321));
+		segs[i].mode = 0600 + i;
+		segs[i].id = SYS(shmget(segs[i].key, segs[i].size, IPC_CREAT | IPC_EXCL | segs[i].mode));
+		if (i == OWNED) SYS(seteuid(0));
+		segs[i].p = SYS(shmat(segs[i].id, NULL, 0));
+		put(segs[i].p, segs[i].size, 20 + i);
+		segs[i].attached = 2; // by the child too
+	}
+	segs[KEYED].again = SYS(shmat(segs[KEYED].id, NULL, SHM_RDONLY));
+	// Three VMAs in each of two processes, and one in each of the second attachment.
+	SYS(mprotect(segs[KEYED].p + 4 * PAGE, 2 * PAGE, PROT_READ));
+	segs[KEYED].attached = 8;
+	SYS(shmctl(segs[REMOVED].id, IPC_RMID, NULL));
+	segs[REMOVED].mode |= 01000;
+	struct shmid_ds d;
+	SYS(shmctl(segs[OWNED].id, IPC_STAT, &d));
+	d.shm_perm.uid = 1234;
+	d.shm_perm.gid = 5678;
+	SYS(shmctl(segs[OWNED].id, IPC_SET, &d));
+	segs[PRIVATE].p[0] = segs[PRIVATE].p[1] = 0;
+	segs[PRIVATE].p[0] = 1;
+	sysv_child = child();
+	if (sysv_child == 0) {
+		for (volatile unsigned char *p = segs[PRIVATE].p;; nap_ms(1)) {
+			orphan_check();
+			if (!p[1] && p[0]) p[1] = p[0];
+			same("System V segment of the child", segs[REMOVED].p, 0, segs[REMOVED].size, 20 + REMOVED);
+		}
+	}
+	loop(sysvshm_check);
+	end_child(sysv_child);
+	for (int i = 0; i < NSEGS; i++)
+		if (i != REMOVED) SYS(shmctl(segs[i].id, IPC_RMID, NULL));
 }

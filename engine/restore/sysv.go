@@ -1,0 +1,108 @@
+package restore
+
+import (
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"godwit/engine/image"
+	"godwit/engine/mem"
+	"godwit/engine/ptrace"
+	"godwit/engine/sys"
+)
+
+// checkSegments checks the System V segments of an image and groups the
+// mappings of each process that show them.
+func (m *model) checkSegments(facts *image.Facts) error {
+	m.segments = map[uint32]*image.SysVFacts{}
+	if facts != nil {
+		for i := range facts.SysV {
+			s := &facts.SysV[i]
+			if s.ID > 1<<31-1 || s.Size == 0 || s.Size > 1<<47 || s.Mode&sys.ShmHugetlb != 0 || m.segments[s.ID] != nil {
+				return fmt.Errorf("images hold an impossible System V segment: id %d, %d bytes, mode %#o", s.ID, s.Size, s.Mode)
+			}
+			m.segments[s.ID] = s
+		}
+	}
+	for id := range m.shmemSizes() {
+		if m.segments[id] != nil {
+			return fmt.Errorf("images hold a System V segment and other shared memory of number %d", id)
+		}
+	}
+	for _, p := range m.procs {
+		var err error
+		p.attached, err = mem.Attachments(p.vmas, func(id uint64) (uint64, error) {
+			if s := m.segments[uint32(id)]; s != nil && id == uint64(s.ID) {
+				return s.Size, nil
+			}
+			return 0, fmt.Errorf("System V segment %d is not in the images", id)
+		})
+		if err != nil {
+			return fmt.Errorf("images of %s: %w", p, err)
+		}
+	}
+	return nil
+}
+
+// openSegments makes the System V segments.
+func (t *Tree) openSegments() error {
+	for id, s := range t.model.segments {
+		d := unix.SysvShmDesc{Segsz: s.Size, Perm: unix.SysvIpcPerm{Key: s.Key, Uid: s.UID, Gid: s.GID, Cuid: s.CUID, Cgid: s.CGID, Mode: s.Mode}}
+		if err := sys.ShmCreate(int(id), &d); err != nil {
+			what := fmt.Sprintf("make System V segment %d with key %#x", id, uint32(s.Key))
+			if errors.Is(err, unix.EEXIST) {
+				return fmt.Errorf("%s: its id or key is taken on this host; remove what has it (ipcrm -m %d or ipcrm -M %#x): %w", what, id, uint32(s.Key), err)
+			}
+			return fmt.Errorf("%s: %w", what, err)
+		}
+		t.made = append(t.made, int(id))
+		var err error
+		if t.shmems[id], err = sys.ShmFile(int(id)); err != nil {
+			return fmt.Errorf("open System V segment %d: %w", id, err)
+		}
+	}
+	return nil
+}
+
+// attach attaches the segments of a process where it has them, before
+// anything else is mapped.
+func attach(p *process) (calls []*ptrace.Call) {
+	for _, a := range p.attached {
+		flags, prot := a.Flags()
+		calls = append(calls, ptrace.NewCall(fmt.Sprintf("attach System V segment %d at %x", a.Segment, a.Start), unix.SYS_SHMAT,
+			ptrace.Int(a.Segment), ptrace.Int(a.Start), ptrace.Int(flags)))
+		for _, v := range a.VMAs {
+			if v.Prot != prot {
+				calls = append(calls, ptrace.NewCall("protect "+v.String(), unix.SYS_MPROTECT, ptrace.Int(v.Start), ptrace.Int(v.Len()), ptrace.Int(v.Prot)))
+			}
+		}
+	}
+	return calls
+}
+
+// removeSegments removes, once all are attached, those that the program had
+// removed already: they go with their last attachment.
+func (t *Tree) removeSegments() error {
+	kept := t.made[:0]
+	for _, id := range t.made {
+		if t.model.segments[uint32(id)].Mode&sys.ShmDest == 0 {
+			kept = append(kept, id)
+			continue
+		}
+		if err := sys.ShmRemove(id); err != nil {
+			return err
+		}
+	}
+	t.made = kept
+	return nil
+}
+
+// discardSegments removes what was made, for a tree that will not be.
+func (t *Tree) discardSegments() (err error) {
+	for _, id := range t.made {
+		err = errors.Join(err, sys.ShmRemove(id))
+	}
+	t.made = nil
+	return err
+}
