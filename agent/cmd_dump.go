@@ -18,13 +18,14 @@ import (
 
 type dumpFlags struct {
 	localFlags
-	tree         int
-	leaveRunning bool
-	leaveStopped bool
-	external     []string
-	ghostLimit   string
-	timeout      int
-	fileLocks    bool
+	tcpEstablished bool
+	tree           int
+	leaveRunning   bool
+	leaveStopped   bool
+	external       []string
+	ghostLimit     string
+	timeout        int
+	fileLocks      bool
 }
 
 func cmdDump() *cobra.Command {
@@ -60,7 +61,8 @@ Exit codes: 0 done; 1 failed or refused, the tree runs on.`,
 	fs.StringVar(&f.ghostLimit, "ghost-limit", "", "largest size of a deleted file that is carried, with K, M or G (default 1G)")
 	fs.IntVar(&f.timeout, "timeout", 0, "seconds within which all tasks have to stop (default 10)")
 	fs.BoolVarP(&f.fileLocks, "file-locks", "l", false, "carry file locks and leases")
-	foreignFlags(fs, "tcp-established", "tcp-close", "skip-in-flight", "ext-unix-sk,x",
+	fs.BoolVar(&f.tcpEstablished, "tcp-established", false, "carry TCP connections of which both ends are in the tree")
+	foreignFlags(fs, "tcp-close", "skip-in-flight", "ext-unix-sk,x",
 		"link-remap", "evasive-devices", "track-mem", "prev-images-dir", "manage-cgroups", "cgroup-root", "cgroup-props",
 		"cgroup-props-file", "cgroup-dump-controller", "cgroup-yard", "root,r", "page-server",
 		"address", "port", "lazy-pages", "auto-dedup", "pre-dump-mode", "cpu-cap", "unprivileged", "network-lock", "skip-mnt",
@@ -99,7 +101,7 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 	if f.timeout < 0 {
 		return fmt.Errorf("--timeout: %d seconds are negative", f.timeout)
 	}
-	opts := engine.DumpOptions{External: f.external, GhostLimit: limit, FileLocks: f.fileLocks, Timeout: time.Duration(f.timeout) * time.Second}
+	opts := engine.DumpOptions{TCPEstablished: f.tcpEstablished, External: f.external, GhostLimit: limit, FileLocks: f.fileLocks, Timeout: time.Duration(f.timeout) * time.Second}
 	if err := f.actions().run(ctx, stagePreDump, 0); err != nil {
 		return fmt.Errorf("dump pid %d, nothing of it was touched: %w", f.tree, err)
 	}

@@ -18,12 +18,13 @@ import (
 
 type restoreFlags struct {
 	localFlags
-	detached     bool
-	inherit      []string
-	pidfile      string
-	pidNamespace string
-	fileLocks    bool
-	leaveStopped bool
+	tcpEstablished bool
+	detached       bool
+	inherit        []string
+	pidfile        string
+	pidNamespace   string
+	fileLocks      bool
+	leaveStopped   bool
 }
 
 func cmdRestore() *cobra.Command {
@@ -59,7 +60,8 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 	fs.BoolVarP(&f.leaveStopped, "leave-stopped", "s", false, "leave the tree stopped (SIGSTOP) until it gets SIGCONT")
 	fs.StringVar(&f.pidNamespace, "pid-namespace", "same", "same: the pids must be free here; new: in a pid namespace of its own")
 	fs.BoolVarP(&f.fileLocks, "file-locks", "l", false, "set file locks and leases again; images that have some need it")
-	foreignFlags(fs, "tcp-established", "tcp-close", "ext-unix-sk,x", "link-remap",
+	fs.BoolVar(&f.tcpEstablished, "tcp-established", false, "make the TCP connections of the tree again")
+	foreignFlags(fs, "tcp-close", "ext-unix-sk,x", "link-remap",
 		"evasive-devices", "manage-cgroups", "cgroup-root", "cgroup-props", "cgroup-props-file", "cgroup-dump-controller",
 		"cgroup-yard", "root,r", "page-server", "address", "port", "lazy-pages", "auto-dedup",
 		"cpu-cap", "unprivileged", "network-lock", "skip-mnt", "enable-fs", "ext-mount-map,M", "veth-pair",
@@ -73,7 +75,7 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 // runRestore rebuilds the tree and, unless f.detached, waits for its root,
 // whose status other than 0 is an *exitError.
 func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logger) error {
-	opts := engine.RestoreOptions{FileLocks: f.fileLocks}
+	opts := engine.RestoreOptions{TCPEstablished: f.tcpEstablished, FileLocks: f.fileLocks}
 	switch f.pidNamespace {
 	case "same", "":
 	case "new":

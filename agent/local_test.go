@@ -151,7 +151,7 @@ func TestCommandLine(t *testing.T) {
 		{"dump extra", 1, "", "extra"},
 		{"dump -D " + dir, 1, "", "give the pid of its root with --tree"},
 		{"restore -D " + dir + "/none", 1, "", "use the images' directory"},
-		{"dump -t 1 --tcp-established -D " + dir, 1, "", "CRIU's option --tcp-established is not carried out"},
+		{"dump -t 1 --tcp-close -D " + dir, 1, "", "CRIU's option --tcp-close is not carried out"},
 		{"dump -t 1 -S", 1, "", "CRIU's option --restore-sibling is not carried out"},
 		{"-V", 0, "Version: " + Version + "\nImages: CRIU 4.2\n", ""},
 		{"dump -Rjv3 -D " + dir, 1, "", "give the pid of its root with --tree"},

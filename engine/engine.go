@@ -39,6 +39,9 @@ func New(log hclog.Logger) *Engine {
 
 // DumpOptions says how a tree is dumped.
 type DumpOptions struct {
+	// TCPEstablished carries TCP connections of which both ends are in the
+	// tree; without it they are refused.
+	TCPEstablished bool
 	// External are keys of files that the destination provides: file[mnt:ino],
 	// both hexadecimal. A key that matches nothing is a refusal.
 	External []string
@@ -55,6 +58,9 @@ type DumpOptions struct {
 
 // RestoreOptions says how and where a tree is rebuilt.
 type RestoreOptions struct {
+	// TCPEstablished makes TCP connections again; without it images with
+	// connections are refused.
+	TCPEstablished bool
 	// Inherit maps an external key to an open file that backs it.
 	Inherit map[string]Inherit
 	// NewPidNamespace lands the tree in a pid namespace (and a mount
@@ -112,6 +118,8 @@ type Tree interface {
 	Dump(ctx context.Context, sink image.Sink) (DumpStats, error)
 	// Thaw lets the tree run on as if nothing had happened.
 	Thaw() error
+	// ThawStopped is Thaw that leaves every process stopped by SIGSTOP.
+	ThawStopped() error
 	// Kill ends every task of the tree, without any of them running again.
 	Kill() error
 }
@@ -123,9 +131,10 @@ type Standing interface {
 	// Pids are all processes on this host.
 	Pids() []int
 	// Run lets all tasks go. After it returned nil the tree is its own.
-	// ThawStopped is Thaw that leaves every process stopped by SIGSTOP.
-	ThawStopped() error
 	Run() error
+	// RunStopped is Run that leaves every process stopped by SIGSTOP, before
+	// its first instruction.
+	RunStopped() error
 	// Child is the process that is a child of this one and stays a zombie
 	// unless it is reaped: the root, or the init of its new pid namespace, which
 	// ends after it with status 0.
@@ -135,6 +144,3 @@ type Standing interface {
 	// Discard kills the rebuilt tree; nothing of it has run.
 	Discard() error
 }
-	// RunStopped is Run that leaves every process stopped by SIGSTOP, before
-	// its first instruction.
-	RunStopped() error

@@ -27,7 +27,7 @@ const (
 )
 
 func (o DumpOptions) internal() (dump.Options, error) {
-	d := dump.Options{External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, Host: o.Host}
+	d := dump.Options{TCPEstablished: o.TCPEstablished, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, Host: o.Host}
 	if d.GhostLimit == 0 {
 		d.GhostLimit = defaultGhostLimit
 	}
@@ -204,7 +204,7 @@ func (e *Engine) Restore(ctx context.Context, src image.Source, o RestoreOptions
 	for k, v := range o.Inherit {
 		in[k] = files.Inherit{File: v.File, Forward: v.Forward}
 	}
-	t, err := restore.Restore(ctx, e.log, src, restore.Options{Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks})
+	t, err := restore.Restore(ctx, e.log, src, restore.Options{TCPEstablished: o.TCPEstablished, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks})
 	if err != nil {
 		return nil, err
 	}

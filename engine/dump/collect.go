@@ -28,10 +28,11 @@ import (
 
 // Options says how a tree is read.
 type Options struct {
-	External   []string // keys of external files
-	GhostLimit uint64   // bytes
-	FileLocks  bool     // carried, not refused
-	Host       string
+	TCPEstablished bool     // carried, not refused
+	External       []string // keys of external files
+	GhostLimit     uint64   // bytes
+	FileLocks      bool     // carried, not refused
+	Host           string
 }
 
 // process is one process as the collector sees it.
@@ -72,7 +73,7 @@ type collector struct {
 func newCollector(log hclog.Logger, o Options, root int, emit func(image.Entry) error) *collector {
 	return &collector{
 		log: log, o: o,
-		files:   files.NewDumper(log, files.Options{External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks}, emit),
+		files:   files.NewDumper(log, files.Options{TCPEstablished: o.TCPEstablished, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks}, emit),
 		refusal: refuse.Refusal{Doing: fmt.Sprintf("dump of pid %d", root)},
 		shmems:  map[uint32]*shmem{}, segments: map[uint32]*segment{},
 		limits: map[int]plan.Rlimit{},

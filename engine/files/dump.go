@@ -29,6 +29,8 @@ type Options struct {
 	// GhostLimit is the largest allocated size, in bytes, of a deleted file
 	// that travels with its data; 0 means 1 GiB.
 	GhostLimit uint64
+	// TCPEstablished carries TCP connections of which both ends are in the tree.
+	TCPEstablished bool
 	// FileLocks carries file locks; without it they are refused.
 	FileLocks bool
 }
@@ -136,6 +138,7 @@ type Dumper struct {
 	fds     map[uint32][]fdSlot
 	pidfds  map[int]int
 	objects []*object
+	conns   []conn                 // both ends of TCP connections, after Finish
 	groups  map[groupKey][]*object // each sorted by kcmp's order
 	paths   map[pathKey]*object
 	locks   []heldLock
@@ -689,6 +692,7 @@ func (d *Dumper) Close() error {
 		release(o.file)
 		o.file = nil
 	}
+	d.TakeConnections().Close()
 	var errs []error
 	for _, x := range d.data {
 		if x.File != nil {

@@ -19,7 +19,7 @@ import (
 )
 
 // kindInet carries TCP (and multipath TCP) sockets that listen or have no
-// connection, and UDP sockets. Connections of TCP are refused.
+// connection, UDP sockets, and, if told so, TCP connections (tcp.go).
 var kindInet = &kind{
 	name: "internet socket", typ: fdinfo.FdTypes_INETSK,
 	takes: func(_ *Dumper, o *object) bool {
@@ -32,9 +32,11 @@ var kindInet = &kind{
 		pro, _ := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL)
 		return inetCarried(fam, typ, pro)
 	},
-	dump:  dumpInet,
-	check: checkInet,
-	open:  openInets,
+	dump:   dumpInet,
+	finish: finishInets,
+	check:  checkInet,
+	open:   openInets,
+	seal:   sealInets,
 }
 
 func inetCarried(family, typ, protocol int) bool {
@@ -59,12 +61,19 @@ const (
 
 // inetState is what a plan wants to know of a socket.
 type inetState struct {
-	e *sk_inet.InetSkEntry
+	e     *sk_inet.InetSkEntry
+	muted bool // while its stream is read
 }
 
-// port is the address that must be free on the destination.
+// connected says whether it is one end of a TCP connection.
+func (s *inetState) connected() bool {
+	return s.e.GetType() == unix.SOCK_STREAM && hasPeer(s.e.GetState())
+}
+
+// port is the address that must be free on the destination. A connection needs
+// only that nobody has the same one.
 func (s *inetState) port(o *object) (plan.Port, bool) {
-	if s.e == nil || s.e.GetSrcPort() == 0 {
+	if s.e == nil || s.e.GetSrcPort() == 0 || s.connected() {
 		return plan.Port{}, false
 	}
 	network := "tcp"
@@ -168,6 +177,10 @@ func (d *Dumper) dumpTCP(o *object, fd int, e *sk_inet.InetSkEntry) error {
 			if info.Unacked > 0 {
 				d.refuse(o, fmt.Sprintf("%d connections wait to be accepted", info.Unacked), "established TCP connections are not carried in this version: retry when the program has accepted and ended them")
 			}
+		}
+	case info != nil && d.opts.TCPEstablished && e.GetProto() == unix.IPPROTO_TCP && hasPeer(uint32(info.State)):
+		if err := d.dumpConnection(o, fd, e, info.State); err != nil {
+			return err
 		}
 	case info != nil && info.State != stateClose:
 		d.refuse(o, fmt.Sprintf("the TCP connection is in state %s", tcpState(info.State)), "established TCP connections are not carried in this version: let the program or its peer end it first")
@@ -337,7 +350,7 @@ func sockaddr(family uint32, words []uint32, port uint32, ifname string) (unix.S
 	return sa, nil
 }
 
-func checkInet(_ *Restorer, x *description) error {
+func checkInet(r *Restorer, x *description) error {
 	e := x.entry.GetIsk()
 	if !inetCarried(int(e.GetFamily()), int(e.GetType()), int(e.GetProto())) {
 		return fmt.Errorf("sockets of family %d, type %d, protocol %d are not carried", e.GetFamily(), e.GetType(), e.GetProto())
@@ -357,14 +370,17 @@ func checkInet(_ *Restorer, x *description) error {
 	}
 	stream := e.GetType() == unix.SOCK_STREAM
 	switch s := e.GetState(); {
-	case stream && s != stateListen && s != stateClose:
-		return fmt.Errorf("TCP connections (state %s) are not carried in this version", tcpState(uint8(min(s, 255))))
+	case stream && s != stateListen && s != stateClose && !hasPeer(s):
+		return fmt.Errorf("TCP sockets in state %s are not carried", tcpState(uint8(min(s, 255))))
 	case !stream && s != stateEstablished && s != stateClose:
 		return fmt.Errorf("a UDP socket cannot be in state %d", s)
 	case e.GetOpts() == nil:
 		return errors.New("its options are missing")
 	case len(e.GetOpts().GetSoFilter()) > 0:
 		return errors.New("socket filters are not carried")
+	}
+	if stream && hasPeer(e.GetState()) {
+		return r.checkConnection(x)
 	}
 	return nil
 }
@@ -426,6 +442,13 @@ func openInet(r *Restorer, x *description) error {
 			}
 		}
 	}
+	c := r.conns[x]
+	if c != nil {
+		// From here on it binds whatever else is bound, and sends nothing.
+		if err := repairOn(fd); err != nil {
+			return err
+		}
+	}
 	if e.GetSrcPort() != 0 || anySet(e.GetSrcAddr()) {
 		sa, err := sockaddr(e.GetFamily(), e.GetSrcAddr(), e.GetSrcPort(), e.GetIfname())
 		if err != nil {
@@ -433,6 +456,11 @@ func openInet(r *Restorer, x *description) error {
 		}
 		if err := unix.Bind(fd, sa); err != nil {
 			return fmt.Errorf("bind %s %s: %w", protoName(e), addrPort(e.GetSrcAddr(), e.GetSrcPort(), e.GetIfname()), bindError(err))
+		}
+	}
+	if c != nil {
+		if err := c.connect(fd); err != nil {
+			return err
 		}
 	}
 	if e.GetType() == unix.SOCK_DGRAM && e.GetState() == stateEstablished && len(e.GetDstAddr()) > 0 {
@@ -469,7 +497,7 @@ func anySet(words []uint32) bool {
 
 func listenInet(r *Restorer, x *description) error {
 	e := x.entry.GetIsk()
-	if e.GetType() != unix.SOCK_STREAM || r.isForwarded(x) {
+	if e.GetType() != unix.SOCK_STREAM || r.isForwarded(x) || r.conns[x] != nil {
 		return nil
 	}
 	fd := int(x.file.Fd())

@@ -30,6 +30,8 @@ type RestoreOptions struct {
 	// Open opens a path as the tree sees it, with open(2)'s flags; nil opens it as
 	// this process sees it. It must not change the flags.
 	Open func(path string, flags int, mode uint32) (*os.File, error)
+	// TCPEstablished makes TCP connections again.
+	TCPEstablished bool
 }
 
 // Inherit is an open file that the caller hands in. It stays the caller's.
@@ -88,8 +90,9 @@ type Restorer struct {
 	pipes  map[uint32]*queue
 	fifos  map[uint32]*queue
 	queues map[uint32][]message
-	locks  map[uint32][]*fileLock // by table
-	handed map[string]*Inherit    // by the name in the image
+	locks  map[uint32][]*fileLock       // by table
+	handed map[string]*Inherit          // by the name in the image
+	conns  map[*description]*connection // TCP, by their ends
 }
 
 // maxFD bounds descriptor numbers; the kernel's own bound is lower.
@@ -109,6 +112,7 @@ func NewRestorer(log hclog.Logger, set *image.Set, o RestoreOptions) (*Restorer,
 		log: log.Named("files"), set: set, opts: o,
 		byID: map[uint32]*description{}, byIno: map[uint32]*description{}, tables: map[uint32]*table{}, facts: map[uint32]*image.FileFacts{},
 		remaps: map[uint32]uint32{}, ghosts: map[uint32]*ghostFile{}, memfds: map[uint32]*memfdFile{}, handed: map[string]*Inherit{},
+		conns: map[*description]*connection{},
 		locks: map[uint32][]*fileLock{},
 	}
 	if set.Facts != nil {
@@ -117,7 +121,7 @@ func NewRestorer(log hclog.Logger, set *image.Set, o RestoreOptions) (*Restorer,
 		}
 	}
 	var err error
-	for _, load := range []func() error{r.loadFiles, r.loadTables, r.loadLocks, r.loadGhosts, r.loadMemfds, r.loadSockQueues, r.matchInherit} {
+	for _, load := range []func() error{r.loadFiles, r.loadTables, r.loadLocks, r.loadGhosts, r.loadMemfds, r.loadSockQueues, r.matchInherit, r.loadConnections} {
 		if err := load(); err != nil {
 			return nil, err
 		}

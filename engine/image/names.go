@@ -82,6 +82,7 @@ const (
 	MagicPagemap      = "PAGEMAP"
 	MagicTtyInfo      = "TTY_INFO"
 	MagicTtyData      = "TTY_DATA"
+	MagicTCPStream    = "TCP_STREAM"
 )
 
 // checkName refuses what is no plain file name: entries may come from a network.

@@ -26,6 +26,7 @@ import (
 
 // Options says how a tree is rebuilt.
 type Options struct {
+	TCPEstablished  bool
 	Inherit         map[string]files.Inherit
 	NewPidNamespace bool
 	FileLocks       bool
@@ -153,7 +154,7 @@ func (t *Tree) sow() (err error) {
 }
 
 func (t *Tree) openFiles(set *image.Set) (err error) {
-	fo := files.RestoreOptions{Inherit: t.o.Inherit, FileLocks: t.o.FileLocks}
+	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, Inherit: t.o.Inherit, FileLocks: t.o.FileLocks}
 	if t.o.NewPidNamespace {
 		fo.Open = t.openInside
 	}
@@ -613,9 +614,9 @@ func (t *Tree) complete(ctx context.Context) error {
 	for _, p := range t.model.procs {
 		if p.zombie {
 			continue
-	if err := t.stops(); err != nil {
-		return err
-	}
+			if err := t.stops(); err != nil {
+				return err
+			}
 		}
 		if err := ctx.Err(); err != nil {
 			return err
@@ -743,12 +744,12 @@ func (t *Tree) run(stopped bool) error {
 			for _, th := range p.threads {
 				if p.zombie {
 					continue
-			if stopped && !p.zombie {
-				// Queued before any thread of it is let go.
-				if err := unix.Kill(p.remote().Tid, unix.SIGSTOP); err != nil {
-					errs = append(errs, fmt.Errorf("stop %s: %w", p, os.NewSyscallError("kill", err)))
-				}
-			}
+					if stopped && !p.zombie {
+						// Queued before any thread of it is let go.
+						if err := unix.Kill(p.remote().Tid, unix.SIGSTOP); err != nil {
+							errs = append(errs, fmt.Errorf("stop %s: %w", p, os.NewSyscallError("kill", err)))
+						}
+					}
 				}
 				if th.remote.Stopped {
 					errs = append(errs, os.NewSyscallError("tgkill", unix.Tgkill(p.remote().Tid, th.remote.Tid, unix.SIGSTOP)))

@@ -66,6 +66,8 @@ func TestObjects(t *testing.T) {
 		switch c {
 		case "external", "hold", "mem", "forker":
 			continue // tests of their own
+		case "tcpconn":
+			options = []string{"--tcp-established"}
 		case "threads", "tree":
 			rounds = 10
 		case "locks":

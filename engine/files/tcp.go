@@ -1,0 +1,605 @@
+package files
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/sk-inet"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/sk-opts"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/tcp-stream"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+
+	"godwit/engine/image"
+	"godwit/engine/sys"
+)
+
+// TCP connections are carried when both of their ends are in the tree.
+//
+// Dump: nothing of the tree runs, but the kernel goes on to deliver, acknowledge
+// and send again. So both ends are muted first: what arrives is dropped, as if
+// the network had lost it. Then, in repair mode (Documentation/networking of TCP
+// has none; net/ipv4/tcp.c do_tcp_setsockopt), sequence numbers and queues are
+// read. At once the ends are as they were; what was dropped meanwhile is sent
+// again by the kernel.
+//
+// Restore: both ends are made in repair mode, which connects them without a
+// packet. An end's receive queue is put back as it was; of a send queue only
+// what the other end has not received. Once repair mode is off, that is sent in
+// the ordinary way, and so is the end of the stream by an end that was shut
+// down: the states from FIN_WAIT1 to LAST_ACK come by themselves.
+
+// States of TCP connections besides those in inetsk.go (include/net/tcp_states.h).
+const (
+	stateFinWait1  = 4
+	stateFinWait2  = 5
+	stateCloseWait = 8
+	stateLastAck   = 9
+	stateClosing   = 11
+)
+
+// Queues for TCP_REPAIR_QUEUE (include/uapi/linux/tcp.h).
+const (
+	repairNoQueue   = 0
+	repairRecvQueue = 1
+	repairSendQueue = 2
+)
+
+// Codes of options in TCP headers (include/net/tcp.h), for TCP_REPAIR_OPTIONS.
+const (
+	tcpOptMSS        = 2
+	tcpOptWindow     = 3
+	tcpOptSACK       = 4
+	tcpOptTimestamps = 8
+)
+
+// hasPeer says whether a TCP socket in this state has a connection that can be
+// carried.
+func hasPeer(state uint32) bool {
+	switch state {
+	case stateEstablished, stateFinWait1, stateFinWait2, stateCloseWait, stateLastAck, stateClosing:
+		return true
+	}
+	return false
+}
+
+// finSent says whether an end in this state has ended its stream, finReceived
+// whether the other has: each takes one sequence number.
+func finSent(state uint32) bool {
+	return hasPeer(state) && state != stateEstablished && state != stateCloseWait
+}
+func finReceived(state uint32) bool {
+	return state == stateCloseWait || state == stateLastAck || state == stateClosing
+}
+
+func streamImage(ino uint32) string { return fmt.Sprintf("tcp-stream-%x", ino) }
+
+// tcpPair names a connection as one of its ends sees it.
+type tcpPair struct{ src, dst netip.AddrPort }
+
+func (p tcpPair) reverse() tcpPair { return tcpPair{src: p.dst, dst: p.src} }
+
+// pairOf gives the addresses of an entry. Those of IPv4 in IPv6 are taken for what
+// they are: the two ends of one connection may be of either family.
+func pairOf(e *sk_inet.InetSkEntry) tcpPair {
+	at := func(words []uint32, port uint32) netip.AddrPort {
+		ip, _ := netip.AddrFromSlice(addrBytes(words))
+		return netip.AddrPortFrom(ip.Unmap(), uint16(port))
+	}
+	return tcpPair{src: at(e.GetSrcAddr(), e.GetSrcPort()), dst: at(e.GetDstAddr(), e.GetDstPort())}
+}
+
+// dumpConnection looks at a socket that is connected; its stream is read when
+// both ends are known.
+func (d *Dumper) dumpConnection(o *object, fd int, e *sk_inet.InetSkEntry, state uint8) error {
+	e.State = proto.Uint32(uint32(state))
+	peer, err := unix.Getpeername(fd)
+	if errors.Is(err, unix.ENOTCONN) {
+		d.refuse(o, "the TCP connection is just ending", "retry in a moment")
+		return nil
+	}
+	if err != nil {
+		return os.NewSyscallError("getpeername", err)
+	}
+	if e.DstAddr, *e.DstPort, _, err = sockaddrWords(peer); err != nil {
+		return err
+	}
+	if s, err := unix.GetsockoptString(fd, unix.SOL_TCP, unix.TCP_ULP); err == nil && s != "" {
+		d.refuse(o, fmt.Sprintf("the TCP connection is run by %q in the kernel", s), "let the program end it first")
+		return nil
+	}
+	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+	if _, err := unix.Poll(p, 0); err != nil && !errors.Is(err, unix.EINTR) {
+		return os.NewSyscallError("poll", err)
+	}
+	if p[0].Revents&unix.POLLERR != 0 {
+		d.refuse(o, "the TCP connection has failed, and the program has not been told yet", "retry when it has closed it")
+		return nil
+	}
+	how := sk_opts.SkShutdown_NONE
+	if finSent(uint32(state)) {
+		how |= sk_opts.SkShutdown_WRITE
+	}
+	// An end of which the other's stream has not ended tells of the end all the
+	// same if the program itself will not receive any more.
+	if p[0].Revents&unix.POLLRDHUP != 0 && !finReceived(uint32(state)) {
+		how |= sk_opts.SkShutdown_READ
+	}
+	if how != sk_opts.SkShutdown_NONE {
+		e.Shutdown = how.Enum()
+	}
+	return nil
+}
+
+// finishInets pairs the ends of connections and reads their streams.
+func finishInets(d *Dumper, os []*object) error {
+	ends := map[tcpPair]*object{}
+	for _, o := range os {
+		if s, ok := o.state.(*inetState); ok && !o.refused && s.connected() {
+			ends[pairOf(s.e)] = o
+		}
+	}
+	var list []*object
+	for _, o := range os {
+		s, ok := o.state.(*inetState)
+		if !ok || o.refused || !s.connected() {
+			continue
+		}
+		if ends[pairOf(s.e).reverse()] == nil {
+			d.refuse(o, fmt.Sprintf("the other end of the TCP connection, %s, is not in the tree", addrPort(s.e.GetDstAddr(), s.e.GetDstPort(), "")),
+				"only connections within the tree are carried in this version: let the program or its peer end it first, or include the peer in the tree")
+			continue
+		}
+		list = append(list, o)
+	}
+	if d.dry() || len(d.refusal.Problems) > 0 {
+		return nil
+	}
+	if err := d.dumpStreams(list); err != nil {
+		return err
+	}
+	for _, o := range list {
+		d.conns = append(d.conns, conn{file: o.file, opts: o.state.(*inetState).e.GetOpts()})
+		o.file = nil
+	}
+	return nil
+}
+
+// conn is one end of a connection of a dumped tree.
+type conn struct {
+	file *os.File // a duplicate
+	opts *sk_opts.SkOptsEntry
+}
+
+// Connections are the TCP connections of a dumped tree, for the moment in which
+// it is killed.
+type Connections struct{ ends []conn }
+
+// TakeConnections hands the connections over, after Finish; nil if there are none.
+func (d *Dumper) TakeConnections() *Connections {
+	if len(d.conns) == 0 {
+		return nil
+	}
+	c := &Connections{ends: d.conns}
+	d.conns = nil
+	return c
+}
+
+// Silence makes all ends close without a packet: an ordinary close leaves the
+// addresses taken for a minute (FIN_WAIT2, TIME_WAIT), in which the tree could
+// not be restored on this host. Preconditions: the tree is stopped.
+func (c *Connections) Silence() error {
+	if c == nil {
+		return nil
+	}
+	for i, x := range c.ends {
+		if err := repairOn(int(x.file.Fd())); err != nil {
+			return errors.Join(err, c.voice(c.ends[:i]))
+		}
+	}
+	return nil
+}
+
+// Voice takes Silence back.
+func (c *Connections) Voice() error {
+	if c == nil {
+		return nil
+	}
+	return c.voice(c.ends)
+}
+
+func (*Connections) voice(ends []conn) error {
+	var errs []error
+	for _, x := range ends {
+		errs = append(errs, repairOff(int(x.file.Fd()), x.opts))
+	}
+	return errors.Join(errs...)
+}
+
+// Close lets go of the connections; it may be called twice.
+func (c *Connections) Close() {
+	if c == nil {
+		return
+	}
+	for _, x := range c.ends {
+		release(x.file)
+	}
+	c.ends = nil
+}
+
+// dumpStreams reads the streams of connections while all of their ends are muted.
+// Whatever happens, they are as before when it returns.
+func (d *Dumper) dumpStreams(list []*object) (err error) {
+	defer func() {
+		for _, o := range list {
+			if s := o.state.(*inetState); s.muted {
+				err = errors.Join(err, unmute(o, s))
+			}
+		}
+	}()
+	for _, o := range list {
+		s := o.state.(*inetState)
+		s.muted = true
+		if err := sys.MuteSocket(int(o.file.Fd())); err != nil {
+			return fmt.Errorf("mute %s: %w", o.link, err)
+		}
+	}
+	for _, o := range list {
+		e, queues, err := readStream(int(o.file.Fd()), o.state.(*inetState).e)
+		if err != nil {
+			return fmt.Errorf("read the stream of %s: %w", o.link, err)
+		}
+		if err := d.put(streamImage(uint32(o.stat.Ino)), image.MagicTCPStream, e, queues); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// unmute ends repair mode, which takes SO_REUSEADDR away (net/ipv4/tcp.c
+// tcp_disable_repair), and the filter.
+func unmute(o *object, s *inetState) error {
+	fd := int(o.file.Fd())
+	s.muted = false
+	var errs []error
+	if n, err := unix.GetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR); err == nil && n != 0 {
+		errs = append(errs, repairOff(fd, s.e.GetOpts()))
+	}
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DETACH_FILTER, 0); err != nil && !errors.Is(err, unix.ENOENT) {
+		errs = append(errs, os.NewSyscallError("setsockopt SO_DETACH_FILTER", err))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("put %s back: %w", o.link, err)
+	}
+	return nil
+}
+
+func repairOff(fd int, opts *sk_opts.SkOptsEntry) error {
+	// Without a window probe: the windows are right.
+	if err := unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR, unix.TCP_REPAIR_OFF_NO_WP); err != nil {
+		return os.NewSyscallError("setsockopt TCP_REPAIR", err)
+	}
+	return setIfOther(fd, unix.SO_REUSEADDR, btoi(opts.GetReuseaddr()))
+}
+
+func repairOn(fd int) error {
+	return os.NewSyscallError("setsockopt TCP_REPAIR", unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR, unix.TCP_REPAIR_ON))
+}
+
+func repairQueue(fd, queue int) error {
+	return os.NewSyscallError("setsockopt TCP_REPAIR_QUEUE", unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR_QUEUE, queue))
+}
+
+// readStream reads a muted connection: what was negotiated, sequence numbers and
+// windows, and the bytes of both queues, those to be received first. Preconditions:
+// nobody else uses the socket meanwhile.
+func readStream(fd int, e *sk_inet.InetSkEntry) (*tcp_stream.TcpStreamEntry, []byte, error) {
+	if err := repairOn(fd); err != nil {
+		return nil, nil, err
+	}
+	info, err := sys.GetTCPInfo(fd)
+	if err != nil {
+		return nil, nil, err
+	}
+	if uint32(info.State) != e.GetState() {
+		return nil, nil, fmt.Errorf("it went from state %s to %s: %w", tcpState(uint8(e.GetState())), tcpState(info.State), unix.EAGAIN)
+	}
+	s := &tcp_stream.TcpStreamEntry{
+		OptMask: proto.Uint32(uint32(info.Options)), SndWscale: proto.Uint32(uint32(info.SndWscale)), RcvWscale: proto.Uint32(uint32(info.RcvWscale)),
+		Cork: e.GetTcpOpts().Cork, Nodelay: e.GetTcpOpts().Nodelay,
+	}
+	w, err := sys.GetTCPWindow(fd)
+	if err != nil {
+		return nil, nil, err
+	}
+	s.SndWl1, s.SndWnd, s.MaxWindow, s.RcvWnd, s.RcvWup = &w.SndWl1, &w.SndWnd, &w.MaxWindow, &w.RcvWnd, &w.RcvWup
+	for opt, to := range map[int]**uint32{unix.TCP_MAXSEG: &s.MssClamp, unix.TCP_TIMESTAMP: &s.Timestamp} {
+		n, err := sys.GetTCPNumber(fd, opt)
+		if err != nil {
+			return nil, nil, err
+		}
+		*to = &n
+	}
+	var queues []byte
+	for _, q := range []struct {
+		queue int
+		count uint
+		n     **uint32
+		seq   **uint32
+		fin   bool // takes one of the bytes that are counted
+	}{
+		{repairRecvQueue, unix.TIOCINQ, &s.InqLen, &s.InqSeq, false},
+		{repairSendQueue, unix.TIOCOUTQ, &s.OutqLen, &s.OutqSeq, e.GetState() == stateFinWait1 || e.GetState() == stateLastAck || e.GetState() == stateClosing},
+	} {
+		b, seq, err := peekQueue(fd, q.queue, q.count, q.fin)
+		if err != nil {
+			return nil, nil, err
+		}
+		*q.n, *q.seq = proto.Uint32(uint32(len(b))), &seq
+		queues = append(queues, b...)
+	}
+	unsent, err := unix.IoctlGetInt(fd, unix.SIOCOUTQNSD)
+	if err != nil {
+		return nil, nil, os.NewSyscallError("ioctl SIOCOUTQNSD", err)
+	}
+	s.UnsqLen = proto.Uint32(min(uint32(unsent), s.GetOutqLen()))
+	return s, queues, repairQueue(fd, repairNoQueue)
+}
+
+// peekQueue reads one queue and the sequence number behind it.
+func peekQueue(fd, queue int, count uint, fin bool) (b []byte, seq uint32, err error) {
+	if err := repairQueue(fd, queue); err != nil {
+		return nil, 0, err
+	}
+	if seq, err = sys.GetTCPNumber(fd, unix.TCP_QUEUE_SEQ); err != nil {
+		return nil, 0, err
+	}
+	n, err := unix.IoctlGetInt(fd, count)
+	if err != nil {
+		return nil, 0, os.NewSyscallError("ioctl", err)
+	}
+	n = max(0, n-btoi(fin))
+	b = make([]byte, n+1)
+	got, _, err := unix.Recvfrom(fd, b, unix.MSG_PEEK|unix.MSG_DONTWAIT)
+	if errors.Is(err, unix.EAGAIN) {
+		got, err = 0, nil
+	}
+	if err != nil {
+		return nil, 0, os.NewSyscallError("recv MSG_PEEK", err)
+	}
+	if got != n {
+		return nil, 0, fmt.Errorf("a queue has %d bytes, of which %d can be read (urgent data is not carried)", n, got)
+	}
+	return b[:n], seq, nil
+}
+
+// connection is one end of a connection being made again.
+type connection struct {
+	x       *description
+	e       *sk_inet.InetSkEntry
+	s       *tcp_stream.TcpStreamEntry
+	in, out []byte // its queues
+	peer    *connection
+}
+
+// inEnd and outEnd are the sequence numbers behind the data of the queues.
+func (c *connection) inEnd() uint32 {
+	return c.s.GetInqSeq() - uint32(btoi(finReceived(c.e.GetState())))
+}
+func (c *connection) outEnd() uint32 {
+	return c.s.GetOutqSeq() - uint32(btoi(finSent(c.e.GetState())))
+}
+
+// trim drops from the send queue what the peer has received already.
+func (c *connection) trim() error {
+	received := c.peer.inEnd() - (c.outEnd() - uint32(len(c.out)))
+	if received > uint32(len(c.out)) {
+		return fmt.Errorf("its %d bytes to be sent do not continue what its other end, %s, has received", len(c.out), addrPort(c.e.GetDstAddr(), c.e.GetDstPort(), ""))
+	}
+	c.out = c.out[received:]
+	return nil
+}
+
+// loadConnections reads the streams and finds both ends of every connection.
+func (r *Restorer) loadConnections() error {
+	ends := map[tcpPair]*connection{}
+	for _, x := range r.all {
+		e := x.entry.GetIsk()
+		if e == nil || e.GetType() != unix.SOCK_STREAM || !hasPeer(e.GetState()) || !r.opts.TCPEstablished {
+			continue
+		}
+		if r.handed[fmt.Sprintf("socket:[%d]", e.GetIno())] != nil {
+			continue
+		}
+		img := streamImage(e.GetIno())
+		es := r.set.Entries(img)
+		if len(es) != 1 {
+			return fmt.Errorf("image %s: %d entries, want 1", img, len(es))
+		}
+		s, ok := es[0].Msg.(*tcp_stream.TcpStreamEntry)
+		if !ok {
+			return fmt.Errorf("image %s: its entry is a %T", img, es[0].Msg)
+		}
+		if uint64(s.GetInqLen())+uint64(s.GetOutqLen()) != uint64(len(es[0].Extra)) {
+			return fmt.Errorf("image %s: it tells of %d and %d bytes, but there are %d", img, s.GetInqLen(), s.GetOutqLen(), len(es[0].Extra))
+		}
+		if s.GetSndWscale() > 14 || s.GetRcvWscale() > 14 || s.GetMssClamp() > 65535 {
+			return fmt.Errorf("image %s: window scales %d and %d or segment size %d are out of range", img, s.GetSndWscale(), s.GetRcvWscale(), s.GetMssClamp())
+		}
+		c := &connection{x: x, e: e, s: s, in: es[0].Extra[:s.GetInqLen()], out: es[0].Extra[s.GetInqLen():]}
+		p := pairOf(e)
+		if ends[p] != nil {
+			return fmt.Errorf("image %s: two sockets are the end %s of the connection to %s", filesImage, p.src, p.dst)
+		}
+		ends[p] = c
+		r.conns[x] = c
+	}
+	for p, c := range ends {
+		c.peer = ends[p.reverse()]
+	}
+	return nil
+}
+
+// checkConnection validates one end.
+func (r *Restorer) checkConnection(x *description) error {
+	if !r.opts.TCPEstablished {
+		return errors.New("it is a TCP connection: restore with --tcp-established, as it was dumped")
+	}
+	c := r.conns[x]
+	switch {
+	case c == nil: // handed in
+		return nil
+	case c.peer == nil:
+		return fmt.Errorf("the other end of the TCP connection, %s, is not in the images or was handed in", addrPort(c.e.GetDstAddr(), c.e.GetDstPort(), ""))
+	case x.entry.GetIsk().GetProto() != unix.IPPROTO_TCP:
+		return fmt.Errorf("connections of protocol %d are not carried", x.entry.GetIsk().GetProto())
+	}
+	return c.trim()
+}
+
+// connect puts a bound socket in repair mode into its connection, with what is
+// to be received.
+func (c *connection) connect(fd int) error {
+	for _, q := range []struct {
+		queue int
+		seq   uint32
+	}{{repairRecvQueue, c.inEnd() - uint32(len(c.in))}, {repairSendQueue, c.peer.inEnd()}} {
+		if err := repairQueue(fd, q.queue); err != nil {
+			return err
+		}
+		if err := sys.SetTCPNumber(fd, unix.TCP_QUEUE_SEQ, q.seq); err != nil {
+			return err
+		}
+	}
+	sa, err := sockaddr(c.e.GetFamily(), c.e.GetDstAddr(), c.e.GetDstPort(), c.e.GetIfname())
+	if err != nil {
+		return err
+	}
+	if err := unix.Connect(fd, sa); err != nil {
+		err = os.NewSyscallError("connect", err)
+		if errors.Is(err, unix.EADDRNOTAVAIL) {
+			err = fmt.Errorf("%w: this host has the same connection already; end it first, or wait a minute if it has ended", err)
+		}
+		return fmt.Errorf("connect tcp %s to %s: %w", addrPort(c.e.GetSrcAddr(), c.e.GetSrcPort(), ""), addrPort(c.e.GetDstAddr(), c.e.GetDstPort(), ""), err)
+	}
+	opts := []unix.TCPRepairOpt{{Code: tcpOptMSS, Val: c.s.GetMssClamp()}}
+	mask := c.s.GetOptMask()
+	if mask&sys.TCPOptWscale != 0 {
+		opts = append(opts, unix.TCPRepairOpt{Code: tcpOptWindow, Val: c.s.GetSndWscale() | c.s.GetRcvWscale()<<16})
+	}
+	if mask&sys.TCPOptSACK != 0 {
+		opts = append(opts, unix.TCPRepairOpt{Code: tcpOptSACK})
+	}
+	if mask&sys.TCPOptTimestamps != 0 {
+		opts = append(opts, unix.TCPRepairOpt{Code: tcpOptTimestamps})
+	}
+	if err := sys.SetTCPOptions(fd, opts); err != nil {
+		return err
+	}
+	if mask&sys.TCPOptTimestamps != 0 && c.s.Timestamp != nil {
+		if err := sys.SetTCPNumber(fd, unix.TCP_TIMESTAMP, c.s.GetTimestamp()); err != nil {
+			return err
+		}
+	}
+	if err := repairQueue(fd, repairRecvQueue); err != nil {
+		return err
+	}
+	if err := c.grown(fd, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF, len(c.in), func() error { return sendStream(fd, c.in) }); err != nil {
+		return fmt.Errorf("put %d bytes back that wait to be received: %w", len(c.in), err)
+	}
+	if err := repairQueue(fd, repairNoQueue); err != nil {
+		return err
+	}
+	max := max(c.s.GetMaxWindow(), c.peer.window())
+	return sys.SetTCPWindow(fd, sys.TCPWindow{SndWl1: c.inEnd(), SndWnd: c.peer.window(), MaxWindow: max, RcvWnd: c.window(), RcvWup: c.inEnd()})
+}
+
+// window is how many bytes, behind those it has, an end has said it will take.
+func (c *connection) window() uint32 {
+	used := c.s.GetInqSeq() - c.s.GetRcvWup()
+	if used > c.s.GetRcvWnd() {
+		return 0
+	}
+	return c.s.GetRcvWnd() - used
+}
+
+// grown runs f while a buffer has room for n bytes, however they are cut, and
+// sets its size and who may change it (SO_BUF_LOCK) back.
+func (c *connection) grown(fd, force, opt, n int, f func() error) error {
+	if n == 0 {
+		return nil
+	}
+	have, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, opt)
+	if err != nil {
+		return os.NewSyscallError("getsockopt", err)
+	}
+	lock, _, err := getOpt(fd, unix.SOL_SOCKET, soBufLock)
+	if err != nil {
+		return err
+	}
+	// Small segments take several times their size.
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, force, max(have, 2*n+1<<20)); err != nil {
+		return os.NewSyscallError("setsockopt", err)
+	}
+	err = f()
+	if serr := unix.SetsockoptInt(fd, unix.SOL_SOCKET, force, have/2); serr != nil {
+		return errors.Join(err, os.NewSyscallError("setsockopt", serr))
+	}
+	return errors.Join(err, setIfOther(fd, soBufLock, lock))
+}
+
+// sendStream sends b, in pieces that a socket in repair mode takes, without waiting.
+func sendStream(fd int, b []byte) error {
+	for len(b) > 0 {
+		n, err := unix.SendmsgN(fd, b[:min(len(b), 32<<10)], nil, nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return os.NewSyscallError("send", err)
+		}
+		b = b[n:]
+	}
+	return nil
+}
+
+// sealInets lets connections go: no repair mode any more, then what was yet to
+// be sent, then the ends of streams.
+func sealInets(r *Restorer, xs []*description) []error {
+	var errs []error
+	each := func(f func(c *connection, fd int) error) {
+		for _, x := range xs {
+			if c := r.conns[x]; c != nil && len(errs) == 0 {
+				if err := f(c, int(x.file.Fd())); err != nil {
+					errs = append(errs, fmt.Errorf("%s: %w", r.who(x), err))
+				}
+			}
+		}
+	}
+	each(func(c *connection, fd int) error { return repairOff(fd, c.e.GetOpts()) })
+	each(func(c *connection, fd int) error {
+		if err := c.grown(fd, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF, len(c.out), func() error { return sendStream(fd, c.out) }); err != nil {
+			return fmt.Errorf("put %d bytes back that wait to be sent: %w", len(c.out), err)
+		}
+		return nil
+	})
+	each(func(c *connection, fd int) error {
+		how := c.e.GetShutdown()
+		if finSent(c.e.GetState()) {
+			how |= sk_opts.SkShutdown_WRITE
+		}
+		for bit, arg := range map[sk_opts.SkShutdown]int{sk_opts.SkShutdown_WRITE: unix.SHUT_WR, sk_opts.SkShutdown_READ: unix.SHUT_RD} {
+			if how&bit == 0 {
+				continue
+			}
+			// Of a connection that thereby is over there is nothing more to shut.
+			if err := unix.Shutdown(fd, arg); err != nil && !errors.Is(err, unix.ENOTCONN) {
+				return os.NewSyscallError("shutdown", err)
+			}
+		}
+		return nil
+	})
+	return errs
+}
