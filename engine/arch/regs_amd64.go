@@ -128,6 +128,12 @@ func (r *Regs) RestartInNewTask() {
 	r.NoRestart()
 }
 
+// Continues tells whether the kernel would go on with an interrupted system
+// call by restart_syscall(2).
+func (r *Regs) Continues() bool {
+	return int64(r.OrigRax) >= 0 && -int64(r.Rax) == erestartRestartbloc
+}
+
 // interruptible are system calls that end with EINTR, having done nothing, when
 // they are interrupted without a signal for the program, as by a tracer
 // (signal(7), "Interruption of system calls and library functions by stop

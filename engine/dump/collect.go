@@ -24,6 +24,7 @@ import (
 	"godwit/engine/procfs"
 	"godwit/engine/refuse"
 	"godwit/engine/sys"
+	"godwit/engine/task"
 )
 
 // Options says how a tree is read.
@@ -58,6 +59,7 @@ type shmem struct {
 
 // collector reads everything of a tree but what needs its tasks' cooperation.
 type collector struct {
+	seccomp task.Filters // of all threads that were read
 	log     hclog.Logger
 	o       Options
 	files   *files.Dumper
@@ -336,9 +338,6 @@ func (c *collector) threads(p *process) error {
 		}
 		if st.Zombie() && tid == p.pid && len(p.tids) > 1 {
 			c.refuse(p, "", "its first thread has exited while others run, which cannot be rebuilt", "")
-		}
-		if st.Seccomp != 0 {
-			c.refuse(p, "", what+"runs under seccomp, which cannot be carried", "")
 		}
 		if st.TracerPid != 0 && !ownThread(st.TracerPid) {
 			c.refuse(p, "", fmt.Sprintf("%sis being traced by pid %d", what, st.TracerPid), "detach that tracer first")

@@ -151,6 +151,11 @@ func (c *collector) images(ctx context.Context, t *freeze.Tree, sink image.Sink)
 		}
 		c.log.Debug("process dumped", "pid", p.pid, "pid_inside", p.vpid, "comm", p.comm, "threads", len(p.vtids), "mappings", len(p.vmas))
 	}
+	if e := c.seccomp.Image(); e != nil {
+		if err := put(image.SeccompFile, image.MagicSeccomp, e); err != nil {
+			return nil, err
+		}
+	}
 	inv := &inventory.InventoryEntry{
 		ImgVersion: proto.Uint32(imgVersion), FdinfoPerId: proto.Bool(true), NsPerId: proto.Bool(true),
 		RootIds: c.procs[0].ids(), Lsmtype: inventory.Lsmtype_NO_LSM.Enum(), DumpUptime: proto.Uint64(uint64(facts.BoottimeNS) / 1000),
@@ -178,7 +183,7 @@ func (p *process) ids() *criu_core.TaskKobjIdsEntry {
 }
 
 func (c *collector) processImages(t *freeze.Tree, fp *freeze.Proc, p *process, facts *image.Facts, put func(string, string, proto.Message) error) error {
-	dumped, err := readTasks(t, fp, p)
+	dumped, err := c.readTasks(t, fp, p)
 	if err != nil {
 		return err
 	}
@@ -217,7 +222,7 @@ func (c *collector) processImages(t *freeze.Tree, fp *freeze.Proc, p *process, f
 
 // readTasks borrows every thread of a process in turn to read what only it can
 // tell, and puts all of them back, whatever happens.
-func readTasks(t *freeze.Tree, fp *freeze.Proc, p *process) (out []*task.Dumped, err error) {
+func (c *collector) readTasks(t *freeze.Tree, fp *freeze.Proc, p *process) (out []*task.Dumped, err error) {
 	var vdso *mem.VMA
 	for _, v := range p.vmas {
 		if v.Is(mem.Vdso) {
@@ -251,7 +256,7 @@ func readTasks(t *freeze.Tree, fp *freeze.Proc, p *process) (out []*task.Dumped,
 			}
 			d, derr := task.Dump(task.Source{
 				Pid: fp.Pid, Tid: th.Tid, VTid: th.VTid, Leader: i == 0,
-				Regs: th.Regs, Rseq: th.Rseq, Mask: b.Mask(), Remote: &b.Remote,
+				Regs: th.Regs, Rseq: th.Rseq, Mask: b.Mask(), Remote: &b.Remote, Filters: &c.seccomp,
 			})
 			if i > 0 {
 				derr = errors.Join(derr, b.Return(true))

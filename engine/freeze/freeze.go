@@ -405,6 +405,18 @@ func (th *Thread) identify(p *Proc) error {
 	if err := th.leaveRseq(); err != nil {
 		return err
 	}
+	if st.Seccomp != 0 {
+		// What it executes for us is not subject to its filters.
+		if err := sys.PtraceSetOptions(th.Tid, sys.PtraceOptionTraceSysGood|sys.PtraceOptionSuspendSeccomp); err != nil {
+			return fmt.Errorf("suspend seccomp of task %d (the agent itself must not be under seccomp): %w", th.Tid, err)
+		}
+		if th.Regs.Continues() {
+			// The kernel would go on with the call as restart_syscall, which a
+			// filter need not allow.
+			th.Regs.RestartInNewTask()
+			return ptrace.SetRegs(th.Tid, &th.Regs)
+		}
+	}
 	// The stop itself makes some calls fail with EINTR, which the program
 	// should not see; a signal that waits for it is a reason of its own.
 	// So is a stop signal that came before us.

@@ -611,12 +611,12 @@ func (t *Tree) complete(ctx context.Context) error {
 	if err := t.zombies(); err != nil {
 		return err
 	}
+	if err := t.stops(); err != nil {
+		return err
+	}
 	for _, p := range t.model.procs {
 		if p.zombie {
 			continue
-			if err := t.stops(); err != nil {
-				return err
-			}
 		}
 		if err := ctx.Err(); err != nil {
 			return err
@@ -665,6 +665,9 @@ func (t *Tree) state(p *process) error {
 	}
 	calls = append(calls, ptrace.NewCall("set umask", unix.SYS_UMASK, ptrace.Int(p.fs.GetUmask())))
 	if err := lead.Run(calls...); err != nil {
+		return err
+	}
+	if err := t.seccomp(p); err != nil {
 		return err
 	}
 	for i := len(p.threads) - 1; i >= 0; i-- {
@@ -741,15 +744,15 @@ func (t *Tree) run(stopped bool) error {
 			errs = append(errs, t.stub.release())
 		}
 		for _, p := range t.model.procs {
+			if stopped && !p.zombie {
+				// Queued before any thread of it is let go.
+				if err := unix.Kill(p.remote().Tid, unix.SIGSTOP); err != nil {
+					errs = append(errs, fmt.Errorf("stop %s: %w", p, os.NewSyscallError("kill", err)))
+				}
+			}
 			for _, th := range p.threads {
 				if p.zombie {
 					continue
-					if stopped && !p.zombie {
-						// Queued before any thread of it is let go.
-						if err := unix.Kill(p.remote().Tid, unix.SIGSTOP); err != nil {
-							errs = append(errs, fmt.Errorf("stop %s: %w", p, os.NewSyscallError("kill", err)))
-						}
-					}
 				}
 				if th.remote.Stopped {
 					errs = append(errs, os.NewSyscallError("tgkill", unix.Tgkill(p.remote().Tid, th.remote.Tid, unix.SIGSTOP)))

@@ -12,6 +12,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/mm"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/seccomp"
 
 	"godwit/engine/arch"
 	"godwit/engine/image"
@@ -25,6 +26,8 @@ type thread struct {
 	vtid  int
 	core  *criu_core.CoreEntry
 	facts *image.TaskFacts
+	// filters are its seccomp filters, the oldest first.
+	filters []*seccomp.SeccompFilter
 	// remote runs system calls in the new thread, whose pid on this host is remote.Tid.
 	remote *ptrace.Remote
 }

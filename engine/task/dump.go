@@ -57,6 +57,7 @@ type Source struct {
 	Rseq           sys.RseqConfig
 	Mask           uint64
 	Remote         *ptrace.Remote // runs system calls in this thread
+	Filters        *Filters       // of the tree; this thread's seccomp filters join them
 }
 
 // Dumped is what was read from a thread, ready for an image.
@@ -234,6 +235,17 @@ func dump(s Source) (*Dumped, error) {
 			RseqAbiSize:    proto.Uint32(s.Rseq.Size),
 			Signature:      proto.Uint32(s.Rseq.Signature),
 		}
+	}
+	switch st.Seccomp {
+	case seccompStrict:
+		core.ThreadCore.SeccompMode = criu_core.SeccompMode_strict.Enum()
+	case seccompFilter:
+		core.ThreadCore.SeccompMode = criu_core.SeccompMode_filter.Enum()
+		last, err := s.Filters.read(s.Tid)
+		if err != nil {
+			return nil, err
+		}
+		core.ThreadCore.SeccompFilter = &last
 	}
 	d := &Dumped{Core: core, Facts: image.TaskFacts{
 		TID: uint32(s.VTid), Affinity: affinity, IOPrio: ioprio, TimerSlack: uint64(slack.Ret), XFeatures: inUse,

@@ -36,8 +36,10 @@ func Check(core *criu_core.CoreEntry, leader bool) error {
 		return fmt.Errorf("image is of a task that was stopped by signal %d, which stops nothing", core.GetTc().GetStopSigno())
 	case core.GetThreadInfo().GetGpregs() == nil, core.GetThreadInfo().GetFpregs() == nil, core.GetThreadCore() == nil:
 		return errNoCore
-	case core.GetThreadCore().GetSeccompMode() != criu_core.SeccompMode_disabled, core.GetTc().GetOldSeccompMode() != criu_core.SeccompMode_disabled:
-		return fmt.Errorf("image is of a task under seccomp, which cannot be carried")
+	case core.GetThreadCore().GetSeccompMode() > criu_core.SeccompMode_filter || core.GetThreadCore().GetSeccompMode() < 0:
+		return fmt.Errorf("image is of a task in seccomp mode %d, which is unknown", core.GetThreadCore().GetSeccompMode())
+	case core.GetTc().GetOldSeccompMode() != criu_core.SeccompMode_disabled:
+		return fmt.Errorf("image keeps seccomp for the whole process, as CRIU before 3.12 did, which cannot be carried")
 	}
 	return nil
 }

@@ -88,3 +88,15 @@ func TestStoppedRoot(t *testing.T) {
 		})
 	}
 }
+
+// TestSeccompWithoutPrivileges moves filters that a program without rights
+// installed, as no_new_privs lets it; TestObjects moves those of root.
+func TestSeccompWithoutPrivileges(t *testing.T) {
+	ctx := deadline(t, time.Minute)
+	h := newHosts(t, "alpha").Host("alpha")
+	r := selfcheck(ctx, t, h, newDir(t), "seccomp", "nnp")
+	mustAgent(ctx, t, h, nil, "dump", "-t", strconv.Itoa(r.Pid), "-D", newDir(t), "-R")
+	goes(ctx, t, r, 20)
+	dumpRestore(ctx, t, r, 3)
+	stop(ctx, t, r)
+}
