@@ -108,3 +108,26 @@ func TestApplyFacts(t *testing.T) {
 		})
 	}
 }
+
+func TestAdjacent(t *testing.T) {
+	vmas := []*VMA{
+		{Start: 1, End: 2, Prot: 3, Status: Regular | AnonPrivate, Path: "[heap]"},
+		{Start: 3, End: 4, Prot: 3, Status: Regular | AnonPrivate, Guards: []image.Range{{Start: 3, End: 4}}},
+		{Start: 4, End: 6, Prot: 1, Status: Regular | FilePrivate, Path: "/x"},
+		{Start: 6, End: 7, Prot: 2, Status: Regular | AnonPrivate, Guards: []image.Range{{Start: 6, End: 7}}},
+		{Start: 7, End: 8, Prot: 3, Status: Regular | FileShared},
+		{Start: 8, End: 9, Prot: 3, Status: Regular | AnonPrivate | Vdso},
+		{Start: 9, End: 10, Prot: 3, Status: Regular | AnonPrivate},
+	}
+	want := []*VMA{
+		vmas[0],
+		{Start: 3, End: 7, Prot: 0, Status: Regular | AnonPrivate, Guards: []image.Range{{Start: 3, End: 4}, {Start: 6, End: 7}}},
+		vmas[6],
+	}
+	if d := cmp.Diff(want, adjacent(vmas)); d != "" {
+		t.Errorf("(-want +got)\n%s", d)
+	}
+	if vmas[1].End != 4 || len(vmas[1].Guards) != 1 {
+		t.Errorf("the first of several was changed: %+v", vmas[1])
+	}
+}

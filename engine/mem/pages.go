@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -47,10 +48,7 @@ func (r *Reader) Close() error { return errors.Join(r.pagemap.Close(), r.mem.Clo
 // sink and returns how many there were: anonymous pages, and copied pages of
 // private file mappings, but none that is still the file's or the zero page.
 func (r *Reader) Dump(ctx context.Context, vmas []*VMA, sink image.Sink, id image.DataID) (pages uint64, err error) {
-	for _, v := range vmas {
-		if !v.HasPages() {
-			continue
-		}
+	for _, v := range adjacent(vmas) {
 		n, err := r.dumpVMA(ctx, v, sink, id)
 		if err != nil {
 			return pages, fmt.Errorf("dump %s of pid %d: %w", v, r.pid, err)
@@ -58,6 +56,31 @@ func (r *Reader) Dump(ctx context.Context, vmas []*VMA, sink image.Sink, id imag
 		pages += n
 	}
 	return pages, nil
+}
+
+// adjacent gives the ranges whose pages are dumped: VMAs side by side are one,
+// so that a process with 65,000 of them is not read page by page.
+func adjacent(vmas []*VMA) (out []*VMA) {
+	var last *VMA // of out, if it is a copy
+	for _, v := range vmas {
+		if !v.HasPages() {
+			continue
+		}
+		if len(out) == 0 || out[len(out)-1].End != v.Start {
+			out, last = append(out, v), nil
+			continue
+		}
+		if last == nil {
+			c := *out[len(out)-1]
+			c.Guards, c.Path = slices.Clone(c.Guards), ""
+			last = &c
+			out[len(out)-1] = last
+		}
+		last.End = v.End
+		last.Prot &= v.Prot
+		last.Guards = append(last.Guards, v.Guards...)
+	}
+	return out
 }
 
 func (r *Reader) dumpVMA(ctx context.Context, v *VMA, sink image.Sink, id image.DataID) (pages uint64, err error) {

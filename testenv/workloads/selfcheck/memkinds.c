@@ -211,3 +211,118 @@ void run_sysvshm(void) {
 	for (int i = 0; i < NSEGS; i++)
 		if (i != REMOVED) SYS(shmctl(segs[i].id, IPC_RMID, NULL));
 }
+
+// ---- devzero: private mappings of /dev/zero, which are anonymous memory.
+
+static unsigned char *zeros[2];
+
+static void devzero_check(void) {
+	for (int i = 0; i < 8; i++) {
+		if (i % 3) same("/dev/zero", zeros[0], i * PAGE, (i + 1) * PAGE, 30);
+		else for (int j = 0; j < PAGE; j++) CHECK(zeros[0][i * PAGE + j] == 0, "page %d of /dev/zero: byte %d is not 0", i, j);
+	}
+	for (int j = 0; j < 4 * PAGE; j += 7) CHECK(zeros[1][j] == 0, "read-only /dev/zero: byte %d is not 0", j);
+}
+
+void run_devzero(void) {
+	int fd = SYS(open("/dev/zero", O_RDWR | O_CLOEXEC));
+	zeros[0] = SYS(mmap(NULL, 8 * PAGE, RW, MAP_PRIVATE, fd, 0));
+	zeros[1] = SYS(mmap(NULL, 4 * PAGE, PROT_READ, MAP_PRIVATE, fd, 0));
+	close(fd);
+	for (int i = 0; i < 8; i++)
+		if (i % 3) for (int j = 0; j < PAGE; j++) zeros[0][i * PAGE + j] = pattern(30, (uint64_t)i * PAGE + j);
+	loop(devzero_check);
+}
+
+// ---- pasteof: mappings that reach past the end of their file, one of which
+// was cut after pages of it had been changed.
+
+static unsigned char *past[3];
+
+static void pasteof_check(void) {
+	for (int i = 0; i < 3; i++) {
+		for (int k = 0; k < 10; k++) CHECK(readable(past[i] + k * PAGE) == (k < 3), "mapping %d, page %d past the end: readable is %d", i, k, k >= 3);
+		same("mapping past the end", past[i], 0, 2 * PAGE + 100, 40 + i);
+	}
+}
+
+void run_pasteof(void) {
+	for (int i = 0; i < 3; i++) {
+		char name[8];
+		snprintf(name, sizeof name, "data%d", i);
+		int fd = SYS(open(path_of(name), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
+		static unsigned char buf[5 * PAGE];
+		put(buf, sizeof buf, 40 + i);
+		CHECK(SYS(write(fd, buf, sizeof buf)) == sizeof buf, "write data file");
+		past[i] = SYS(mmap(NULL, 10 * PAGE, RW, i == 1 ? MAP_SHARED : MAP_PRIVATE, fd, 0));
+		if (i == 2) put(past[i] + PAGE, 3 * PAGE, 0), put(past[i], 5 * PAGE, 40 + i);
+		SYS(ftruncate(fd, 2 * PAGE + 100));
+		close(fd);
+	}
+	loop(pasteof_check);
+}
+
+// ---- locked: mlockall, which also locks what is inaccessible and past the end of a file.
+
+static unsigned char *lock_none, *lock_past;
+
+static void locked_check(void) {
+	static int turn;
+	if (turn++ % 20) return;
+	int here;
+	CHECK(has_flag(lock_none, "lo"), "inaccessible memory is no longer locked");
+	CHECK(has_flag(lock_past, "lo"), "the mapping past the end is no longer locked");
+	CHECK(has_flag(&here, "lo"), "the stack is no longer locked");
+	CHECK(has_flag(&turn, "lo"), "data are no longer locked");
+}
+
+void run_locked(void) {
+	lock_none = SYS(mmap(NULL, 4 * PAGE, PROT_NONE, PA, -1, 0));
+	int fd = SYS(open(path_of("data"), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
+	lock_past = SYS(mmap(NULL, 4 * PAGE, PROT_READ, MAP_SHARED, fd, 0));
+	close(fd);
+	SYS(mlockall(MCL_CURRENT));
+	loop(locked_check);
+}
+
+// ---- manyvmas: as many mappings as a process may have, and a reservation of
+// 60 TiB with a little memory in it.
+
+enum { MANY = 64000 };
+static unsigned char *many, *vast;
+static const uint64_t VAST = 60ull << 40;
+
+static void manyvmas_check(void) {
+	static int turn;
+	turn++;
+	for (int i = turn % 97; i < MANY; i += 97)
+		CHECK(many[(size_t)i * PAGE] == (unsigned char)(i * 7 + 1), "mapping %d holds %d", i, many[(size_t)i * PAGE]);
+	for (int i = 0; i < 10; i++) CHECK(*(uint64_t *)(vast + VAST / 10 * i) == 1000u + i, "reservation: word %d is %lu", i, *(uint64_t *)(vast + VAST / 10 * i));
+	if (turn == 1 || stopping) {
+		char perms[8];
+		unsigned long a, b;
+		int n = 0;
+		FILE *f = fopen("/proc/self/maps", "re");
+		char line[4096];
+		while (fgets(line, sizeof line, f))
+			if (sscanf(line, "%lx-%lx %7s", &a, &b, perms) == 3 && a >= (unsigned long)many && b <= (unsigned long)many + (size_t)MANY * PAGE) {
+				CHECK(b - a == PAGE && perms[1] == ((a - (unsigned long)many) / PAGE % 2 ? 'w' : '-'), "mapping %s", line);
+				n++;
+			}
+		fclose(f);
+		CHECK(n == MANY, "%d mappings, want %d", n, MANY);
+	}
+}
+
+void run_manyvmas(void) {
+	many = SYS(mmap(NULL, (size_t)MANY * PAGE, RW, PA, -1, 0));
+	for (int i = 0; i < MANY; i++) {
+		many[(size_t)i * PAGE] = i * 7 + 1;
+		if (i % 2 == 0) SYS(mprotect(many + (size_t)i * PAGE, PAGE, PROT_READ));
+	}
+	vast = SYS(mmap(NULL, VAST, RW, PA | MAP_NORESERVE, -1, 0));
+	SYS(madvise(vast, VAST, MADV_NOHUGEPAGE));
+	for (int i = 0; i < 10; i++) *(uint64_t *)(vast + VAST / 10 * i) = 1000 + i;
+	loop(manyvmas_check);
+	manyvmas_check();
+}
