@@ -1,17 +1,21 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit"
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
 )
 
 // noting is a script that notes its environment in file and fails at a stage.
@@ -137,5 +141,67 @@ func TestStats(t *testing.T) {
 	}
 	if names, _ := os.ReadDir(d.workDir); len(names) != 0 {
 		t.Errorf("left behind: %v", names)
+	}
+}
+
+// TestScriptsRealTree has scripts look at a real process at each stage: it is
+// stopped where it must be and goes on where nothing else would be right.
+func TestScriptsRealTree(t *testing.T) {
+	if os.Geteuid() != 0 {
+		needsRoot(t)
+	}
+	dir := t.TempDir()
+	img, work, notes := filepath.Join(dir, "img"), filepath.Join(dir, "work"), filepath.Join(dir, "notes")
+	noErr(t, os.Mkdir(work, 0o700))
+	cmd := exec.Command("/bin/sleep", "600")
+	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	noErr(t, cmd.Start())
+	pid := strconv.Itoa(cmd.Process.Pid)
+	defer func() { _ = unix.Kill(cmd.Process.Pid, unix.SIGKILL) }()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	// The letter of the process's state: t is stopped by a tracer.
+	script := `echo $CRTOOLS_SCRIPT_ACTION $(sed -n 's/^State:.\(.\).*/\1/p' /proc/` + pid + `/status) >> ` + notes
+	conf := filepath.Join(dir, "conf")
+	noErr(t, os.WriteFile(conf, []byte("# of the test\nverbosity 4\nlog-file log # in the work directory\nwork-dir "+work+
+		"\naction-script \""+strings.ReplaceAll(script, `"`, `\"`)+"\"\ndisplay-stats\n"), 0o600))
+	run := func(want int, args ...string) string {
+		t.Helper()
+		cmd := program(ctx, append(args, "--no-default-config", "--config", conf)...)
+		out, _ := cmd.CombinedOutput()
+		log, _ := os.ReadFile(filepath.Join(work, "log"))
+		if code := cmd.ProcessState.ExitCode(); code != want || !strings.Contains(string(log), "begin: command="+args[0]) ||
+			strings.Contains(string(log), "failed: error=") != (want != 0) {
+			t.Fatalf("%v: exit code %d, want %d, %s\n%s", args, code, want, out, log)
+		}
+		return string(out)
+	}
+	run(1, "dump", "-t", pid, "-D", img, "--action-script", `[ "$CRTOOLS_SCRIPT_ACTION" != post-dump ]`)
+	if names, _ := os.ReadDir(img); len(names) != 0 {
+		t.Errorf("left behind: %v", names)
+	}
+	noErr(t, unix.Kill(cmd.Process.Pid, 0))
+	if out := run(0, "dump", "-Rjt", pid, "-D", img); !strings.Contains(out, "Memory pages written: ") {
+		t.Errorf("statistics: %s", out)
+	}
+	noErr(t, os.RemoveAll(img))
+	run(0, "dump", "-t", pid, "-D", img)
+	_, _ = cmd.Process.Wait() // its pid must be free
+	if out := run(0, "restore", "-djD", img, "--pidfile", "pid"); !strings.Contains(out, "Pages restored: ") {
+		t.Errorf("statistics: %s", out)
+	}
+	if b, _ := os.ReadFile(filepath.Join(work, "pid")); string(b) != pid {
+		t.Errorf("pid file: %q, want %s", b, pid)
+	}
+	b, _ := os.ReadFile(notes)
+	// Just let go it may be running, but stopped it is not.
+	b = bytes.Replace(b, []byte("post-resume R"), []byte("post-resume S"), 1)
+	const want = "pre-dump S\npost-dump t\n"
+	if diff := cmp.Diff(want+want+want+"pre-restore\npost-restore t\npre-resume t\npost-resume S\n", string(b)); diff != "" {
+		t.Errorf("states:\n%s", diff)
+	}
+	st, err := crit.GetDumpStats(work)
+	if err != nil || st.GetPagesWritten() == 0 || st.GetFrozenTime() == 0 || st.GetPagesScanned() < st.GetPagesWritten() {
+		t.Errorf("statistics: %v, %v", st, err)
 	}
 }

@@ -1,0 +1,22 @@
+package dump
+
+import "godwit/engine/plan"
+
+// Support lists what is carried of processes and threads beside files and memory.
+// What they may not be in is what this package refuses.
+func Support() []plan.Support {
+	return []plan.Support{
+		{Kind: "trees of processes and threads, with their pids"},
+		{Kind: "zombies that their parents have not reaped"},
+		{Kind: "processes that a signal stopped", Note: "are stopped again; --leave-stopped stops any tree"},
+		{Kind: "sessions and process groups", Note: "a session whose leader is outside of the tree becomes the restorer's"},
+		{Kind: "registers and extended state up to AVX-512, TLS, restartable sequences, robust futexes"},
+		{Kind: "interrupted system calls", Note: "go on after the restore"},
+		{Kind: "signal handlers, masks, alternate stacks, pending signals with their data"},
+		{Kind: "interval timers and POSIX timers"},
+		{Kind: "credentials, capabilities, no_new_privs, limits, OOM score"},
+		{Kind: "niceness, policies of scheduling, affinity"},
+		{Kind: "seccomp, strict and by filters"},
+		{Kind: "working directory, root and umask"},
+	}
+}

@@ -1,0 +1,59 @@
+package files
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
+	"golang.org/x/sys/unix"
+
+	"godwit/engine/plan"
+)
+
+// Support lists the kinds of open files: those of the table of kinds, which are
+// carried, and those that are known and refused.
+func Support() []plan.Support {
+	var out []plan.Support
+	var types []fdinfo.FdTypes
+	for _, k := range kinds {
+		out = append(out, plan.Support{Kind: k.name})
+		types = append(types, k.typ)
+	}
+	out = append(out,
+		plan.Support{Kind: "TCP connections of which both ends are in the tree", With: "--tcp-established"},
+		plan.Support{Kind: "file locks and leases", With: "--file-locks"})
+	seen := map[string]bool{}
+	for _, r := range refusedLinks {
+		if !seen[r.what] {
+			seen[r.what] = true
+			out = append(out, plan.Support{Kind: r.what, Refused: true, Note: r.hint})
+		}
+	}
+	if !slices.Contains(types, fdinfo.FdTypes_TTY) {
+		reason, hint := unsupported(&object{link: "/dev/tty", stat: unix.Stat_t{Mode: unix.S_IFCHR}})
+		out = append(out, plan.Support{Kind: reason, Refused: true, Note: hint})
+	}
+	reason, hint := unsupported(&object{link: "/dev/x", stat: unix.Stat_t{Mode: unix.S_IFBLK}})
+	out = append(out, plan.Support{Kind: reason, Refused: true, Note: hint})
+	var names []string
+	for f, name := range families {
+		switch f {
+		case unix.AF_INET, unix.AF_INET6, unix.AF_UNIX:
+			continue
+		case unix.AF_NETLINK:
+			if slices.Contains(types, fdinfo.FdTypes_NETLINKSK) {
+				continue
+			}
+		case unix.AF_PACKET:
+			if slices.Contains(types, fdinfo.FdTypes_PACKETSK) {
+				continue
+			}
+		}
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return append(out, plan.Support{
+		Kind: fmt.Sprintf("sockets of other families are not carried: %s", strings.Join(names, ", ")), Refused: true, Note: "let the program close it",
+	})
+}

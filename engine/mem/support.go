@@ -1,0 +1,56 @@
+package mem
+
+import (
+	"maps"
+	"slices"
+
+	"godwit/engine/plan"
+	"godwit/engine/procfs"
+)
+
+// specimens are one mapping of each kind, as /proc/PID/smaps shows it.
+var specimens = []struct {
+	kind string
+	m    procfs.SmapsEntry
+}{
+	{"private anonymous memory, heap and stacks", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Write: true}}},
+	{"private mappings of files, with the pages that were written", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Inode: 9, Path: "/lib/x"}}},
+	{"shared mappings of files", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Shared: true, Inode: 9, Path: "/x"}}},
+	{"shared anonymous memory", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Shared: true, Inode: 9, Path: "/dev/zero", Deleted: true}}},
+	{"memfds", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Shared: true, Inode: 9, Path: "/memfd:x", Deleted: true}}},
+	{"[vdso] and [vvar]", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Path: "[vdso]"}}},
+	{"System V shared memory", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Shared: true, Inode: 9, Path: "/SYSV00000000", Deleted: true}}},
+	{"shared anonymous huge pages", procfs.SmapsEntry{Mapping: procfs.Mapping{Shared: true, Inode: 9, Path: "/anon_hugepage", Deleted: true}}},
+	{"rings of asynchronous I/O (io_setup)", procfs.SmapsEntry{Mapping: procfs.Mapping{Shared: true, Inode: 9, Path: "/[aio]", Deleted: true}}},
+	{"rings of io_uring", procfs.SmapsEntry{Mapping: procfs.Mapping{Shared: true, Inode: 9, Path: "anon_inode:[io_uring]"}}},
+	{"rings of packet sockets", procfs.SmapsEntry{Mapping: procfs.Mapping{Shared: true, Inode: 9, Path: "socket:[1]"}}},
+	{"locked memory (mlock)", flagged("lo")},
+	{"advice such as MADV_DONTFORK and MADV_HUGEPAGE", flagged("dc")},
+	{"guard regions (MADV_GUARD_INSTALL)", flagged("gu")},
+	{"sealed mappings (mseal)", flagged("sl")},
+}
+
+func flagged(flag string) procfs.SmapsEntry {
+	return procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Write: true}, VmFlags: []string{"rd", "wr", flag}, ProtKey: 1}
+}
+
+// Support lists kinds of memory and whether Classify takes them.
+func Support() []plan.Support {
+	var out, refused []plan.Support
+	for _, s := range specimens {
+		if _, reason := Classify(&s.m); reason != "" {
+			refused = append(refused, plan.Support{Kind: s.kind, Refused: true, Note: "refused as " + reason})
+		} else {
+			out = append(out, plan.Support{Kind: s.kind})
+		}
+	}
+	seen := map[string]bool{}
+	for _, f := range slices.Sorted(maps.Keys(refusedFlags)) {
+		m := flagged(f)
+		if _, reason := Classify(&m); reason != "" && !seen[reason] {
+			seen[reason] = true
+			refused = append(refused, plan.Support{Kind: reason, Refused: true})
+		}
+	}
+	return append(out, refused...)
+}
