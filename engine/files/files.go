@@ -72,7 +72,7 @@ var kinds []*kind
 
 func init() {
 	kinds = []*kind{
-		kindEventfd, kindTimerfd, kindSignalfd, kindEventpoll,
+		kindEventfd, kindTimerfd, kindSignalfd, kindEventpoll, kindPidfd,
 		kindMemfd,
 		kindPipe, kindFifo,
 		kindUnix, kindInet,

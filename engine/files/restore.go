@@ -27,6 +27,9 @@ type RestoreOptions struct {
 	Inherit map[string]Inherit
 	// FileLocks sets file locks again; without it images with locks are refused.
 	FileLocks bool
+	// Pid gives the pid or tid, as this process sees it, of a task by the one that
+	// it has in the images; nil means that they are the same.
+	Pid func(int) (int, bool)
 	// Open opens a path as the tree sees it, with open(2)'s flags; nil opens it as
 	// this process sees it. It must not change the flags.
 	Open func(path string, flags int, mode uint32) (*os.File, error)
@@ -172,6 +175,8 @@ func entryParts(e *fdinfo.FileEntry) (id uint32, owner *fown.FownEntry, flags ui
 		c, ok = e.GetSgfd(), e.Sgfd != nil
 	case fdinfo.FdTypes_TIMERFD:
 		c, ok = e.GetTfd(), e.Tfd != nil
+	case fdinfo.FdTypes_PIDFD:
+		c, ok = e.GetPidfd(), e.Pidfd != nil
 	case fdinfo.FdTypes_UNIXSK:
 		c, ok = e.GetUsk(), e.Usk != nil
 	case fdinfo.FdTypes_INETSK:

@@ -19,8 +19,6 @@ var refusedLinks = []struct{ prefix, what, hint string }{
 	{"anon_inode:btf", "BPF objects are not carried", "detach them"},
 	{"anon_inode:kvm", "virtual machines are not carried", "migrate the guest with its hypervisor"},
 	{"anon_inode:seccomp", "seccomp listeners are not carried", "let the program close it"},
-	{"anon_inode:[pidfd]", "pidfds are not carried in this version", "let the program close it"},
-	{"pidfd:", "pidfds are not carried in this version", "let the program close it"},
 	{"anon_inode:[landlock", "landlock rule sets are not carried", "let the program close it"},
 	{"mnt:[", "namespace files are not carried", "let the program close it"},
 	{"net:[", "namespace files are not carried", "let the program close it"},

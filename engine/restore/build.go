@@ -155,6 +155,7 @@ func (t *Tree) sow() (err error) {
 
 func (t *Tree) openFiles(set *image.Set) (err error) {
 	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, Inherit: t.o.Inherit, FileLocks: t.o.FileLocks}
+	fo.Pid = t.hostPid
 	if t.o.NewPidNamespace {
 		fo.Open = t.openInside
 	}
@@ -170,6 +171,18 @@ func (t *Tree) openFiles(set *image.Set) (err error) {
 		}
 	}
 	return t.openSegments()
+}
+
+// hostPid gives the tid on this host of a task of the tree.
+func (t *Tree) hostPid(vtid int) (int, bool) {
+	for _, p := range t.model.procs {
+		for _, th := range p.threads {
+			if th.vtid == vtid && th.remote != nil {
+				return th.remote.Tid, true
+			}
+		}
+	}
+	return 0, false
 }
 
 // openInside opens a path in the mount namespace of the stub.

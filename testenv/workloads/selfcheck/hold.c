@@ -28,7 +28,7 @@ void run_hold(void) {
 	if (strcmp(k, "inotify") == 0) fd = inotify_init1(0);
 	else if (strcmp(k, "netlink") == 0) fd = socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE);
 	else if (strcmp(k, "packet") == 0) fd = socket(AF_PACKET, SOCK_RAW, htons(ETH_P_ALL));
-	else if (strcmp(k, "pidfd") == 0) fd = syscall(SYS_pidfd_open, getpid(), 0);
+	else if (strcmp(k, "pidfd") == 0) fd = syscall(SYS_pidfd_open, 1, 0);
 	else if (strcmp(k, "pty") == 0) fd = posix_openpt(O_RDWR | O_NOCTTY);
 	else if (strcmp(k, "namespace") == 0) fd = open("/proc/self/ns/net", O_RDONLY);
 	else if (strcmp(k, "tcp") == 0) fd = hold_tcp();
