@@ -73,7 +73,7 @@ func (s *inetState) connected() bool {
 // port is the address that must be free on the destination. A connection needs
 // only that nobody has the same one.
 func (s *inetState) port(o *object) (plan.Port, bool) {
-	if s.e == nil || s.e.GetSrcPort() == 0 || s.connected() {
+	if s.e == nil || s.e.GetSrcPort() == 0 || s.connected() || tcpEnded(s.e) {
 		return plan.Port{}, false
 	}
 	network := "tcp"
@@ -188,7 +188,9 @@ func (d *Dumper) dumpTCP(o *object, fd int, e *sk_inet.InetSkEntry) error {
 		// A connection that is over is CLOSE, too, but its readers get end of file.
 		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN | unix.POLLRDHUP}}
 		if _, err := unix.Poll(p, 0); err == nil && p[0].Revents&(unix.POLLIN|unix.POLLRDHUP|unix.POLLERR) != 0 {
-			d.refuse(o, "the TCP connection has ended, but the program has not closed it yet", "retry when it has")
+			if err := d.dumpEnded(o, fd, e, p[0].Revents); err != nil {
+				return err
+			}
 		}
 	}
 	e.TcpOpts = &tcp_stream.TcpOptsEntry{}
@@ -449,7 +451,12 @@ func openInet(r *Restorer, x *description) error {
 			return err
 		}
 	}
-	if e.GetSrcPort() != 0 || anySet(e.GetSrcAddr()) {
+	if tcpEnded(e) {
+		// The call says that it is not connected, and does it all the same.
+		if err := unix.Shutdown(fd, unix.SHUT_RDWR); err != nil && !errors.Is(err, unix.ENOTCONN) {
+			return os.NewSyscallError("shutdown", err)
+		}
+	} else if e.GetSrcPort() != 0 || anySet(e.GetSrcAddr()) {
 		sa, err := sockaddr(e.GetFamily(), e.GetSrcAddr(), e.GetSrcPort(), e.GetIfname())
 		if err != nil {
 			return err

@@ -133,6 +133,27 @@ func (d *Dumper) dumpConnection(o *object, fd int, e *sk_inet.InetSkEntry, state
 	return nil
 }
 
+// dumpEnded looks at a socket whose connection is over; events are poll(2)'s. One
+// of which the program has everything but the end of the stream is carried: its
+// address, which nothing uses any more, is free on the destination.
+func (d *Dumper) dumpEnded(o *object, fd int, e *sk_inet.InetSkEntry, events int16) error {
+	n, err := unix.IoctlGetInt(fd, unix.TIOCINQ)
+	if err != nil {
+		return os.NewSyscallError("ioctl TIOCINQ", err)
+	}
+	if e.GetProto() != unix.IPPROTO_TCP || events&unix.POLLERR != 0 || n > 0 {
+		d.refuse(o, "the TCP connection has ended, but the program has not closed it yet", "retry when it has")
+		return nil
+	}
+	e.Shutdown = sk_opts.SkShutdown_BOTH.Enum()
+	return nil
+}
+
+// tcpEnded says whether an entry is of a socket whose connection is over.
+func tcpEnded(e *sk_inet.InetSkEntry) bool {
+	return e.GetType() == unix.SOCK_STREAM && e.GetState() == stateClose && e.GetShutdown() == sk_opts.SkShutdown_BOTH
+}
+
 // finishInets pairs the ends of connections and reads their streams.
 func finishInets(d *Dumper, os []*object) error {
 	ends := map[tcpPair]*object{}

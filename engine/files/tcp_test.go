@@ -200,6 +200,52 @@ func TestTCPConnections(t *testing.T) {
 	}
 }
 
+func init() {
+	scenes["tcp ended"] = func(string) fds {
+		l := must1(unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0))
+		must(unix.Bind(l, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
+		must(unix.Listen(l, 5))
+		c := must1(unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0))
+		must(unix.Connect(c, must1(unix.Getsockname(l))))
+		s, _, _ := accept(l)
+		must(unix.Close(s))
+		must(unix.Shutdown(c, unix.SHUT_WR))
+		// With bytes that the program has not received.
+		u := must1(unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0))
+		must(unix.Connect(u, must1(unix.Getsockname(l))))
+		s, _, _ = accept(l)
+		must1(unix.Write(s, []byte("unread")))
+		must(unix.Close(s))
+		must(unix.Shutdown(u, unix.SHUT_WR))
+		must(unix.Close(l))
+		return fds{"ended": c, "unread": u}
+	}
+}
+
+// A connection that is over needs no other end; without the option, too.
+func TestTCPEnded(t *testing.T) {
+	c := start(t, "tcp ended")
+	d := dumpAll(t, Options{}, c)
+	if len(d.problems) != 1 || d.problems[0].FD != c.fds["unread"] {
+		t.Fatalf("refused: %v, want only fd %d", d.problems, c.fds["unread"])
+	}
+	_, _, ports, _ := d.d.Plan()
+	if len(ports) != 0 {
+		t.Errorf("the destination is asked for %v", ports)
+	}
+	c.kill()
+	fd := restore(t, d, RestoreOptions{}).fd(c, "ended")
+	if got, want := events(t, fd), int16(unix.POLLIN|unix.POLLOUT|unix.POLLHUP|unix.POLLRDHUP); got != want {
+		t.Errorf("poll says %x, want %x", got, want)
+	}
+	if n, err := unix.Read(fd, make([]byte, 1)); n != 0 || err != nil {
+		t.Errorf("read gives %d, %v, want end of file", n, err)
+	}
+	if err := unix.Sendto(fd, []byte("x"), unix.MSG_NOSIGNAL, nil); err != unix.EPIPE {
+		t.Errorf("send gives %v, want %v", err, unix.EPIPE)
+	}
+}
+
 // streamOf gives the stream of the end whose addresses are names.
 func (d *dumped) streamOf(t *testing.T, names [2]string) (*tcp_stream.TcpStreamEntry, []byte) {
 	t.Helper()
