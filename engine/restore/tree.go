@@ -119,7 +119,8 @@ func (t *Tree) child(p, c *process) error {
 // the session and ends.
 func (t *Tree) stepchild(p, c *process) error {
 	for _, s := range p.children {
-		if s.remote() != nil && !s.zombie && s.curSid == c.sid {
+		// One that is to be a zombie has not exited yet.
+		if s.remote() != nil && s.curSid == c.sid {
 			return t.sibling(s.remote(), c)
 		}
 	}
@@ -186,6 +187,7 @@ func (t *Tree) groups() error {
 		outside = root.pgid
 	}
 	members := map[int][]*process{}
+	there := map[int]bool{} // groups that exist without their leader
 	var order []int
 	for _, p := range t.model.procs {
 		if p.remote() == nil {
@@ -198,6 +200,9 @@ func (t *Tree) groups() error {
 				return fmt.Errorf("%s: %w", p, err)
 			}
 		case p.pgid == outside && p.curSid == root.curSid:
+		case t.model.byPid[p.pgid] == nil && inGroup(p):
+			// Begun by a helper together with the session.
+			there[p.pgid] = true
 		default:
 			if members[p.pgid] == nil {
 				order = append(order, p.pgid)
@@ -208,7 +213,7 @@ func (t *Tree) groups() error {
 	for _, pgid := range order {
 		first := members[pgid][0]
 		var h *ptrace.Remote
-		if t.model.byPid[pgid] == nil {
+		if t.model.byPid[pgid] == nil && !there[pgid] {
 			var err error
 			if h, err = t.clone(first.remote(), 0, uint64(unix.SIGCHLD), pgid); err != nil {
 				return fmt.Errorf("begin process group %d of %s: %w", pgid, first, err)
@@ -229,6 +234,13 @@ func (t *Tree) groups() error {
 		}
 	}
 	return nil
+}
+
+// inGroup tells whether a process is in its group already, by the numbers of
+// its own pid namespace.
+func inGroup(p *process) bool {
+	st, err := procfs.ReadStatus(p.remote().Tid)
+	return err == nil && len(st.NSpgid) > 0 && st.NSpgid[len(st.NSpgid)-1] == p.pgid
 }
 
 // zombies makes the processes that have exited exit again.
