@@ -175,7 +175,7 @@ func (d *Dumper) dumpTCP(o *object, fd int, e *sk_inet.InetSkEntry) error {
 			// (net/ipv4/tcp.c tcp_get_info).
 			e.Backlog = proto.Uint32(info.Sacked)
 			if info.Unacked > 0 {
-				d.refuse(o, fmt.Sprintf("%d connections wait to be accepted", info.Unacked), "established TCP connections are not carried in this version: retry when the program has accepted and ended them")
+				d.refuse(o, fmt.Sprintf("%d connections wait to be accepted", info.Unacked), "retry when the program has accepted them")
 			}
 		}
 	case info != nil && d.opts.TCPEstablished && e.GetProto() == unix.IPPROTO_TCP && hasPeer(uint32(info.State)):
@@ -183,7 +183,7 @@ func (d *Dumper) dumpTCP(o *object, fd int, e *sk_inet.InetSkEntry) error {
 			return err
 		}
 	case info != nil && info.State != stateClose:
-		d.refuse(o, fmt.Sprintf("the TCP connection is in state %s", tcpState(info.State)), "established TCP connections are not carried in this version: let the program or its peer end it first")
+		d.refuse(o, fmt.Sprintf("the TCP connection is in state %s", tcpState(info.State)), "let the program or its peer end it first; dump and restore carry connections within the tree with --tcp-established")
 	default:
 		// A connection that is over is CLOSE, too, but its readers get end of file.
 		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN | unix.POLLRDHUP}}
@@ -243,10 +243,24 @@ func (d *Dumper) dumpUDP(o *object, fd int, e *sk_inet.InetSkEntry) error {
 		}
 		e.State = proto.Uint32(stateEstablished)
 	}
-	if !d.dry() {
-		if n, err := unix.IoctlGetInt(fd, unix.TIOCINQ); err == nil && n > 0 {
-			d.log.Warn("datagrams that were not yet received do not travel", "socket", o.link)
-		}
+	corked, _, err := getOpt(fd, int(e.GetProto()), unix.UDP_CORK)
+	if err != nil {
+		return err
+	}
+	if corked != 0 {
+		d.refuse(o, "it is corked (UDP_CORK), and what it holds back cannot be read", "let the program uncork it")
+	}
+	if d.dry() {
+		return nil // a server that runs takes what comes
+	}
+	// Nobody could put a datagram back with the address of its sender. One
+	// without content counts, too, which SIOCINQ does not tell.
+	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN | unix.POLLRDHUP}}
+	if _, err := unix.Poll(p, 0); err != nil {
+		return os.NewSyscallError("poll", err)
+	}
+	if p[0].Revents&(unix.POLLIN|unix.POLLRDHUP) == unix.POLLIN {
+		d.refuse(o, "datagrams wait to be received", "retry when the program has received them")
 	}
 	return nil
 }

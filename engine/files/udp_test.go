@@ -1,0 +1,39 @@
+package files
+
+import (
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func init() {
+	scenes["udp-refused"] = func(string) fds {
+		out := fds{}
+		udp := func(name string) int {
+			fd := must1(unix.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0))
+			out[name] = fd
+			must(unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
+			return fd
+		}
+		a, b, c := udp("empty datagram"), udp("idle"), udp("corked")
+		must(unix.Sendto(b, nil, 0, must1(unix.Getsockname(a))))
+		must(unix.SetsockoptInt(c, unix.IPPROTO_UDP, unix.UDP_CORK, 1))
+		return out
+	}
+}
+
+// Datagrams that a dump would lose stand in its way.
+func TestUDPRefused(t *testing.T) {
+	c := start(t, "udp-refused")
+	d := dumpAll(t, Options{}, c)
+	wantProblem(t, d.problems, "datagrams wait to be received")
+	wantProblem(t, d.problems, "UDP_CORK")
+	for _, p := range d.problems {
+		if p.FD == c.fds["idle"] {
+			t.Errorf("an idle socket is refused: %s", p)
+		}
+	}
+	if len(d.problems) != 2 {
+		t.Errorf("%d problems, want 2", len(d.problems))
+	}
+}
