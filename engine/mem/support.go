@@ -20,6 +20,7 @@ var specimens = []struct {
 	{"memfds", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Shared: true, Inode: 9, Path: "/memfd:x", Deleted: true}}},
 	{"[vdso] and [vvar]", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Path: "[vdso]"}}},
 	{"System V shared memory", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Shared: true, Inode: 9, Path: "/SYSV00000000", Deleted: true}}},
+	{"private anonymous huge pages (MAP_HUGETLB)", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Write: true, Inode: 9, Path: "/anon_hugepage", Deleted: true}, KernelPageSize: 2 << 20, VmFlags: []string{"ht"}}},
 	{"shared anonymous huge pages", procfs.SmapsEntry{Mapping: procfs.Mapping{Shared: true, Inode: 9, Path: "/anon_hugepage", Deleted: true}}},
 	{"rings of asynchronous I/O (io_setup)", procfs.SmapsEntry{Mapping: procfs.Mapping{Shared: true, Inode: 9, Path: "/[aio]", Deleted: true}}},
 	{"rings of io_uring", procfs.SmapsEntry{Mapping: procfs.Mapping{Shared: true, Inode: 9, Path: "anon_inode:[io_uring]"}}},

@@ -5,6 +5,7 @@ package mem
 
 import (
 	"fmt"
+	"math/bits"
 	"os"
 	"slices"
 	"strings"
@@ -135,7 +136,7 @@ func Classify(m *procfs.SmapsEntry) (v *VMA, reason string) {
 	}
 	for _, f := range m.VmFlags {
 		if why, ok := refusedFlags[f]; ok {
-			if f == "mp" && !hasPkey(m) {
+			if f == "mp" && !hasPkey(m) || f == "ht" && anonHuge(m) {
 				continue
 			}
 			return v, why
@@ -164,8 +165,23 @@ func Classify(m *procfs.SmapsEntry) (v *VMA, reason string) {
 	} else {
 		v.Flags |= unix.MAP_PRIVATE
 	}
+	if anonHuge(m) {
+		v.Flags |= unix.MAP_ANONYMOUS | unix.MAP_HUGETLB | bits.TrailingZeros64(m.KernelPageSize)<<unix.MAP_HUGE_SHIFT
+		v.Status |= AnonPrivate
+		v.Offset = 0
+		return v, ""
+	}
 	return v, v.object(m.Shared)
 }
+
+// anonHuge tells whether a mapping is private anonymous memory of huge pages
+// (MAP_HUGETLB), which shows the file that the kernel makes for it.
+func anonHuge(m *procfs.SmapsEntry) bool {
+	return m.Has("ht") && !m.Shared && m.Deleted && m.Path == "/anon_hugepage" && m.KernelPageSize > arch.PageSize
+}
+
+// HugeFlags are the flags of mmap that say which huge pages it makes.
+const HugeFlags = unix.MAP_HUGETLB | unix.MAP_HUGE_MASK<<unix.MAP_HUGE_SHIFT
 
 func hasPkey(m *procfs.SmapsEntry) bool { return m.ProtKey != 0 }
 

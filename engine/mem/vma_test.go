@@ -17,6 +17,7 @@ func TestClassify(t *testing.T) {
 		name    string
 		m       procfs.Mapping
 		flags   []string
+		size    uint64 // of a page
 		want    *VMA
 		refused bool
 	}{
@@ -40,7 +41,10 @@ func TestClassify(t *testing.T) {
 			want: &VMA{Prot: 1, Flags: private | unix.MAP_ANONYMOUS, Status: Regular | AnonPrivate | Vvar}},
 		{name: "vsyscall", m: procfs.Mapping{Exec: true, Path: "[vsyscall]"}},
 		{name: "device", m: procfs.Mapping{Shared: true, Inode: 3, Path: "/dev/dri/card0"}, flags: []string{"io", "pf"}, refused: true},
-		{name: "huge pages", m: procfs.Mapping{Path: "/anon_hugepage", Deleted: true, Inode: 4}, flags: []string{"ht"}, refused: true},
+		{name: "huge pages", m: procfs.Mapping{Path: "/anon_hugepage", Deleted: true, Inode: 4}, flags: []string{"ht"}, size: 2 << 20,
+			want: &VMA{Flags: private | unix.MAP_ANONYMOUS | unix.MAP_HUGETLB | 21<<unix.MAP_HUGE_SHIFT, Status: Regular | AnonPrivate}},
+		{name: "shared huge pages", m: procfs.Mapping{Shared: true, Path: "/anon_hugepage", Deleted: true, Inode: 4}, flags: []string{"ht"}, size: 2 << 20, refused: true},
+		{name: "file of huge pages", m: procfs.Mapping{Path: "/huge/x", Inode: 4}, flags: []string{"ht"}, size: 2 << 20, refused: true},
 		{name: "System V", m: procfs.Mapping{Shared: true, Path: "/SYSV00000000", Deleted: true, Inode: 4}, flags: []string{"mw"},
 			want: &VMA{Flags: shared | unix.MAP_ANONYMOUS, Status: Regular | AnonShared | Sysvipc, OpenFlags: unix.O_RDWR}},
 		{name: "System V, number 0", m: procfs.Mapping{Shared: true, Path: "/SYSV00000000", Deleted: true},
@@ -55,7 +59,7 @@ func TestClassify(t *testing.T) {
 			want: &VMA{Prot: 1, Flags: private | unix.MAP_ANONYMOUS, Status: Regular | AnonPrivate, Sealed: true}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			got, why := Classify(&procfs.SmapsEntry{Mapping: c.m, VmFlags: c.flags})
+			got, why := Classify(&procfs.SmapsEntry{Mapping: c.m, VmFlags: c.flags, KernelPageSize: c.size})
 			if (why != "") != c.refused {
 				t.Fatalf("refused with %q, want refusal %v", why, c.refused)
 			}

@@ -383,9 +383,13 @@ func (t *Tree) mapAll(p *process) error {
 			if f := use[i]; f != nil {
 				fd, off = uint64(nums[index[f]]), v.Offset
 			} else {
-				flags |= unix.MAP_ANONYMOUS
+				flags |= unix.MAP_ANONYMOUS | v.Flags&mem.HugeFlags
 			}
-			calls = append(calls, ptrace.NewCall("make "+v.String(), unix.SYS_MMAP, ptrace.Int(v.Start), ptrace.Int(v.Len()),
+			what := "make " + v.String()
+			if flags&unix.MAP_HUGETLB != 0 {
+				what += " of huge pages (reserve some with vm.nr_hugepages)"
+			}
+			calls = append(calls, ptrace.NewCall(what, unix.SYS_MMAP, ptrace.Int(v.Start), ptrace.Int(v.Len()),
 				ptrace.Int(v.Prot), ptrace.Int(flags), ptrace.Int(fd), ptrace.Int(off)))
 		}
 		calls = append(calls, advise(v)...)

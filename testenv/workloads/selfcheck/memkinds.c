@@ -326,3 +326,45 @@ void run_manyvmas(void) {
 	loop(manyvmas_check);
 	manyvmas_check();
 }
+
+// ---- hugetlb: private anonymous memory of huge pages, with a hole, read-only in
+// part, and a reservation that was never touched. It reserves the pages itself.
+
+enum { HUGE = 2 << 20 };
+static unsigned char *huge[2];
+static const char *const NR_HUGE = "/proc/sys/vm/nr_hugepages";
+
+static long nr_huge(long set) {
+	long n = 0;
+	FILE *f = fopen(NR_HUGE, set < 0 ? "re" : "we");
+	CHECK(f, "open %s: %s", NR_HUGE, strerror(errno));
+	if (set >= 0) fprintf(f, "%ld", set);
+	else CHECK(fscanf(f, "%ld", &n) == 1, "read %s", NR_HUGE);
+	CHECK(fclose(f) == 0, "this test needs 6 huge pages more: write %s: %s", NR_HUGE, strerror(errno));
+	return n;
+}
+
+static void hugetlb_check(void) {
+	static int turn;
+	size_t from = (size_t)turn++ % 8 * (HUGE / 8);
+	same("huge page", huge[0], from, from + HUGE / 8, 50);
+	same("read-only huge page", huge[0], 2 * (size_t)HUGE + from, 2 * (size_t)HUGE + from + HUGE / 8, 50);
+	for (int i = 0; i < 2; i++) CHECK(has_flag(huge[i], "ht"), "mapping %d has no huge pages any more", i);
+	huge[0][0]++;
+	huge[0][0]--;
+}
+
+void run_hugetlb(void) {
+	long had = nr_huge(-1);
+	nr_huge(had + 6);
+	CHECK(nr_huge(-1) == had + 6, "this test needs 6 huge pages more; the machine gives %ld", nr_huge(-1) - had);
+	for (int i = 0; i < 2; i++) huge[i] = SYS(mmap(NULL, 3 * (size_t)HUGE, RW, PA | MAP_HUGETLB, -1, 0));
+	put(huge[0], HUGE, 50);
+	for (size_t i = 2 * (size_t)HUGE; i < 3 * (size_t)HUGE; i++) huge[0][i] = pattern(50, i);
+	SYS(mprotect(huge[0] + 2 * (size_t)HUGE, HUGE, PROT_READ));
+	loop(hugetlb_check);
+	for (size_t i = 0; i < HUGE; i++) CHECK(huge[0][HUGE + i] == 0, "hole between huge pages: byte %zu", i);
+	for (size_t i = 0; i < 3 * (size_t)HUGE; i++) CHECK(huge[1][i] == 0, "untouched huge pages: byte %zu", i);
+	for (int i = 0; i < 2; i++) SYS(munmap(huge[i], 3 * (size_t)HUGE));
+	nr_huge(had);
+}

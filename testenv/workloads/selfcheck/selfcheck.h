@@ -63,7 +63,7 @@ unsigned char pattern(uint64_t seed, uint64_t i);
 
 #define COMMANDS(X) \
 	X(counter) X(threads) X(tls) X(xsave) X(rseq) X(robust) X(join) \
-	X(vma) X(stack) X(mem) X(guards) X(sealed) X(sysvshm) X(devzero) X(pasteof) X(locked) X(manyvmas) X(signals) X(timers) X(creds) X(sessions) X(zombies) X(tree) X(forker) \
+	X(vma) X(stack) X(mem) X(guards) X(sealed) X(sysvshm) X(devzero) X(pasteof) X(locked) X(manyvmas) X(hugetlb) X(signals) X(timers) X(creds) X(sessions) X(zombies) X(tree) X(forker) \
 	X(files) X(chr) X(pipe) X(fifo) X(eventfd) X(timerfd) X(signalfd) X(epoll) X(deleted) X(memfd) X(external) \
 	X(unix) X(inet) X(tcpconn) X(syscalls) X(accept) X(locks) X(pidfd) X(stopped) X(seccomp) X(family) X(crowd) X(hold)
 #define X(name) void run_##name(void);
