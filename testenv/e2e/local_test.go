@@ -87,6 +87,25 @@ func TestObjects(t *testing.T) {
 		dumpRestore(ctx, t, r, 3)
 		stop(ctx, t, r)
 	})
+	// TCP connections are carried only if that is asked for, at both ends; those of
+	// a tree that runs on lose nothing by a dump.
+	t.Run("tcpconn left running", func(t *testing.T) {
+		ctx := deadline(t, time.Minute)
+		r := selfcheck(ctx, t, h, newDir(t), "tcpconn")
+		img := newDir(t)
+		if o := agentCmd(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", img); o.code != 1 || !strings.Contains(o.stderr, "with --tcp-established") {
+			t.Errorf("dump without --tcp-established: exit code %d, %q", o.code, o.stderr)
+		}
+		for range 3 {
+			img = newDir(t)
+			mustAgent(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", img, "-R", "--tcp-established")
+			goes(ctx, t, r, 10)
+		}
+		stop(ctx, t, r)
+		if o := agentCmd(ctx, t, h, nil, "restore", "-D", img, "-d"); o.code != 1 || !strings.Contains(o.stderr, "restore with --tcp-established") {
+			t.Errorf("restore without --tcp-established: exit code %d, %q", o.code, o.stderr)
+		}
+	})
 	// Locks are carried only if that is asked for, at both ends, and never taken
 	// from somebody else.
 	t.Run("locks refused", func(t *testing.T) {
