@@ -79,6 +79,7 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 	if err != nil {
 		return nil, err
 	}
+	m.outliveAgent(log)
 	t := &Tree{log: log, o: o, model: m, tracer: ptrace.NewTracer(), shmems: map[uint32]*os.File{}}
 	defer func() {
 		if err != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 
+	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
 
 	"godwit/engine/procfs"
@@ -234,6 +235,19 @@ func (t *Tree) groups() error {
 		}
 	}
 	return nil
+}
+
+// outliveAgent takes the signal at the death of its parent from the root: that
+// parent is not part of the tree, and the one that it gets, this process, ends
+// or loses the thread that made it at once (prctl(2), PR_SET_PDEATHSIG).
+func (m *model) outliveAgent(log hclog.Logger) {
+	for _, th := range m.procs[0].threads {
+		if sig := th.core.GetThreadCore().GetPdeathSig(); sig != 0 {
+			log.Warn("the root's signal at the death of its parent is not set again: the parent is another one",
+				"pid", m.procs[0].vpid, "tid", th.vtid, "signal", unix.SignalName(unix.Signal(sig)))
+			th.core.ThreadCore.PdeathSig = nil
+		}
+	}
 }
 
 // inGroup tells whether a process is in its group already, by the numbers of

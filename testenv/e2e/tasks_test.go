@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"godwit/testenv/hosts"
+	"godwit/testenv/workloads"
 )
 
 // taskState is the letter of a process's state in /proc.
@@ -98,5 +99,40 @@ func TestSeccompWithoutPrivileges(t *testing.T) {
 	mustAgent(ctx, t, h, nil, "dump", "-t", strconv.Itoa(r.Pid), "-D", newDir(t), "-R")
 	goes(ctx, t, r, 20)
 	dumpRestore(ctx, t, r, 3)
+	stop(ctx, t, r)
+}
+
+// TestRootOutlivesRestorer moves a program that wanted to die with its parent,
+// which is not the process that restores it.
+func TestRootOutlivesRestorer(t *testing.T) {
+	ctx := deadline(t, time.Minute)
+	h := newHosts(t, "alpha").Host("alpha")
+	prefix := filepath.Join(newDir(t), "counter")
+	// Its parent, a shell, goes on; the pid of the program is that of its child.
+	pid, err := h.Start(ctx, hosts.Spec{Args: []string{"sh", "-c",
+		`setpriv --pdeathsig USR2 "$0" counter "$1" & echo $! >"$1.pid"; while :; do sleep 1; done`, programs.Selfcheck, prefix}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = h.Kill(pid, unix.SIGKILL) }()
+	r := &workloads.Run{Host: h, Prefix: prefix}
+	for {
+		b, _ := os.ReadFile(prefix + ".pid")
+		if _, err := fmt.Sscan(string(b), &r.Pid); err == nil {
+			break
+		}
+		if ctx.Err() != nil {
+			t.Fatal(ctx.Err())
+		}
+		time.Sleep(time.Millisecond)
+	}
+	if err := r.WaitFile(ctx, "ready"); err != nil {
+		t.Fatal(err)
+	}
+	img := newDir(t)
+	// The shell reaps it some time after the dump killed it.
+	mustAgent(ctx, t, h, nil, "dump", "-t", strconv.Itoa(r.Pid), "-D", img)
+	restore(ctx, t, h, img, r.Pid, nil)
+	goes(ctx, t, r, 20)
 	stop(ctx, t, r)
 }
