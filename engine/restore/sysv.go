@@ -36,7 +36,7 @@ func (m *model) checkSegments(facts *image.Facts) error {
 			if s := m.segments[uint32(id)]; s != nil && id == uint64(s.ID) {
 				return s.Size, nil
 			}
-			return 0, fmt.Errorf("System V segment %d is not in the images", id)
+			return 0, fmt.Errorf("the images do not hold System V segment %d", id)
 		})
 		if err != nil {
 			return fmt.Errorf("images of %s: %w", p, err)
