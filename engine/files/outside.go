@@ -39,6 +39,7 @@ func (d *Dumper) scanOthers() *outsiders {
 		switch o.mode() & unix.S_IFMT {
 		case unix.S_IFIFO, unix.S_IFSOCK:
 			ours[o.link] = true
+			ours[socketLink(o)] = true // that of an internet socket tells of its address, too
 			if s, ok := o.state.(*unixState); ok && s.diag.peer != 0 {
 				ours[fmt.Sprintf("socket:[%d]", s.diag.peer)] = true
 			}
@@ -74,6 +75,9 @@ func (d *Dumper) scanOthers() *outsiders {
 	}
 	return out
 }
+
+// socketLink is the text of the /proc links to a socket.
+func socketLink(o *object) string { return fmt.Sprintf("socket:[%d]", o.stat.Ino) }
 
 // descends says whether pid is a descendant of the tree that was born since its
 // processes were listed, which happens while it runs.

@@ -173,6 +173,10 @@ func finishInets(d *Dumper, os []*object) error {
 				"only connections within the tree are carried in this version: let the program or its peer end it first, or include the peer in the tree")
 			continue
 		}
+		if x, ok := d.outside(socketLink(o)); ok {
+			d.refuse(o, fmt.Sprintf("the TCP connection is also held by pid %d (%s), fd %d, outside the tree", x.pid, x.comm, x.fd), "include that process in the tree, or let it close it")
+			continue
+		}
 		list = append(list, o)
 	}
 	if d.dry() || len(d.refusal.Problems) > 0 {

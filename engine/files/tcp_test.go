@@ -277,6 +277,27 @@ func TestTCPOutside(t *testing.T) {
 	}
 }
 
+// So is one that somebody outside has, too, who would lose it.
+func TestTCPShared(t *testing.T) {
+	c := start(t, "tcp pairs")
+	pidfd, err := unix.PidfdOpen(c.pid(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Close(pidfd) }()
+	fd, err := unix.PidfdGetfd(pidfd, c.fds["both c"], 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Close(fd) }()
+	d := dumpAll(t, Options{TCPEstablished: true}, c)
+	if len(d.problems) != 1 {
+		t.Errorf("refused: %v, want one", d.problems)
+	}
+	wantProblem(t, d.problems, "outside the tree")
+	wantProblem(t, d.problems, "the TCP connection is also held by pid")
+}
+
 // tcpEnds are the entries of a connection, with the streams of its two ends.
 func tcpEnds(state, inSeq, outSeq, peerIn, peerOut uint32, in, out []byte) *image.Set {
 	set := image.NewSet()
