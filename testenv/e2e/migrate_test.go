@@ -77,6 +77,10 @@ func TestMigrate(t *testing.T) {
 		{"deleted", func(p string) []string { return []string{programs.Selfcheck, "deleted", p} }},
 		{"pipe", func(p string) []string { return []string{programs.Selfcheck, "pipe", p} }},
 		{"inet", func(p string) []string { return []string{programs.Selfcheck, "inet", p} }},
+		{"tcpconn", func(p string) []string { return []string{programs.Selfcheck, "tcpconn", p} }},
+		{"guards", func(p string) []string { return []string{programs.Selfcheck, "guards", p} }},
+		{"sysvshm", func(p string) []string { return []string{programs.Selfcheck, "sysvshm", p} }},
+		{"seccomp", func(p string) []string { return []string{programs.Selfcheck, "seccomp", p} }},
 		{"pycheck", func(p string) []string { return []string{"/usr/bin/python3", programs.Pycheck, p, "32"} }},
 		{"gocheck", func(p string) []string { return []string{programs.Gocheck, p, "0.0.0.0:8080", "32"} }},
 	} {
