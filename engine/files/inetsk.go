@@ -253,14 +253,17 @@ func (d *Dumper) dumpUDP(o *object, fd int, e *sk_inet.InetSkEntry) error {
 	if d.dry() {
 		return nil // a server that runs takes what comes
 	}
-	// Nobody could put a datagram back with the address of its sender. One
+	// Nobody could put a datagram back with the address of its sender. A busy
+	// server always has some, and more get lost while it is frozen: UDP allows
+	// it and its clients expect it, so that it is no reason to refuse. One
 	// without content counts, too, which SIOCINQ does not tell.
 	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN | unix.POLLRDHUP}}
 	if _, err := unix.Poll(p, 0); err != nil {
 		return os.NewSyscallError("poll", err)
 	}
 	if p[0].Revents&(unix.POLLIN|unix.POLLRDHUP) == unix.POLLIN {
-		d.refuse(o, "datagrams wait to be received", "retry when the program has received them")
+		h := o.first()
+		d.log.Warn("datagrams that wait to be received do not travel, as UDP allows", "pid", h.proc.Pid, "fd", h.fd, "socket", o.link)
 	}
 	return nil
 }

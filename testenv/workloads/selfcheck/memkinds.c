@@ -156,13 +156,13 @@ static void sysvshm_check(void) {
 	segs[KEYED].p[5] = c;
 	CHECK(segs[KEYED].again[5] == c, "two attachments of one segment differ");
 	CHECK(segs[PRIVATE].p[1] == 0 || segs[PRIVATE].p[1] == segs[PRIVATE].p[0], "the child answers %d to %d", segs[PRIVATE].p[1], segs[PRIVATE].p[0]);
-	if (segs[PRIVATE].p[1]) {
+	bool answered = segs[PRIVATE].p[1] != 0;
+	if (answered) {
 		segs[PRIVATE].p[1] = 0;
 		segs[PRIVATE].p[0] = 1 + turn % 250;
 	}
 	static unsigned since;
-	if (!segs[PRIVATE].p[1]) since++;
-	else since = 0;
+	since = answered ? 0 : since + 1;
 	CHECK(since < 500, "the child does not answer through its segment");
 	expect_alive(sysv_child);
 	// What was attached later goes on being detached and attached.
