@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -452,6 +453,11 @@ func TestMigrateDisturbed(t *testing.T) {
 			ok := false
 			for _, c := range tc.codes {
 				ok = ok || c == code
+			}
+			// A bus that goes away during preflight loses its requests: the
+			// migration fails before anything is touched.
+			if slices.Contains(tc.codes, 0) && code == 1 && !strings.Contains(m.stdout.String(), `"freezing"`) {
+				ok = true
 			}
 			if !ok {
 				t.Errorf("exit code %d, want one of %v: %s%s", code, tc.codes, m.stdout.String(), m.stderr.String())
