@@ -292,7 +292,7 @@ func (f *Fleet) Migrate(ctx context.Context, source string, pid int, destination
 	return &m, r, nil
 }
 
-// History is what godwit knows about all migrations, the newest first.
+// History is what godwit knows about all migrations, the oldest first.
 func (f *Fleet) History(ctx context.Context) ([]Migration, error) {
 	r, err := f.Run(ctx, "history", "--output", "json")
 	if err != nil {
