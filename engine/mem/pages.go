@@ -159,9 +159,6 @@ func (r *Reader) scanPagemap(start, end uint64) (n int, next uint64, err error) 
 		}
 		at += uint64(got) / 8 * arch.PageSize
 	}
-	if n == len(r.vec) {
-		return n, end, nil
-	}
 	return n, end, nil
 }
 
