@@ -51,6 +51,23 @@ func decodeImages(t *testing.T, dir string) {
 	}
 }
 
+// object is what a command of selfcheck needs besides dump and restore.
+type object struct {
+	options   []string // of dump and restore
+	args      []string // of the command
+	elsewhere bool     // it has tests of its own
+}
+
+// objects has the commands of selfcheck that need anything.
+var objects = map[string]object{
+	"external": {elsewhere: true},
+	"forker":   {elsewhere: true},
+	"hold":     {elsewhere: true},
+	"locks":    {options: []string{"--file-locks"}},
+	"mem":      {elsewhere: true},
+	"tcpconn":  {options: []string{"--tcp-established"}},
+}
+
 // TestObjects dumps and restores a program for each kind of object that a
 // process can hold; it notices itself what comes back different.
 func TestObjects(t *testing.T) {
@@ -61,22 +78,14 @@ func TestObjects(t *testing.T) {
 	}
 	h := newHosts(t, "alpha").Host("alpha")
 	for _, c := range cmds {
-		var args, options []string
-		rounds := 3
-		switch c {
-		case "external", "hold", "mem", "forker":
-			continue // tests of their own
-		case "tcpconn":
-			options = []string{"--tcp-established"}
-		case "threads", "tree":
-			rounds = 10
-		case "locks":
-			options = []string{"--file-locks"}
+		o := objects[c]
+		if o.elsewhere {
+			continue
 		}
 		t.Run(c, func(t *testing.T) {
-			ctx := deadline(t, time.Minute)
-			r := selfcheck(ctx, t, h, newDir(t), c, args...)
-			dumpRestore(ctx, t, r, rounds, options...)
+			ctx := deadline(t, 2*time.Minute)
+			r := selfcheck(ctx, t, h, newDir(t), c, o.args...)
+			dumpRestore(ctx, t, r, 10, o.options...)
 			goes(ctx, t, r, 20)
 			stop(ctx, t, r)
 		})

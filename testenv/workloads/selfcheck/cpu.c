@@ -40,7 +40,7 @@ static void threads_check(void) {
 	pthread_mutex_unlock(&mutex);
 }
 
-void run_threads(void) {
+COMMAND(threads) {
 	pthread_t t[NTHREADS];
 	for (int i = 0; i < NTHREADS; i++) t[i] = spawn(count_thread, &parts[i]);
 	loop(threads_check);
@@ -73,7 +73,7 @@ static void *tls_thread(void *arg) {
 	return NULL;
 }
 
-void run_tls(void) {
+COMMAND(tls) {
 	pthread_t t[6];
 	for (uintptr_t i = 0; i < 6; i++) t[i] = spawn(tls_thread, (void *)(i + 1));
 	loop(NULL);
@@ -182,7 +182,7 @@ static void *xsave_thread(void *arg) {
 	return NULL;
 }
 
-void run_xsave(void) {
+COMMAND(xsave) {
 	__builtin_cpu_init();
 	has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
 	has_avx = __builtin_cpu_supports("avx");
@@ -252,7 +252,7 @@ static void rseq_check(void) {
 	SYS(sched_setaffinity(0, sizeof all, &all));
 }
 
-void run_rseq(void) {
+COMMAND(rseq) {
 	CHECK(__rseq_size > 0, "glibc did not register rseq");
 	pthread_t t[4];
 	for (int i = 0; i < 4; i++) t[i] = spawn(rseq_thread, &commits[i]);
@@ -298,7 +298,7 @@ static void expect_owner_dead(pthread_mutex_t *m, const char *whose) {
 	CHECK(pthread_mutex_consistent(m) == 0 && pthread_mutex_unlock(m) == 0, "recover mutex of the %s", whose);
 }
 
-void run_robust(void) {
+COMMAND(robust) {
 	rob = SYS(mmap(NULL, sizeof *rob, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
 	pthread_mutexattr_t a;
 	pthread_mutexattr_init(&a);
@@ -360,7 +360,7 @@ static void *joiner(void *arg) {
 	return NULL;
 }
 
-void run_join(void) {
+COMMAND(join) {
 	pthread_t t = spawn(joiner, NULL);
 	loop(join_check);
 	pthread_join(t, NULL);

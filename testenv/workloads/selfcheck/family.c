@@ -50,7 +50,7 @@ static void family_check(void) {
 	}
 }
 
-void run_family(void) {
+COMMAND(family) {
 	kin = SYS(mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
 	kin[MEMBERS].pid = getpid();
 	SYS(prctl(PR_SET_CHILD_SUBREAPER, 1));
@@ -123,7 +123,7 @@ static void *crowd_thread(void *arg) {
 	return NULL;
 }
 
-void run_crowd(void) {
+COMMAND(crowd) {
 	static pthread_t t[CROWD];
 	for (intptr_t i = 0; i < CROWD; i++) t[i] = spawn(crowd_thread, (void *)i);
 	while (crowd_up < CROWD) nap_ms(5);

@@ -163,7 +163,7 @@ static void files_check(void) {
 	CHECK(strcmp(now, fd_list) == 0, "open descriptors were %s and are %s", fd_list, now);
 }
 
-void run_files(void) {
+COMMAND(files) {
 	char *data = path_of("data"), *dir = path_of("dir");
 	int fd = SYS(open(data, O_RDWR | O_CREAT | O_TRUNC, 0640));
 	write_pattern(fd, SIZE, 1);
@@ -225,7 +225,7 @@ static void chr_check(void) {
 	CHECK(SYS(read(24, b, 8)) == 8, "/dev/random");
 }
 
-void run_chr(void) {
+COMMAND(chr) {
 	static const char *names[] = {"/dev/null", "/dev/zero", "/dev/urandom", "/dev/full", "/dev/random"};
 	for (int i = 0; i < 5; i++) {
 		at_fd(20 + i, SYS(open(names[i], i == 2 ? O_RDONLY | O_CLOEXEC : O_RDWR)));
@@ -259,7 +259,7 @@ static void pipe_check(void) {
 	expect_alive(pipe_child);
 }
 
-void run_pipe(void) {
+COMMAND(pipe) {
 	signal(SIGPIPE, SIG_IGN);
 	SYS(pipe2(pa, 0));
 	SYS(fcntl(pa[0], F_SETPIPE_SZ, 131072));
@@ -327,7 +327,7 @@ static void fifo_check(void) {
 	expect_alive(fifo_child);
 }
 
-void run_fifo(void) {
+COMMAND(fifo) {
 	char *a = path_of("fifo-a"), *b = path_of("fifo-b"), *c = path_of("fifo-c");
 	SYS(mkfifo(a, 0600));
 	SYS(mkfifo(b, 0600));
@@ -378,7 +378,7 @@ static void eventfd_check(void) {
 	CHECK(read(22, &got, 8) < 0 && errno == EAGAIN, "an eventfd of 0 can be read");
 }
 
-void run_eventfd(void) {
+COMMAND(eventfd) {
 	at_fd(20, SYS(eventfd(7, 0)));
 	at_fd(21, SYS(eventfd(3, EFD_SEMAPHORE | EFD_CLOEXEC)));
 	at_fd(22, SYS(eventfd(0, EFD_NONBLOCK)));
@@ -426,7 +426,7 @@ static void timerfd_check(void) {
 		CHECK(fdinfo(20 + i, "clockid:", 10) == clocks[i], "timerfd %d: clock is %ld", i, fdinfo(20 + i, "clockid:", 10));
 }
 
-void run_timerfd(void) {
+COMMAND(timerfd) {
 	at_fd(20, SYS(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK)));
 	at_fd(21, SYS(timerfd_create(CLOCK_BOOTTIME, TFD_CLOEXEC)));
 	at_fd(22, SYS(timerfd_create(CLOCK_MONOTONIC, 0)));
@@ -462,7 +462,7 @@ static void signalfd_check(void) {
 	turn++;
 }
 
-void run_signalfd(void) {
+COMMAND(signalfd) {
 	sigset_t a, b;
 	sigemptyset(&a);
 	sigaddset(&a, SIGUSR1);
@@ -521,7 +521,7 @@ static void epoll_check(void) {
 	CHECK(SYS(read(ep_quiet, &v, 8)) == 8, "read");
 }
 
-void run_epoll(void) {
+COMMAND(epoll) {
 	const uint64_t D = 0xABCDEF0123450000;
 	ep = at_fd(20, SYS(epoll_create1(EPOLL_CLOEXEC)));
 	ep_inner = at_fd(21, SYS(epoll_create1(0)));
@@ -571,7 +571,7 @@ static void deleted_check(void) {
 	del_turn++;
 }
 
-void run_deleted(void) {
+COMMAND(deleted) {
 	at_fd(20, SYS(open(path_of("gone"), O_RDWR | O_CREAT | O_TRUNC, 0640)));
 	char *dir = strdup(prefix), *slash = strrchr(dir, '/');
 	if (slash) *slash = 0;
@@ -611,7 +611,7 @@ static void memfd_check(void) {
 	CHECK(SYS(pread(20, &c, 1, at)) == 1 && c == pattern(30, at), "memfd: byte %ld is %02x", at, c);
 }
 
-void run_memfd(void) {
+COMMAND(memfd) {
 	at_fd(20, SYS(memfd_create("self check", MFD_ALLOW_SEALING)));
 	write_pattern(20, 200000, 30);
 	SYS(lseek(20, 55, SEEK_SET));
@@ -628,7 +628,7 @@ void run_memfd(void) {
 // append-only log, as line + CLOCK_MONOTONIC. MODE is the way in which the fifo
 // is opened: r (blocks for a writer), rw, n (O_RDONLY|O_NONBLOCK).
 
-void run_external(void) {
+COMMAND(external) {
 	CHECK(arg_count >= 2, "usage: external PREFIX FIFO LOG [MODE]");
 	const char *mode = arg_count > 2 ? arg_values[2] : "r";
 	int log = at_fd(5, SYS(open(arg_values[1], O_WRONLY | O_APPEND | O_CREAT, 0644)));

@@ -21,7 +21,7 @@ static int hold_tcp(void) {
 	return s;
 }
 
-void run_hold(void) {
+COMMAND(hold) {
 	CHECK(arg_count > 0, "usage: hold PREFIX KIND");
 	const char *k = arg_values[0];
 	int fd;

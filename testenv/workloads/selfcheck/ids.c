@@ -107,7 +107,7 @@ static void compare_creds(const char *who) {
 
 static void creds_check(void) { compare_creds("process"); }
 
-void run_creds(void) {
+COMMAND(creds) {
 	bool root = arg_count > 0 && strcmp(arg_values[0], "root") == 0;
 	char *dir = path_of("dir");
 	mkdir(dir, 0755);
@@ -198,7 +198,7 @@ static void sessions_check(void) {
 	board_check(7, "member");
 }
 
-void run_sessions(void) {
+COMMAND(sessions) {
 	board = SYS(mmap(NULL, sizeof *board, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
 	my_sid = getsid(0);
 	my_pgid = getpgrp();
@@ -245,7 +245,7 @@ static void zombie_status(int i, bool reap) {
 
 static void zombies_check(void) { for (int i = 0; i < 3; i++) zombie_status(i, false); }
 
-void run_zombies(void) {
+COMMAND(zombies) {
 	for (int i = 0; i < 3; i++) {
 		dead[i] = child();
 		if (dead[i] == 0) {
@@ -311,7 +311,7 @@ static void tree_check(void) {
 	board_check(50, "process");
 }
 
-void run_tree(void) {
+COMMAND(tree) {
 	board = SYS(mmap(NULL, sizeof *board, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
 	for (int i = 0; i < 7; i++) {
 		tree_kids[i] = child();
@@ -370,7 +370,7 @@ static void forker_check(void) {
 	last = forks_done;
 }
 
-void run_forker(void) {
+COMMAND(forker) {
 	pthread_t t[3];
 	for (uintptr_t i = 0; i < 2; i++) t[i] = spawn(fork_thread, (void *)(i * 3));
 	t[2] = spawn(clone_thread, NULL);

@@ -95,7 +95,7 @@ static void bystander(void) {
 	SYS(waitpid(mid, NULL, 0));
 }
 
-void run_locks(void) {
+COMMAND(locks) {
 	lockfile(20, "posix", O_RDWR);
 	lockfile(21, "ofd", O_RDWR | O_CLOEXEC);
 	lockfile(23, "flock", O_RDONLY);

@@ -144,17 +144,20 @@ static void on_term(int sig) {
 	stopping = 1;
 }
 
-void run_counter(void) { loop(NULL); }
+COMMAND(counter) { loop(NULL); }
 
-static struct { const char *name; void (*run)(void); } commands[] = {
-#define X(name) {#name, run_##name},
-	COMMANDS(X)
-#undef X
-};
+static struct command *commands;
+
+void add_command(struct command *c) {
+	struct command **at = &commands;
+	while (*at && strcmp((*at)->name, c->name) < 0) at = &(*at)->next;
+	c->next = *at;
+	*at = c;
+}
 
 int main(int argc, char **argv) {
 	if (argc > 1 && strcmp(argv[1], "-l") == 0) {
-		for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) puts(commands[i].name);
+		for (struct command *c = commands; c; c = c->next) puts(c->name);
 		return 0;
 	}
 	if (argc > 1 && strcmp(argv[1], "-e") == 0) {
@@ -178,9 +181,9 @@ int main(int argc, char **argv) {
 	log_fd = at_fd(90, log_fd);
 	struct sigaction sa = {.sa_handler = on_term, .sa_flags = SA_RESTART};
 	SYS(sigaction(SIGTERM, &sa, NULL));
-	for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
-		if (strcmp(commands[i].name, argv[1]) == 0) {
-			commands[i].run();
+	for (struct command *c = commands; c; c = c->next)
+		if (strcmp(c->name, argv[1]) == 0) {
+			c->run();
 			ok();
 		}
 	fprintf(stderr, "no command %s\n", argv[1]);

@@ -73,7 +73,7 @@ static void guards_check(void) {
 	CHECK(has_flag(locked_guarded, "lo"), "locked memory is no longer locked");
 }
 
-void run_guards(void) {
+COMMAND(guards) {
 	guarded = SYS(mmap(NULL, GPAGES * PAGE, RW, PA, -1, 0));
 	put(guarded, GPAGES * PAGE, 1);
 	for (int i = 0; i < GPAGES; i++)
@@ -117,7 +117,7 @@ static void sealed_check(void) {
 	SYS(mprotect(seals[2] + 4 * PAGE, PAGE, PROT_READ));
 }
 
-void run_sealed(void) {
+COMMAND(sealed) {
 	for (int i = 0; i < 3; i++) {
 		seals[i] = SYS(mmap(NULL, 5 * PAGE, RW, PA, -1, 0));
 		put(seals[i], 4 * PAGE, 10 + i);
@@ -170,7 +170,7 @@ static void sysvshm_check(void) {
 	SYS(shmdt(p));
 }
 
-void run_sysvshm(void) {
+COMMAND(sysvshm) {
 	segs[KEYED].key = getpid() | 0x40000000;
 	segs[KEYED].size = 10 * PAGE + 100;
 	segs[PRIVATE].size = 40 * PAGE;
@@ -224,7 +224,7 @@ static void devzero_check(void) {
 	for (int j = 0; j < 4 * PAGE; j += 7) CHECK(zeros[1][j] == 0, "read-only /dev/zero: byte %d is not 0", j);
 }
 
-void run_devzero(void) {
+COMMAND(devzero) {
 	int fd = SYS(open("/dev/zero", O_RDWR | O_CLOEXEC));
 	zeros[0] = SYS(mmap(NULL, 8 * PAGE, RW, MAP_PRIVATE, fd, 0));
 	zeros[1] = SYS(mmap(NULL, 4 * PAGE, PROT_READ, MAP_PRIVATE, fd, 0));
@@ -246,7 +246,7 @@ static void pasteof_check(void) {
 	}
 }
 
-void run_pasteof(void) {
+COMMAND(pasteof) {
 	for (int i = 0; i < 3; i++) {
 		char name[8];
 		snprintf(name, sizeof name, "data%d", i);
@@ -276,7 +276,7 @@ static void locked_check(void) {
 	CHECK(has_flag(&turn, "lo"), "data are no longer locked");
 }
 
-void run_locked(void) {
+COMMAND(locked) {
 	lock_none = SYS(mmap(NULL, 4 * PAGE, PROT_NONE, PA, -1, 0));
 	int fd = SYS(open(path_of("data"), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
 	lock_past = SYS(mmap(NULL, 4 * PAGE, PROT_READ, MAP_SHARED, fd, 0));
@@ -314,7 +314,7 @@ static void manyvmas_check(void) {
 	}
 }
 
-void run_manyvmas(void) {
+COMMAND(manyvmas) {
 	many = SYS(mmap(NULL, (size_t)MANY * PAGE, RW, PA, -1, 0));
 	for (int i = 0; i < MANY; i++) {
 		many[(size_t)i * PAGE] = i * 7 + 1;
@@ -354,7 +354,7 @@ static void hugetlb_check(void) {
 	huge[0][0]--;
 }
 
-void run_hugetlb(void) {
+COMMAND(hugetlb) {
 	long had = nr_huge(-1);
 	nr_huge(had + 6);
 	CHECK(nr_huge(-1) == had + 6, "this test needs 6 huge pages more; the machine gives %ld", nr_huge(-1) - had);

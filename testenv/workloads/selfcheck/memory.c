@@ -125,7 +125,7 @@ static int data_file(const char *suffix, size_t len, uint64_t seed) {
 	return fd;
 }
 
-void run_vma(void) {
+COMMAND(vma) {
 	const int RW = PROT_READ | PROT_WRITE, PA = MAP_PRIVATE | MAP_ANONYMOUS, SA = MAP_SHARED | MAP_ANONYMOUS;
 	unsigned char *p;
 	// Guard gaps keep neighbours from being merged: each is mapped alone.
@@ -248,7 +248,7 @@ static void stack_check(void) {
 }
 static void stack_loop(void) { loop(stack_check); }
 
-void run_stack(void) {
+COMMAND(stack) {
 	CHECK(dig(1024, stack_loop) == 1024, "recursion miscounted");
 	CHECK(dig(1400, nothing) == 1400, "the stack no longer grows");
 }
@@ -277,7 +277,7 @@ static void write_page(uint64_t i, uint64_t version) {
 	p->words[i % 508] = i + 1;
 }
 
-void run_mem(void) {
+COMMAND(mem) {
 	npages = (arg_count > 0 ? strtoul(arg_values[0], NULL, 10) : 64) * 256;
 	rate = arg_count > 1 ? strtoul(arg_values[1], NULL, 10) : 0;
 	pages = SYS(mmap(NULL, npages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));

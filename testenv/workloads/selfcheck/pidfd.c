@@ -60,7 +60,7 @@ static void *pf_thread(void *arg) {
 	return arg;
 }
 
-void run_pidfd(void) {
+COMMAND(pidfd) {
 	pf_open(20, getpid(), 0);
 	pf_child = child();
 	if (pf_child == 0)

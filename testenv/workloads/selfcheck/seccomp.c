@@ -86,7 +86,7 @@ static void seccomp_check(void) {
 	}
 }
 
-void run_seccomp(void) {
+COMMAND(seccomp) {
 	seccomp_turns = SYS(mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
 	SYS(socketpair(AF_UNIX, SOCK_STREAM, 0, strict_pipe));
 	// As root without no_new_privs, which PREFIX and a word ask for.

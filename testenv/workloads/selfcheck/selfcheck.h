@@ -61,12 +61,18 @@ unsigned char pattern(uint64_t seed, uint64_t i);
 		fail("%s: %s", #call, strerror(errno)); \
 	r_; })
 
-#define COMMANDS(X) \
-	X(counter) X(threads) X(tls) X(xsave) X(rseq) X(robust) X(join) \
-	X(vma) X(stack) X(mem) X(guards) X(sealed) X(sysvshm) X(devzero) X(pasteof) X(locked) X(manyvmas) X(hugetlb) X(signals) X(timers) X(creds) X(sessions) X(zombies) X(tree) X(forker) \
-	X(files) X(chr) X(pipe) X(fifo) X(eventfd) X(timerfd) X(signalfd) X(epoll) X(deleted) X(memfd) X(external) \
-	X(unix) X(inet) X(tcpconn) X(syscalls) X(accept) X(locks) X(pidfd) X(stopped) X(seccomp) X(family) X(crowd) X(hold)
-#define X(name) void run_##name(void);
-COMMANDS(X)
-#undef X
+// COMMAND begins the function of a command and makes it known to main.
+struct command {
+	const char *name;
+	void (*run)(void);
+	struct command *next;
+};
+void add_command(struct command *c);
+#define COMMAND(name_) \
+	static void run_##name_(void); \
+	__attribute__((constructor)) static void add_##name_(void) { \
+		static struct command c = {.name = #name_, .run = run_##name_}; \
+		add_command(&c); \
+	} \
+	static void run_##name_(void)
 #endif

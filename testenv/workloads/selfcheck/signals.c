@@ -83,7 +83,7 @@ static void signals_check(void) {
 	CHECK(on_alt, "a handler did not run on the alternate stack");
 }
 
-void run_signals(void) {
+COMMAND(signals) {
 	stack_t st = {.ss_sp = altstack, .ss_size = sizeof altstack};
 	SYS(sigaltstack(&st, NULL));
 	struct sigaction sa = {.sa_handler = on_usr2, .sa_flags = SA_RESTART};
@@ -209,7 +209,7 @@ static void timers_check(void) {
 	CHECK(left <= hour && left >= hour - el - 1000000000LL, "one-shot timer: %ld ns left of an hour after %ld ns", left, el);
 }
 
-void run_timers(void) {
+COMMAND(timers) {
 	timer_thread = 0;
 	sigset_t set;
 	sigemptyset(&set);

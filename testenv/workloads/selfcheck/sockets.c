@@ -86,7 +86,7 @@ static void unix_check(void) {
 	expect_alive(unix_child);
 }
 
-void run_unix(void) {
+COMMAND(unix) {
 	SYS(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, us));
 	SYS(socketpair(AF_UNIX, SOCK_DGRAM, 0, ud));
 	SYS(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0, uq));
@@ -187,7 +187,7 @@ static void inet_check(void) {
 	n++;
 }
 
-void run_inet(void) {
+COMMAND(inet) {
 	socklen_t len = sizeof a4;
 	tl = SYS(socket(AF_INET, SOCK_STREAM, 0));
 	tl6 = SYS(socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));

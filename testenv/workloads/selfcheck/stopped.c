@@ -51,7 +51,7 @@ static void stopped_check(void) {
 	}
 }
 
-void run_stopped(void) {
+COMMAND(stopped) {
 	turns = SYS(mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
 	struct sigaction sa = {.sa_handler = on_chld, .sa_flags = SA_RESTART};
 	SYS(sigaction(SIGCHLD, &sa, NULL));

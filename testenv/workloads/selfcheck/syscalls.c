@@ -223,7 +223,7 @@ static void syscalls_check(void) {
 		}
 }
 
-void run_syscalls(void) {
+COMMAND(syscalls) {
 	signal(SIGPIPE, SIG_IGN);
 	SYS(pipe2(quiet, O_CLOEXEC));
 	SYS(pipe2(numbers, O_CLOEXEC));
@@ -283,7 +283,7 @@ static void accept_check(void) {
 	}
 }
 
-void run_accept(void) {
+COMMAND(accept) {
 	snprintf(addr.sun_path + 1, sizeof addr.sun_path - 1, "godwit-accept-%d", getpid());
 	listener = SYS(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
 	SYS(bind(listener, (struct sockaddr *)&addr, sizeof addr));

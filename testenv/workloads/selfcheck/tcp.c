@@ -110,7 +110,7 @@ static void tcp_check(void) {
 	expect_alive(tcp_child);
 }
 
-void run_tcpconn(void) {
+COMMAND(tcpconn) {
 	int l4 = tcp_listener(AF_INET), l6 = tcp_listener(AF_INET6);
 	both = tcp_open(l4, AF_INET);
 	full = tcp_open(l4, AF_INET);
