@@ -417,10 +417,8 @@ func (c *collector) object(p *process, v *mem.VMA) error {
 		if err != nil {
 			return err
 		}
-		f, err := os.OpenFile(v.Link(p.pid), v.OpenFlags|unix.O_NOCTTY|unix.O_NONBLOCK, 0)
-		if errors.Is(err, unix.ETXTBSY) || errors.Is(err, fs.ErrPermission) {
-			f, err = os.Open(v.Link(p.pid))
-		}
+		// As a path only: whoever watches the file is not told.
+		f, err := os.OpenFile(v.Link(p.pid), unix.O_PATH, 0)
 		if err != nil {
 			return fmt.Errorf("open %s: %w", v, err)
 		}
@@ -449,7 +447,7 @@ func (c *collector) paths(p *process) error {
 		if err != nil {
 			return err
 		}
-		f, err := os.OpenFile(path, x.flags, 0)
+		f, err := os.OpenFile(path, x.flags|unix.O_PATH, 0)
 		if err != nil {
 			return fmt.Errorf("open its %s %s: %w", x.role, link, err)
 		}

@@ -33,6 +33,9 @@ type Options struct {
 	TCPEstablished bool
 	// FileLocks carries file locks; without it they are refused.
 	FileLocks bool
+	// IrmapScanPaths are directories below which a watched inode is looked for
+	// if its handle leads to no path.
+	IrmapScanPaths []string
 }
 
 // Proc is one process whose files are dumped.
@@ -350,7 +353,8 @@ func (d *Dumper) identify(o *object) (*object, error) {
 }
 
 // AddPath registers what is held without a descriptor: a mapping, an executable, a
-// working directory or a root (role "mapping", "exe", "cwd", "root"). f was opened by
+// working directory or a root (role "mapping", "exe", "cwd", "root"), or a file that
+// is watched ("watch"). f was opened by
 // the caller, who keeps it, through /proc/PID/map_files or the like, perhaps with
 // O_PATH; link is the text of that link; flags are those to open it with again.
 // It returns the id that its entry gets in files.img: the same for the same file
@@ -435,7 +439,8 @@ func (d *Dumper) Finish() error {
 	d.done = true
 	d.checkKeys()
 	byKind := map[*kind][]*object{}
-	for _, o := range d.objects {
+	for i := 0; i < len(d.objects); i++ { // watches add the files that they are on
+		o := d.objects[i]
 		if err := d.dumpObject(o); err != nil {
 			if d.dry() && (errors.Is(err, unix.EBADF) || procfs.Gone(err)) {
 				continue
@@ -641,13 +646,16 @@ func (d *Dumper) Plan() (files []plan.File, ext []plan.External, ports []plan.Po
 		if !ok {
 			i = len(files)
 			byPath[o.path] = i
-			f := plan.File{Path: o.path, Kind: modeKind(o.mode()), Size: uint64(o.stat.Size), Mode: o.mode(), Rdev: uint64(o.stat.Rdev)}
+			f := plan.File{Path: o.path, Kind: modeKind(o.mode()), Mode: o.mode(), Rdev: uint64(o.stat.Rdev)}
 			if o.kind == kindGhost { // the directory it is made in
 				f = plan.File{Path: o.path, Kind: "directory", Mode: unix.S_IFDIR}
 			}
 			files = append(files, f)
 		}
 		f := &files[i]
+		if !o.isPath() { // whose size matters to nobody
+			f.Size = uint64(o.stat.Size)
+		}
 		f.Create = f.Create || o.create
 		f.Writable = f.Writable || o.writable()
 		if o.mapped() && !f.Mapped {

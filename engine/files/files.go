@@ -77,5 +77,6 @@ func init() {
 		kindPipe, kindFifo,
 		kindUnix, kindInet,
 		kindGhost, kindDevice, kindRegular,
+		kindInotify, // its seal comes last: by then nothing more happens to files
 	}
 }

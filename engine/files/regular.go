@@ -211,6 +211,9 @@ func (r *Restorer) reopenRecorded(x *description, base *os.File, e *regfile.RegF
 		return nil, fmt.Errorf("%s is a %s here, expected a regular file or directory", base.Name(), modeKind(st.Mode))
 	}
 	flags := reopenFlags(int(e.GetFlags()), st.Mode&unix.S_IFMT == unix.S_IFDIR)
+	if st.Mode&unix.S_IFMT == unix.S_IFDIR && len(x.at) == 0 {
+		flags |= unix.O_PATH // to be entered; whoever watches it is not told
+	}
 	if flags&unix.O_PATH != 0 && st.Mode&unix.S_IFMT == unix.S_IFLNK {
 		return dupFile(base) // a symlink itself cannot be reopened, but O_PATH is O_PATH
 	}

@@ -145,7 +145,6 @@ func init() {
 	}
 	scenes["refused"] = func(dir string) fds {
 		out := fds{
-			"inotify": must1(unix.InotifyInit()),
 			"netlink": must1(unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW, 0)),
 			"pidfd":   must1(unix.PidfdOpen(os.Getppid(), 0)),
 			"ns":      open("/proc/self/ns/net", unix.O_RDONLY),
@@ -174,7 +173,7 @@ func TestRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	d := dumpAll(t, Options{}, c)
-	for _, x := range []string{"inotify", "netlink sockets", "a pidfd of process", "namespace files", "one process in /proc", "terminals", "IPv4 sockets", "1 other names"} {
+	for _, x := range []string{"netlink sockets", "a pidfd of process", "namespace files", "one process in /proc", "terminals", "IPv4 sockets", "1 other names"} {
 		wantProblem(t, pre.Refusal(), x)
 		wantProblem(t, d.problems, x)
 	}

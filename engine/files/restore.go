@@ -183,6 +183,8 @@ func entryParts(e *fdinfo.FileEntry) (id uint32, owner *fown.FownEntry, flags ui
 		c, ok = e.GetIsk(), e.Isk != nil
 	case fdinfo.FdTypes_MEMFD:
 		c, ok = e.GetMemfd(), e.Memfd != nil
+	case fdinfo.FdTypes_INOTIFY:
+		c, ok = e.GetIfy(), e.Ify != nil
 	}
 	if !ok {
 		return 0, nil, 0, false

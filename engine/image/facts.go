@@ -82,6 +82,16 @@ type FileFacts struct {
 	// Quiet: a reader of a fifo that poll(2) does not tell of a hang-up although
 	// no writer may be there, because it has met none since it was opened.
 	Quiet bool `json:"quiet,omitempty"`
+	// Watches are the files that an inotify or fanotify file watches.
+	Watches []WatchFacts `json:"watches,omitempty"`
+	// Overflow: events waited in an inotify file; IN_Q_OVERFLOW stands for them.
+	Overflow bool `json:"overflow,omitempty"`
 	// Holders are "pid:fd" texts for messages.
 	Holders []string `json:"holders,omitempty"`
+}
+
+// WatchFacts is one watch or mark and the entry of its file in files.img.
+type WatchFacts struct {
+	Number uint32 `json:"number"` // of the watch, or the place of the mark in its list
+	File   uint32 `json:"file"`
 }
