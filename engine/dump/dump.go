@@ -183,7 +183,7 @@ func (p *process) ids() *criu_core.TaskKobjIdsEntry {
 }
 
 func (c *collector) processImages(t *freeze.Tree, fp *freeze.Proc, p *process, facts *image.Facts, put func(string, string, proto.Message) error) error {
-	dumped, err := c.readTasks(t, fp, p)
+	dumped, state, err := c.readTasks(t, fp, p)
 	if err != nil {
 		return err
 	}
@@ -193,6 +193,9 @@ func (c *collector) processImages(t *freeze.Tree, fp *freeze.Proc, p *process, f
 		facts.Tasks = append(facts.Tasks, d.Facts)
 		if i == 0 {
 			d.Core.Ids = p.ids()
+			if state.Membarriers != 0 {
+				d.Core.Tc.MembarrierRegistrationMask = proto.Uint32(state.Membarriers)
+			}
 			if fp.Stop != 0 {
 				d.Core.Tc.TaskState = u32(task.Stopped)
 				d.Core.Tc.StopSigno = u32(int(fp.Stop))
@@ -205,8 +208,10 @@ func (c *collector) processImages(t *freeze.Tree, fp *freeze.Proc, p *process, f
 	}
 	mm := leader.MM
 	mm.ExeFileId = &p.exe
-	if f, ok := mem.Facts(vpid, p.vmas); ok {
-		facts.Memory = append(facts.Memory, f)
+	state.Facts.PID = vpid
+	mem.AddFacts(&state.Facts, p.vmas)
+	if mem.HasFacts(&state.Facts) {
+		facts.Memory = append(facts.Memory, state.Facts)
 	}
 	for _, v := range p.vmas {
 		mm.Vmas = append(mm.Vmas, v.ToImage())
@@ -222,7 +227,7 @@ func (c *collector) processImages(t *freeze.Tree, fp *freeze.Proc, p *process, f
 
 // readTasks borrows every thread of a process in turn to read what only it can
 // tell, and puts all of them back, whatever happens.
-func (c *collector) readTasks(t *freeze.Tree, fp *freeze.Proc, p *process) (out []*task.Dumped, err error) {
+func (c *collector) readTasks(t *freeze.Tree, fp *freeze.Proc, p *process) (out []*task.Dumped, state *mem.State, err error) {
 	var vdso *mem.VMA
 	for _, v := range p.vmas {
 		if v.Is(mem.Vdso) {
@@ -230,7 +235,7 @@ func (c *collector) readTasks(t *freeze.Tree, fp *freeze.Proc, p *process) (out 
 		}
 	}
 	if vdso == nil {
-		return nil, errors.New("it has no [vdso]")
+		return nil, nil, errors.New("it has no [vdso]")
 	}
 	err = t.Tracer.Do(func() (err error) {
 		insn, err := ptrace.FindInsn(fp.Pid, vdso.Start, vdso.End)
@@ -247,12 +252,15 @@ func (c *collector) readTasks(t *freeze.Tree, fp *freeze.Proc, p *process) (out 
 			}
 		}()
 		for i, th := range fp.Threads {
-			b, berr := ptrace.Borrow(fp.Pid, th.Tid, insn, th.Regs, trapIgnored, area)
+			b, berr := ptrace.Borrow(th.Tid, insn, th.Regs, trapIgnored, area)
 			if berr != nil {
 				return berr
 			}
 			if i == 0 {
 				lead, area = b, b.Area
+				if state, err = mem.ReadState(&b.Remote, fp.Pid, p.status.VmLck); err != nil {
+					return err
+				}
 			}
 			d, derr := task.Dump(task.Source{
 				Pid: fp.Pid, Tid: th.Tid, VTid: th.VTid, Leader: i == 0,
@@ -269,7 +277,7 @@ func (c *collector) readTasks(t *freeze.Tree, fp *freeze.Proc, p *process) (out 
 		}
 		return nil
 	})
-	return out, err
+	return out, state, err
 }
 
 func (c *collector) facts() (*image.Facts, error) {

@@ -146,7 +146,7 @@ func readAll(tree *freeze.Tree) error {
 				return err
 			}
 			for i, th := range p.Threads {
-				b, err := ptrace.Borrow(p.Pid, th.Tid, insn, th.Regs, false, 0)
+				b, err := ptrace.Borrow(th.Tid, insn, th.Regs, false, 0)
 				if err != nil {
 					return err
 				}

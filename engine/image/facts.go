@@ -51,6 +51,28 @@ type MemoryFacts struct {
 	Guards []Range `json:"guards,omitempty"`
 	// Sealed are the mappings under mseal(2), ascending, each one VMA.
 	Sealed []Range `json:"sealed,omitempty"`
+	// OnFault are the locked mappings that are locked as they are used
+	// (MLOCK_ONFAULT), ascending, each one VMA.
+	OnFault []Range `json:"on_fault,omitempty"`
+	// Names are those of anonymous mappings (PR_SET_VMA_ANON_NAME), ascending,
+	// each of one VMA.
+	Names []NamedRange `json:"names,omitempty"`
+	// LockFuture are the flags of mlockall(2) by which new mappings are locked:
+	// MCL_FUTURE, MCL_ONFAULT; 0: they are not.
+	LockFuture uint32 `json:"lock_future,omitempty"`
+	// THPDisable is what PR_GET_THP_DISABLE gives if it is more than 1: flags that
+	// go with it.
+	THPDisable uint32 `json:"thp_disable,omitempty"`
+	// Merge is PR_SET_MEMORY_MERGE.
+	Merge bool `json:"memory_merge,omitempty"`
+	// MDWE are the flags of PR_SET_MDWE.
+	MDWE uint32 `json:"mdwe,omitempty"`
+}
+
+// NamedRange is a Range with a name.
+type NamedRange struct {
+	Range
+	Name string `json:"name"`
 }
 
 // SysVFacts is a System V segment: struct shmid_ds of shmctl(2).

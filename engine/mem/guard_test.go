@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"os"
-	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -63,49 +62,6 @@ func TestGuardsPagemap(t *testing.T) {
 	defer func() { _ = f.Close() }()
 	if _, err := guards(f, 0x1000, 0x3000); err != nil {
 		t.Error(err)
-	}
-}
-
-func TestApplyFacts(t *testing.T) {
-	const p = arch.PageSize
-	for _, c := range []struct {
-		name string
-		f    image.MemoryFacts
-		want string // part of the error, empty for none
-	}{
-		{"nothing", image.MemoryFacts{}, ""},
-		{"guards in two mappings", image.MemoryFacts{Guards: []image.Range{{Start: p, End: 2 * p}, {Start: 3 * p, End: 4 * p}, {Start: 8 * p, End: 9 * p}}}, ""},
-		{"odd address", image.MemoryFacts{Guards: []image.Range{{Start: p + 1, End: 2 * p}}}, "whole pages"},
-		{"empty", image.MemoryFacts{Guards: []image.Range{{Start: p, End: p}}}, "whole pages"},
-		{"out of order", image.MemoryFacts{Guards: []image.Range{{Start: 3 * p, End: 4 * p}, {Start: p, End: 2 * p}}}, "overlaps"},
-		{"over the edge", image.MemoryFacts{Guards: []image.Range{{Start: 3 * p, End: 5 * p}}}, "not inside"},
-		{"in [vdso]", image.MemoryFacts{Guards: []image.Range{{Start: 20 * p, End: 21 * p}}}, "not inside"},
-		{"behind everything", image.MemoryFacts{Guards: []image.Range{{Start: 30 * p, End: 31 * p}}}, "not inside"},
-		{"sealed", image.MemoryFacts{Sealed: []image.Range{{Start: p, End: 4 * p}, {Start: 8 * p, End: 9 * p}}}, ""},
-		{"partly sealed", image.MemoryFacts{Sealed: []image.Range{{Start: p, End: 2 * p}}}, "is no mapping"},
-		{"[vdso] sealed", image.MemoryFacts{Sealed: []image.Range{{Start: 20 * p, End: 22 * p}}}, "is no mapping"},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			vmas := []*VMA{
-				{Start: p, End: 4 * p, Status: Regular | AnonPrivate},
-				{Start: 8 * p, End: 9 * p, Status: Regular | FilePrivate},
-				{Start: 20 * p, End: 22 * p, Status: Regular | Vdso | AnonPrivate},
-			}
-			err := ApplyFacts(vmas, &c.f)
-			if c.want != "" {
-				if err == nil || !strings.Contains(err.Error(), c.want) {
-					t.Fatalf("got %v, want an error with %q", err, c.want)
-				}
-				return
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			got, ok := Facts(c.f.PID, vmas)
-			if d := cmp.Diff(c.f, got); d != "" || ok != (c.name != "nothing") {
-				t.Errorf("does not come back (-want +got)\n%s", d)
-			}
-		})
 	}
 }
 

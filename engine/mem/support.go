@@ -29,6 +29,11 @@ var specimens = []struct {
 	{"advice such as MADV_DONTFORK and MADV_HUGEPAGE", flagged("dc")},
 	{"guard regions (MADV_GUARD_INSTALL)", flagged("gu")},
 	{"sealed mappings (mseal)", flagged("sl")},
+	{"memory that the kernel may drop (MAP_DROPPABLE)", flagged("dp")},
+	{"memory that is locked as it is used, and new mappings locked (mlockall)", flagged("lf")},
+	{"names of anonymous memory (PR_SET_VMA_ANON_NAME)", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Path: "[anon:x]"}}},
+	{"memory hidden from the kernel (memfd_secret)", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Shared: true, Inode: 9, Path: "/secretmem", Deleted: true}}},
+	{"code of probes (uprobes)", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Path: "[uprobes]"}}},
 }
 
 func flagged(flag string) procfs.SmapsEntry {
@@ -53,5 +58,6 @@ func Support() []plan.Support {
 			refused = append(refused, plan.Support{Kind: reason, Refused: true})
 		}
 	}
+	out = append(out, plan.Support{Kind: "settings of a whole address space: merging (PR_SET_MEMORY_MERGE), no written code (PR_SET_MDWE), no huge pages, membarrier registrations"})
 	return append(out, refused...)
 }

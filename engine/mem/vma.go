@@ -55,6 +55,10 @@ type VMA struct {
 	Guarded bool
 	Guards  []image.Range
 	Sealed  bool // mseal(2)
+	// OnFault says that a locked mapping is locked page by page as it is used (mlock2(2)).
+	OnFault bool
+	// Name was given to anonymous memory by PR_SET_VMA_ANON_NAME.
+	Name string
 
 	Dev, Ino uint64 // of the mapped object
 	Path     string // as /proc/PID/maps shows it
@@ -134,6 +138,7 @@ func Classify(m *procfs.SmapsEntry) (v *VMA, reason string) {
 		v.Flags = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS
 		return v, ""
 	}
+	droppable := false
 	for _, f := range m.VmFlags {
 		if why, ok := refusedFlags[f]; ok {
 			if f == "mp" && !hasPkey(m) || f == "ht" && anonHuge(m) {
@@ -155,14 +160,23 @@ func Classify(m *procfs.SmapsEntry) (v *VMA, reason string) {
 			v.Guarded = true
 		case "sl":
 			v.Sealed = true
+		case "lf":
+			v.OnFault = true
+		case "dp":
+			droppable = true
 		}
 	}
-	if m.Shared {
+	switch {
+	case m.Shared:
 		v.Flags |= unix.MAP_SHARED
 		if slices.Contains(m.VmFlags, "mw") {
 			v.OpenFlags = os.O_RDWR
 		}
-	} else {
+	case droppable:
+		// The kernel gives it this advice by itself.
+		v.Flags |= Droppable
+		v.Madvise &^= 1<<unix.MADV_WIPEONFORK | 1<<unix.MADV_DONTDUMP
+	default:
 		v.Flags |= unix.MAP_PRIVATE
 	}
 	if anonHuge(m) {
@@ -173,6 +187,10 @@ func Classify(m *procfs.SmapsEntry) (v *VMA, reason string) {
 	}
 	return v, v.object(m.Shared)
 }
+
+// Droppable is MAP_DROPPABLE (include/uapi/linux/mman.h, Linux 6.11), a type of
+// mapping beside MAP_SHARED and MAP_PRIVATE.
+const Droppable = 0x08
 
 // anonHuge tells whether a mapping is private anonymous memory of huge pages
 // (MAP_HUGETLB), which shows the file that the kernel makes for it.
@@ -190,9 +208,13 @@ func (v *VMA) object(shared bool) (reason string) {
 	path := v.Path
 	switch {
 	case v.Ino == 0 && !strings.HasPrefix(path, "/") && !shared:
+		if path == "[uprobes]" {
+			return "code of probes (uprobes) that somebody set in the program"
+		}
 		v.Flags |= unix.MAP_ANONYMOUS
 		v.Status |= AnonPrivate
 		v.Offset = 0
+		v.Name, _ = anonName(path, "[anon:")
 		switch path {
 		case "[heap]":
 			v.Status |= Heap
@@ -202,6 +224,8 @@ func (v *VMA) object(shared bool) (reason string) {
 	case strings.HasPrefix(path, "/SYSV"):
 		v.Flags |= unix.MAP_ANONYMOUS
 		v.Status |= AnonShared | Sysvipc
+	case strings.HasPrefix(path, "/secretmem"):
+		return "memory that is hidden from the kernel (memfd_secret)"
 	case strings.HasPrefix(path, "/anon_hugepage"):
 		return "shared huge pages"
 	case strings.HasPrefix(path, "/[aio]"):
@@ -220,12 +244,22 @@ func (v *VMA) object(shared bool) (reason string) {
 	case shared && (strings.HasPrefix(path, "/dev/zero") || strings.HasPrefix(path, "[anon_shmem")):
 		v.Flags |= unix.MAP_ANONYMOUS
 		v.Status |= AnonShared
+		v.Name, _ = anonName(path, "[anon_shmem:")
 	case shared:
 		v.Status |= FileShared
 	default:
 		v.Status |= FilePrivate
 	}
 	return ""
+}
+
+// anonName takes the name of anonymous memory out of what /proc/PID/maps shows.
+func anonName(path, prefix string) (string, bool) {
+	name, ok := strings.CutPrefix(path, prefix)
+	if !ok {
+		return "", false
+	}
+	return strings.CutSuffix(name, "]")
 }
 
 // ToImage makes CRIU's message.

@@ -26,7 +26,7 @@ func TestClassify(t *testing.T) {
 		{name: "stack", m: procfs.Mapping{Read: true, Write: true, Path: "[stack]"}, flags: []string{"gd"},
 			want: &VMA{Prot: 3, Flags: private | unix.MAP_ANONYMOUS | unix.MAP_GROWSDOWN, Status: Regular | AnonPrivate | Stack}},
 		{name: "named anonymous", m: procfs.Mapping{Path: "[anon:Go: heap]"}, flags: []string{"nr", "hg"},
-			want: &VMA{Flags: private | unix.MAP_ANONYMOUS | unix.MAP_NORESERVE, Status: Regular | AnonPrivate, Madvise: 1 << unix.MADV_HUGEPAGE}},
+			want: &VMA{Flags: private | unix.MAP_ANONYMOUS | unix.MAP_NORESERVE, Status: Regular | AnonPrivate, Madvise: 1 << unix.MADV_HUGEPAGE, Name: "Go: heap"}},
 		{name: "shared anonymous", m: procfs.Mapping{Read: true, Write: true, Shared: true, Inode: 7, Path: "/dev/zero", Deleted: true}, flags: []string{"mw"},
 			want: &VMA{Prot: 3, Flags: shared | unix.MAP_ANONYMOUS, Status: Regular | AnonShared, OpenFlags: unix.O_RDWR}},
 		{name: "library", m: procfs.Mapping{Read: true, Exec: true, Inode: 8, Offset: 0x1000, Path: "/lib/x.so"}, flags: []string{"mw"},

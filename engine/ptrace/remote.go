@@ -157,12 +157,14 @@ func gone(err error) error {
 }
 
 // Map maps an area at addr, or anywhere for 0, and makes it ready for Run.
-func (r *Remote) Map(pid int, addr uint64) error {
+func (r *Remote) Map(addr uint64) error {
 	flags := uint64(unix.MAP_PRIVATE | unix.MAP_ANONYMOUS)
 	if addr != 0 {
 		flags |= unix.MAP_FIXED_NOREPLACE
 	}
-	ret, err := r.Slow(unix.SYS_MMAP, addr, AreaSize, unix.PROT_READ|unix.PROT_WRITE, flags, ^uint64(0), 0)
+	// Never writable and executable at once, nor one after the other: some systems,
+	// and programs for themselves (PR_SET_MDWE), forbid it.
+	ret, err := r.Slow(unix.SYS_MMAP, addr, AreaSize, unix.PROT_READ|unix.PROT_EXEC, flags, ^uint64(0), 0)
 	if err != nil {
 		return err
 	}
@@ -170,7 +172,7 @@ func (r *Remote) Map(pid int, addr uint64) error {
 		return fmt.Errorf("map %d bytes in task %d: %w", AreaSize, r.Tid, err)
 	}
 	area := uint64(ret)
-	if err := r.load(pid, area); err != nil {
+	if err := r.load(area); err != nil {
 		_, uerr := r.Slow(unix.SYS_MUNMAP, area, AreaSize)
 		return errors.Join(err, uerr)
 	}
@@ -178,17 +180,22 @@ func (r *Remote) Map(pid int, addr uint64) error {
 	return nil
 }
 
-func (r *Remote) load(pid int, area uint64) error {
-	if _, err := sys.ProcessVMWrite(pid, area, arch.BatchCode); err != nil {
-		return fmt.Errorf("write code to task %d: %w", r.Tid, err)
+func (r *Remote) load(area uint64) error {
+	code := append([]byte(nil), arch.BatchCode...)
+	for len(code)%8 != 0 {
+		code = append(code, 0)
 	}
-	// Never writable and executable at once: some systems forbid it.
-	ret, err := r.Slow(unix.SYS_MPROTECT, area, arch.PageSize, unix.PROT_READ|unix.PROT_EXEC)
+	for at := 0; at < len(code); at += 8 {
+		if err := sys.PtracePoke(r.Tid, area+uint64(at), binary.LittleEndian.Uint64(code[at:])); err != nil {
+			return fmt.Errorf("write code to task %d: %w", r.Tid, err)
+		}
+	}
+	ret, err := r.Slow(unix.SYS_MPROTECT, area+arch.PageSize, AreaSize-arch.PageSize, unix.PROT_READ|unix.PROT_WRITE)
 	if err != nil {
 		return err
 	}
 	if err := Errno("mprotect", ret); err != nil {
-		return fmt.Errorf("make code of task %d executable: %w", r.Tid, err)
+		return fmt.Errorf("make area of task %d writable: %w", r.Tid, err)
 	}
 	return nil
 }
@@ -367,7 +374,7 @@ func (r *Remote) write(addr uint64, b []byte) error {
 // us and is then put back exactly as it was.
 type Borrowed struct {
 	Remote
-	pid   int
+
 	regs  arch.Regs
 	mask  uint64
 	trapI bool
@@ -378,8 +385,8 @@ type Borrowed struct {
 // regs are its registers as they are to be put back; trapIgnored says that the
 // process ignores SIGTRAP, which a batch would reset.
 // Preconditions: tid is in a PTRACE_EVENT_STOP.
-func Borrow(pid, tid int, insn uint64, regs arch.Regs, trapIgnored bool, area uint64) (*Borrowed, error) {
-	b := &Borrowed{Remote: Remote{Tid: tid, Insn: insn, Base: regs}, pid: pid, regs: regs, trapI: trapIgnored}
+func Borrow(tid int, insn uint64, regs arch.Regs, trapIgnored bool, area uint64) (*Borrowed, error) {
+	b := &Borrowed{Remote: Remote{Tid: tid, Insn: insn, Base: regs}, regs: regs, trapI: trapIgnored}
 	var err error
 	if b.mask, err = BlockSignals(tid); err != nil {
 		return nil, err
@@ -388,7 +395,7 @@ func Borrow(pid, tid int, insn uint64, regs arch.Regs, trapIgnored bool, area ui
 		b.Area = area
 		return b, nil
 	}
-	if err := b.Map(pid, 0); err != nil {
+	if err := b.Map(0); err != nil {
 		return nil, errors.Join(err, b.putBack())
 	}
 	return b, nil

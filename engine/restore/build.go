@@ -379,7 +379,7 @@ func (t *Tree) mapAll(p *process) error {
 			continue
 		}
 		if !v.Is(mem.Sysvipc) {
-			flags := v.Flags&(unix.MAP_SHARED|unix.MAP_PRIVATE|unix.MAP_GROWSDOWN|unix.MAP_NORESERVE) | unix.MAP_FIXED_NOREPLACE
+			flags := v.Flags&(unix.MAP_SHARED|unix.MAP_PRIVATE|mem.Droppable|unix.MAP_GROWSDOWN|unix.MAP_NORESERVE) | unix.MAP_FIXED_NOREPLACE
 			fd, off := ^uint64(0), uint64(0)
 			if f := use[i]; f != nil {
 				fd, off = uint64(nums[index[f]]), v.Offset
@@ -399,8 +399,8 @@ func (t *Tree) mapAll(p *process) error {
 			calls, locks, locked = append(calls, c), append(locks, c), append(locked, v)
 		}
 	}
-	if p.mm.GetThpDisabled() {
-		calls = append(calls, ptrace.NewCall("disable huge pages", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_THP_DISABLE), ptrace.Int(1), ptrace.Int(0), ptrace.Int(0), ptrace.Int(0)))
+	if c := mem.THPCall(p.mm.GetThpDisabled(), p.memory); c != nil {
+		calls = append(calls, c)
 	}
 	for _, n := range nums {
 		calls = append(calls, ptrace.NewCall("close", unix.SYS_CLOSE, ptrace.Int(n)))
@@ -442,12 +442,19 @@ func advise(v *mem.VMA) (calls []*ptrace.Call) {
 			calls = append(calls, ptrace.NewCall(fmt.Sprintf("advise %d on %s", a, v), unix.SYS_MADVISE, ptrace.Int(v.Start), ptrace.Int(v.Len()), ptrace.Int(a)))
 		}
 	}
+	if v.Name != "" {
+		calls = append(calls, mem.NameCall(v))
+	}
 	return calls
 }
 
 // lock makes the call that locks a mapping. It may fail: see checkLocks.
 func lock(v *mem.VMA) *ptrace.Call {
-	c := ptrace.NewCall("lock "+v.String(), unix.SYS_MLOCK, ptrace.Int(v.Start), ptrace.Int(v.Len()))
+	flags := 0
+	if v.OnFault {
+		flags = unix.MLOCK_ONFAULT
+	}
+	c := ptrace.NewCall("lock "+v.String(), unix.SYS_MLOCK2, ptrace.Int(v.Start), ptrace.Int(v.Len()), ptrace.Int(flags))
 	c.MayFail = true
 	return c
 }
@@ -477,16 +484,6 @@ func checkLocks(tid int, vmas []*mem.VMA, calls []*ptrace.Call) error {
 		return fmt.Errorf("%s: %w", c.What, ptrace.Errno("mlock", c.Ret))
 	}
 	return nil
-}
-
-// sealAll makes the calls that seal mappings again, after everything that may still change them.
-func sealAll(p *process) (calls []*ptrace.Call) {
-	for _, v := range p.vmas {
-		if v.Sealed {
-			calls = append(calls, ptrace.NewCall("seal "+v.String(), unix.SYS_MSEAL, ptrace.Int(v.Start), ptrace.Int(v.Len()), ptrace.Int(0)))
-		}
-	}
-	return calls
 }
 
 // mmMap builds PR_SET_MM_MAP: struct prctl_mm_map (include/uapi/linux/prctl.h)
@@ -646,7 +643,10 @@ func (t *Tree) complete(ctx context.Context) error {
 		if err := p.remote().Run(calls...); err != nil {
 			return fmt.Errorf("descriptors of %s: %w", p, err)
 		}
-		if err := p.remote().Run(sealAll(p)...); err != nil {
+		if calls, err = mem.LastCalls(p.vmas, p.memory, p.core().GetTc().GetMembarrierRegistrationMask()); err != nil {
+			return fmt.Errorf("images of %s: %w", p, err)
+		}
+		if err := p.remote().Run(calls...); err != nil {
 			return fmt.Errorf("build the address space of %s: %w", p, err)
 		}
 		if err := t.state(p); err != nil {

@@ -43,6 +43,7 @@ type process struct {
 	filesID uint32
 	mm      *mm.MmEntry
 	vmas    []*mem.VMA
+	memory  *image.MemoryFacts // nil: none
 
 	attached []*mem.Attachment // among vmas
 	fs       *fsimg.FsEntry
@@ -104,6 +105,7 @@ func parse(set *image.Set) (*model, error) {
 	for i, it := range items {
 		p, err := m.process(set, it, facts)
 		if f := memory[it.GetPid()]; err == nil && f != nil && !p.zombie {
+			p.memory = f
 			err = mem.ApplyFacts(p.vmas, f)
 		}
 		if err != nil {

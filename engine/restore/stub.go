@@ -218,7 +218,7 @@ func (s *stub) seize() error {
 // mountProc gives the new pid namespace a /proc of its own. It is mounted by
 // the stub through an area that is mapped for the purpose.
 func (s *stub) mountProc() error {
-	if err := s.remote.Map(s.remote.Tid, 0); err != nil {
+	if err := s.remote.Map(0); err != nil {
 		return err
 	}
 	err := s.remote.Run(
@@ -231,7 +231,7 @@ func (s *stub) mountProc() error {
 // prepare maps the spare memory at addr and lifts the limit of open files as
 // far as it goes.
 func (s *stub) prepare(addr uint64) error {
-	if err := s.remote.Map(s.remote.Tid, addr); err != nil {
+	if err := s.remote.Map(addr); err != nil {
 		return err
 	}
 	var lim unix.Rlimit

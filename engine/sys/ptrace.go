@@ -52,6 +52,11 @@ func PtraceInterrupt(tid int) error {
 // PtraceCont resumes a stopped task, delivering sig unless it is 0.
 func PtraceCont(tid, sig int) error { return ptrace("cont", unix.PTRACE_CONT, tid, 0, uintptr(sig)) }
 
+// PtracePoke writes one word to a stopped task, whatever the protection of its page.
+func PtracePoke(tid int, addr, word uint64) error {
+	return ptrace("poke", unix.PTRACE_POKEDATA, tid, uintptr(addr), uintptr(word))
+}
+
 // PtraceSyscall resumes a stopped task until the next entry to or exit from a system call.
 func PtraceSyscall(tid, sig int) error {
 	return ptrace("syscall", unix.PTRACE_SYSCALL, tid, 0, uintptr(sig))

@@ -337,7 +337,7 @@ func (d *Dumped) addLeader(s Source, st *procfs.Status, stat *procfs.Stat, l *le
 		MmStartCode: u(stat.StartCode), MmEndCode: u(stat.EndCode), MmStartData: u(stat.StartData), MmEndData: u(stat.EndData),
 		MmStartStack: u(stat.StartStack), MmStartBrk: u(stat.StartBrk), MmBrk: u(uint64(l.brk.Ret)),
 		MmArgStart: u(stat.ArgStart), MmArgEnd: u(stat.ArgEnd), MmEnvStart: u(stat.EnvStart), MmEnvEnd: u(stat.EnvEnd),
-		MmSavedAuxv: auxv, Dumpable: proto.Int32(int32(l.dumpable.Ret)), ThpDisabled: proto.Bool(l.thp.Ret == 1),
+		MmSavedAuxv: auxv, Dumpable: proto.Int32(int32(l.dumpable.Ret)), ThpDisabled: proto.Bool(l.thp.Ret > 0),
 	}
 	return nil
 }

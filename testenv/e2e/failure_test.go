@@ -34,7 +34,11 @@ func TestRefused(t *testing.T) {
 			if o.code != 1 {
 				t.Errorf("exit code %d, want 1", o.code)
 			}
-			for _, want := range []string{"fd 33", strconv.Itoa(r.Pid), "refused"} {
+			object := "fd 33"
+			if kind == "secretmem" {
+				object = "mapping" // without a descriptor
+			}
+			for _, want := range []string{object, strconv.Itoa(r.Pid), "refused"} {
 				if !strings.Contains(o.stderr, want) {
 					t.Errorf("the message does not name %q: %s", want, o.stderr)
 				}

@@ -6,7 +6,12 @@
 #include <linux/netlink.h>
 #include <net/ethernet.h>
 #include <sys/inotify.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
+
+#ifndef SYS_memfd_secret
+#define SYS_memfd_secret 447 // Linux 5.14
+#endif
 
 static int hold_tcp(void) {
 	int l = SYS(socket(AF_INET, SOCK_STREAM, 0)), c = SYS(socket(AF_INET, SOCK_STREAM, 0));
@@ -35,6 +40,12 @@ COMMAND(hold) {
 	else if (strcmp(k, "uring") == 0) {
 		struct io_uring_params p = {0};
 		fd = syscall(SYS_io_uring_setup, 4, &p);
+	} else if (strcmp(k, "secretmem") == 0) {
+		fd = SYS(syscall(SYS_memfd_secret, 0));
+		SYS(ftruncate(fd, 4096));
+		SYS(mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, 0));
+		close(fd);
+		fd = SYS(open("/dev/null", O_RDONLY));
 	} else fail("no kind %s", k);
 	CHECK(fd >= 0, "make %s: %s", k, strerror(errno));
 	at_fd(33, fd);

@@ -1,20 +1,17 @@
 // Kinds of memory beyond those of an ordinary process.
-#include "selfcheck.h"
+#include "mem.h"
 #include <sys/ipc.h>
-#include <sys/mman.h>
 #include <sys/shm.h>
 #include <sys/uio.h>
 
 #ifndef SYS_mseal
 #define SYS_mseal 462 // Linux 6.10
 #endif
-enum { PAGE = 4096, RW = PROT_READ | PROT_WRITE, PA = MAP_PRIVATE | MAP_ANONYMOUS };
 #ifndef MADV_GUARD_INSTALL
 #define MADV_GUARD_INSTALL 102 // Linux 6.13
 #endif
 
-// readable tells whether a byte can be read, without a signal.
-static bool readable(const void *p) {
+bool readable(const void *p) {
 	char c;
 	struct iovec to = {&c, 1}, from = {(void *)p, 1};
 	ssize_t n = process_vm_readv(getpid(), &to, 1, &from, 1, 0);
@@ -22,28 +19,36 @@ static bool readable(const void *p) {
 	return n == 1;
 }
 
-static void put(unsigned char *p, size_t len, uint64_t seed) {
+void put(unsigned char *p, size_t len, uint64_t seed) {
 	for (size_t i = 0; i < len; i++) p[i] = pattern(seed, i);
 }
 
-static void same(const char *name, unsigned char *p, size_t from, size_t to, uint64_t seed) {
+void same(const char *name, unsigned char *p, size_t from, size_t to, uint64_t seed) {
 	for (size_t i = from; i < to; i++) CHECK(p[i] == pattern(seed, i), "%s: byte %zu is %02x, want %02x", name, i, p[i], pattern(seed, i));
 }
 
-// has_flag looks for a flag in VmFlags of the mapping at p.
-static bool has_flag(const void *p, const char *flag) {
+char *flags_of(const void *p) {
 	FILE *f = fopen("/proc/self/smaps", "re");
 	CHECK(f, "open smaps: %s", strerror(errno));
-	char line[4096], want[8];
-	snprintf(want, sizeof want, " %s ", flag);
-	bool in = false, found = false;
+	static char line[4096];
+	bool in = false;
 	while (fgets(line, sizeof line, f)) {
 		unsigned long a, b;
 		if (sscanf(line, "%lx-%lx ", &a, &b) == 2) in = a <= (unsigned long)p && (unsigned long)p < b;
-		else if (in && strncmp(line, "VmFlags:", 8) == 0) found = strstr(line, want);
+		else if (in && strncmp(line, "VmFlags:", 8) == 0) {
+			fclose(f);
+			return line + 8;
+		}
 	}
 	fclose(f);
-	return found;
+	line[0] = 0;
+	return line;
+}
+
+bool has_flag(const void *p, const char *flag) {
+	char want[8];
+	snprintf(want, sizeof want, " %s ", flag);
+	return strstr(flags_of(p), want);
 }
 
 // ---- guards: guard regions at the start, in the middle and at the end of
@@ -330,19 +335,27 @@ COMMAND(manyvmas) {
 // ---- hugetlb: private anonymous memory of huge pages, with a hole, read-only in
 // part, and a reservation that was never touched. It reserves the pages itself.
 
-enum { HUGE = 2 << 20 };
 static unsigned char *huge[2];
 static const char *const NR_HUGE = "/proc/sys/vm/nr_hugepages";
+static long had_huge;
 
-static long nr_huge(long set) {
+long nr_huge(long set) {
 	long n = 0;
 	FILE *f = fopen(NR_HUGE, set < 0 ? "re" : "we");
 	CHECK(f, "open %s: %s", NR_HUGE, strerror(errno));
 	if (set >= 0) fprintf(f, "%ld", set);
 	else CHECK(fscanf(f, "%ld", &n) == 1, "read %s", NR_HUGE);
-	CHECK(fclose(f) == 0, "this test needs 6 huge pages more: write %s: %s", NR_HUGE, strerror(errno));
+	CHECK(fclose(f) == 0, "this test needs huge pages: write %s: %s", NR_HUGE, strerror(errno));
 	return n;
 }
+
+void reserve_huge(int pages) {
+	had_huge = nr_huge(-1);
+	nr_huge(had_huge + pages);
+	CHECK(nr_huge(-1) == had_huge + pages, "this test needs %d huge pages more; the machine gives %ld", pages, nr_huge(-1) - had_huge);
+}
+
+void unreserve_huge(void) { nr_huge(had_huge); }
 
 static void hugetlb_check(void) {
 	static int turn;
@@ -355,9 +368,7 @@ static void hugetlb_check(void) {
 }
 
 COMMAND(hugetlb) {
-	long had = nr_huge(-1);
-	nr_huge(had + 6);
-	CHECK(nr_huge(-1) == had + 6, "this test needs 6 huge pages more; the machine gives %ld", nr_huge(-1) - had);
+	reserve_huge(6);
 	for (int i = 0; i < 2; i++) huge[i] = SYS(mmap(NULL, 3 * (size_t)HUGE, RW, PA | MAP_HUGETLB, -1, 0));
 	put(huge[0], HUGE, 50);
 	for (size_t i = 2 * (size_t)HUGE; i < 3 * (size_t)HUGE; i++) huge[0][i] = pattern(50, i);
@@ -366,5 +377,5 @@ COMMAND(hugetlb) {
 	for (size_t i = 0; i < HUGE; i++) CHECK(huge[0][HUGE + i] == 0, "hole between huge pages: byte %zu", i);
 	for (size_t i = 0; i < 3 * (size_t)HUGE; i++) CHECK(huge[1][i] == 0, "untouched huge pages: byte %zu", i);
 	for (int i = 0; i < 2; i++) SYS(munmap(huge[i], 3 * (size_t)HUGE));
-	nr_huge(had);
+	unreserve_huge();
 }
