@@ -3,6 +3,7 @@ package files
 import (
 	"errors"
 	"fmt"
+	"math/bits"
 	"os"
 	"slices"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"godwit/engine/image"
+	"godwit/engine/sys"
 )
 
 const memfdPrefix = "/memfd:"
@@ -36,14 +38,9 @@ type memfdInode struct {
 }
 
 func dumpMemfd(d *Dumper, o *object) error {
-	fd := int(o.file.Fd())
-	var fs unix.Statfs_t
-	if err := unix.Fstatfs(fd, &fs); err != nil {
-		return os.NewSyscallError("fstatfs", err)
-	}
-	if uint32(fs.Type) == unix.HUGETLBFS_MAGIC {
-		d.refuse(o, "memfds of huge pages are not carried in this version", "let the program make it without MFD_HUGETLB")
-		return nil
+	page, huge, err := sys.HugePages(o.file)
+	if err != nil {
+		return err
 	}
 	k := inode(&o.stat)
 	m, ok := d.memfds[k]
@@ -59,6 +56,9 @@ func dumpMemfd(d *Dumper, o *object) error {
 			Seals: proto.Uint32(uint32(seals)), InodeId: proto.Uint64(uint64(len(d.memfds) + 1)),
 			Mode: proto.Uint32(o.mode()),
 		}}
+		if huge {
+			m.msg.HugetlbFlag = proto.Uint32(unix.MFD_HUGETLB | uint32(bits.TrailingZeros64(page))<<unix.MFD_HUGE_SHIFT)
+		}
 		d.memfds[k] = m
 		if !d.dry() {
 			if err := d.addData(o, image.DataID{Kind: image.Shmem, ID: m.msg.GetShmid()}); err != nil {
@@ -125,8 +125,8 @@ func (r *Restorer) loadMemfds() error {
 			return bad("the inode id is out of range")
 		case r.memfds[uint32(id)] != nil:
 			return bad("the inode id is there twice")
-		case m.GetHugetlbFlag() != 0:
-			return bad("huge pages are not carried")
+		case m.GetHugetlbFlag()&^hugeFlags != 0:
+			return bad("unknown flags %#x of huge pages", m.GetHugetlbFlag())
 		case m.GetSize() > 1<<63-1:
 			return bad("size %d is out of range", m.GetSize())
 		case m.GetSeals()&^allSeals != 0:
@@ -167,9 +167,15 @@ func openMemfds(r *Restorer, xs []*description) []error {
 	return openEach(openMemfd)(r, xs)
 }
 
+// hugeFlags are the flags of memfd_create that say which huge pages it takes.
+const hugeFlags = unix.MFD_HUGETLB | unix.MFD_HUGE_MASK<<unix.MFD_HUGE_SHIFT
+
 // create makes the memory file empty, with its size.
 func (m *memfdFile) create() error {
-	const flags = unix.MFD_CLOEXEC | unix.MFD_ALLOW_SEALING
+	flags := unix.MFD_CLOEXEC | unix.MFD_ALLOW_SEALING
+	if h := m.msg.GetHugetlbFlag(); h != 0 {
+		flags |= int(h) | unix.MFD_HUGETLB
+	}
 	// Both settings of the mode get their say by chmod; without one of them the
 	// kernel (6.3 and later) complains in its log.
 	fd, err := unix.MemfdCreate(m.msg.GetName(), flags|unix.MFD_EXEC)

@@ -1,6 +1,7 @@
 package mem
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -176,10 +177,14 @@ func (r *Reader) read(v *VMA, addr uint64, b []byte) error {
 	return nil
 }
 
+// zeros is for comparing.
+var zeros [ChunkSize]byte
+
 // DumpFile gives the contents of a file, memfd or shared memory to the sink,
-// without its holes. size is its length in bytes; with whole set, runs are
+// without its holes; those of huge pages do not tell theirs, so that what is zero
+// is left out. size is its length in bytes; with whole set, runs are
 // widened to whole pages, as image.Shmem wants them.
-func DumpFile(ctx context.Context, f *os.File, size int64, whole bool, sink image.Sink, id image.DataID) (bytes uint64, err error) {
+func DumpFile(ctx context.Context, f *os.File, size int64, whole bool, sink image.Sink, id image.DataID) (total uint64, err error) {
 	buf := make([]byte, ChunkSize)
 	// Data is looked for through the descriptor that the program may share:
 	// its position must not move, so a description of our own is made.
@@ -188,15 +193,19 @@ func DumpFile(ctx context.Context, f *os.File, size int64, whole bool, sink imag
 		return 0, fmt.Errorf("open %s again: %w", f.Name(), err)
 	}
 	defer func() { _ = own.Close() }()
+	_, huge, err := sys.HugePages(own)
+	if err != nil {
+		return 0, err
+	}
 	for at := int64(0); at < size; {
 		start, err := unix.Seek(int(own.Fd()), at, unix.SEEK_DATA)
 		switch {
 		case errors.Is(err, unix.ENXIO):
-			return bytes, nil
+			return total, nil
 		case errors.Is(err, unix.EINVAL): // no holes on this file system
 			start = at
 		case err != nil:
-			return bytes, fmt.Errorf("find data of %s: %w", f.Name(), err)
+			return total, fmt.Errorf("find data of %s: %w", f.Name(), err)
 		}
 		end, err := unix.Seek(int(own.Fd()), start, unix.SEEK_HOLE)
 		if err != nil {
@@ -210,27 +219,31 @@ func DumpFile(ctx context.Context, f *os.File, size int64, whole bool, sink imag
 		}
 		for a := start; a < end; {
 			if err := ctx.Err(); err != nil {
-				return bytes, err
+				return total, err
 			}
 			b := buf[:min(end-a, ChunkSize)]
 			n, err := own.ReadAt(b, a)
 			if err != nil && !errors.Is(err, io.EOF) {
-				return bytes, fmt.Errorf("read %s: %w", f.Name(), err)
+				return total, fmt.Errorf("read %s: %w", f.Name(), err)
 			}
 			if whole {
 				clear(b[n:]) // past the end of the file, inside its last page
 			} else if n < len(b) {
-				return bytes, fmt.Errorf("read %s at %d: %w: it was truncated meanwhile", f.Name(), a, io.ErrUnexpectedEOF)
+				return total, fmt.Errorf("read %s at %d: %w: it was truncated meanwhile", f.Name(), a, io.ErrUnexpectedEOF)
 			}
-			if err := sink.Data(id, uint64(a), b); err != nil {
-				return bytes, err
-			}
-			bytes += uint64(len(b))
+			at := a
 			a += int64(len(b))
+			if huge && bytes.Equal(b, zeros[:len(b)]) {
+				continue
+			}
+			if err := sink.Data(id, uint64(at), b); err != nil {
+				return total, err
+			}
+			total += uint64(len(b))
 		}
 		at = end
 	}
-	return bytes, nil
+	return total, nil
 }
 
 // Writer fills the memory of a process that is being built.

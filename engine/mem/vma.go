@@ -110,7 +110,6 @@ var madviseFlags = map[string]int{
 var refusedFlags = map[string]string{
 	"io": "device memory",
 	"pf": "memory that a driver maps by page frame",
-	"ht": "huge pages of hugetlbfs",
 	"um": "memory under the program's own userfaultfd",
 	"uw": "memory under the program's own userfaultfd",
 	"ui": "memory under the program's own userfaultfd",
@@ -141,7 +140,7 @@ func Classify(m *procfs.SmapsEntry) (v *VMA, reason string) {
 	droppable := false
 	for _, f := range m.VmFlags {
 		if why, ok := refusedFlags[f]; ok {
-			if f == "mp" && !hasPkey(m) || f == "ht" && anonHuge(m) {
+			if f == "mp" && m.ProtKey == 0 {
 				continue
 			}
 			return v, why
@@ -179,29 +178,40 @@ func Classify(m *procfs.SmapsEntry) (v *VMA, reason string) {
 	default:
 		v.Flags |= unix.MAP_PRIVATE
 	}
-	if anonHuge(m) {
-		v.Flags |= unix.MAP_ANONYMOUS | unix.MAP_HUGETLB | bits.TrailingZeros64(m.KernelPageSize)<<unix.MAP_HUGE_SHIFT
-		v.Status |= AnonPrivate
-		v.Offset = 0
-		return v, ""
+	if m.Has("ht") {
+		if done, reason := v.huge(m); done {
+			return v, reason
+		}
 	}
 	return v, v.object(m.Shared)
+}
+
+// huge fills what is mapped if it is huge pages of no file that has a name of
+// its own; done is false for files of hugetlbfs and memfds.
+func (v *VMA) huge(m *procfs.SmapsEntry) (done bool, reason string) {
+	switch {
+	case strings.HasPrefix(m.Path, "/SYSV"):
+		return true, "a System V segment of huge pages"
+	// Anonymous memory shows the file that the kernel makes for it.
+	case !m.Deleted || m.Path != "/anon_hugepage" || m.KernelPageSize <= arch.PageSize:
+		return false, ""
+	}
+	v.Flags |= unix.MAP_ANONYMOUS | unix.MAP_HUGETLB | bits.TrailingZeros64(m.KernelPageSize)<<unix.MAP_HUGE_SHIFT
+	if m.Shared {
+		v.Status |= AnonShared
+		return true, ""
+	}
+	v.Status |= AnonPrivate
+	v.Offset = 0
+	return true, ""
 }
 
 // Droppable is MAP_DROPPABLE (include/uapi/linux/mman.h, Linux 6.11), a type of
 // mapping beside MAP_SHARED and MAP_PRIVATE.
 const Droppable = 0x08
 
-// anonHuge tells whether a mapping is private anonymous memory of huge pages
-// (MAP_HUGETLB), which shows the file that the kernel makes for it.
-func anonHuge(m *procfs.SmapsEntry) bool {
-	return m.Has("ht") && !m.Shared && m.Deleted && m.Path == "/anon_hugepage" && m.KernelPageSize > arch.PageSize
-}
-
 // HugeFlags are the flags of mmap that say which huge pages it makes.
 const HugeFlags = unix.MAP_HUGETLB | unix.MAP_HUGE_MASK<<unix.MAP_HUGE_SHIFT
-
-func hasPkey(m *procfs.SmapsEntry) bool { return m.ProtKey != 0 }
 
 // object fills what depends on what is mapped.
 func (v *VMA) object(shared bool) (reason string) {
@@ -226,8 +236,6 @@ func (v *VMA) object(shared bool) (reason string) {
 		v.Status |= AnonShared | Sysvipc
 	case strings.HasPrefix(path, "/secretmem"):
 		return "memory that is hidden from the kernel (memfd_secret)"
-	case strings.HasPrefix(path, "/anon_hugepage"):
-		return "shared huge pages"
 	case strings.HasPrefix(path, "/[aio]"):
 		return "a ring of asynchronous I/O (io_setup)"
 	case strings.HasPrefix(path, "anon_inode:"), strings.HasPrefix(path, "/anon_inode:"):

@@ -166,9 +166,9 @@ func (t *Tree) openFiles(set *image.Set) (err error) {
 	if err := t.files.Open(); err != nil {
 		return err
 	}
-	for id, size := range t.model.shmemSizes() {
-		if t.shmems[id], err = sys.SharedAnon(size); err != nil {
-			return fmt.Errorf("make %d bytes of shared memory: %w", size, err)
+	for id, o := range t.model.sharedAnons() {
+		if t.shmems[id], err = sys.SharedAnon(o.size, o.huge); err != nil {
+			return fmt.Errorf("make %d bytes of shared memory%s: %w", o.size, hugeHint(o.huge), err)
 		}
 	}
 	return t.openSegments()
@@ -386,11 +386,7 @@ func (t *Tree) mapAll(p *process) error {
 			} else {
 				flags |= unix.MAP_ANONYMOUS | v.Flags&mem.HugeFlags
 			}
-			what := "make " + v.String()
-			if flags&unix.MAP_HUGETLB != 0 {
-				what += " of huge pages (reserve some with vm.nr_hugepages)"
-			}
-			calls = append(calls, ptrace.NewCall(what, unix.SYS_MMAP, ptrace.Int(v.Start), ptrace.Int(v.Len()),
+			calls = append(calls, ptrace.NewCall("make "+v.String()+hugeHint(v.Flags), unix.SYS_MMAP, ptrace.Int(v.Start), ptrace.Int(v.Len()),
 				ptrace.Int(v.Prot), ptrace.Int(flags), ptrace.Int(fd), ptrace.Int(off)))
 		}
 		calls = append(calls, advise(v)...)
@@ -409,6 +405,14 @@ func (t *Tree) mapAll(p *process) error {
 		return err
 	}
 	return checkLocks(r.Tid, locked, locks)
+}
+
+// hugeHint is for messages on mappings with flags.
+func hugeHint(flags int) string {
+	if flags&unix.MAP_HUGETLB == 0 {
+		return ""
+	}
+	return " of huge pages (reserve some with vm.nr_hugepages)"
 }
 
 // mapFiles gives the file behind each VMA, nil for anonymous memory.
@@ -606,7 +610,13 @@ func (t *Tree) fillFile(id image.DataID, off uint64, b []byte) error {
 		}
 		b = b[:uint64(st.Size())-off]
 	}
-	if _, err := f.WriteAt(b, int64(off)); err != nil {
+	page, huge, err := sys.HugePages(f)
+	if err == nil && huge {
+		err = sys.WriteHuge(f, b, off, page)
+	} else if err == nil {
+		_, err = f.WriteAt(b, int64(off))
+	}
+	if err != nil {
 		return fmt.Errorf("write data of %s: %w", id, err)
 	}
 	return nil

@@ -182,18 +182,24 @@ func (m *model) process(set *image.Set, it *pstree.PstreeEntry, facts map[uint32
 	return p, nil
 }
 
-// shmemSizes gives the length of every object of shared anonymous memory.
-func (m *model) shmemSizes() map[uint32]uint64 {
-	sizes := map[uint32]uint64{}
+// sharedAnon is an object of shared anonymous memory.
+type sharedAnon struct {
+	size uint64
+	huge int // flags of mmap that say which huge pages it consists of
+}
+
+// sharedAnons gives every object of shared anonymous memory.
+func (m *model) sharedAnons() map[uint32]sharedAnon {
+	objects := map[uint32]sharedAnon{}
 	for _, p := range m.procs {
 		for _, v := range p.vmas {
 			if v.Is(mem.AnonShared) && !v.Is(mem.Sysvipc) {
 				id := uint32(v.ShmID)
-				sizes[id] = max(sizes[id], v.Offset+v.Len())
+				objects[id] = sharedAnon{max(objects[id].size, v.Offset+v.Len()), objects[id].huge | v.Flags&mem.HugeFlags}
 			}
 		}
 	}
-	return sizes
+	return objects
 }
 
 // spareSize is what a restore needs of each address space for itself: the

@@ -25,7 +25,7 @@ func (m *model) checkSegments(facts *image.Facts) error {
 			m.segments[s.ID] = s
 		}
 	}
-	for id := range m.shmemSizes() {
+	for id := range m.sharedAnons() {
 		if m.segments[id] != nil {
 			return fmt.Errorf("images hold a System V segment and other shared memory of number %d", id)
 		}

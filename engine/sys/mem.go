@@ -1,6 +1,7 @@
 package sys
 
 import (
+	"errors"
 	"os"
 	"unsafe"
 
@@ -92,9 +93,10 @@ func RobustList(tid int) (head, length uint64, err error) {
 // SharedAnon makes size bytes of shared anonymous memory and returns a
 // descriptor of it, the same object that mmap(MAP_SHARED|MAP_ANONYMOUS) makes:
 // it shows as "/dev/zero (deleted)" in maps, unlike a memfd. The open goes
-// through /proc/self/map_files, which needs CAP_CHECKPOINT_RESTORE.
-func SharedAnon(size uint64) (*os.File, error) {
-	b, err := unix.Mmap(-1, 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+// through /proc/self/map_files, which needs CAP_CHECKPOINT_RESTORE. flags are
+// those of mmap that say which huge pages it consists of, 0 for none.
+func SharedAnon(size uint64, flags int) (*os.File, error) {
+	b, err := unix.Mmap(-1, 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE|flags)
 	if err != nil {
 		return nil, os.NewSyscallError("mmap", err)
 	}
@@ -106,6 +108,33 @@ func SharedAnon(size uint64) (*os.File, error) {
 		return nil, os.NewSyscallError("munmap", err)
 	}
 	return f, ferr
+}
+
+// HugePages tells whether a file consists of huge pages, and their size in bytes.
+func HugePages(f *os.File) (size uint64, ok bool, err error) {
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil {
+		return 0, false, os.NewSyscallError("fstatfs", err)
+	}
+	return uint64(fs.Bsize), uint32(fs.Type) == unix.HUGETLBFS_MAGIC, nil
+}
+
+// WriteHuge writes to a file of huge pages of a size, which knows no write(2),
+// through a mapping. It fails with ENOMEM if there are not enough huge pages.
+func WriteHuge(f *os.File, b []byte, off, page uint64) error {
+	start := off / page * page
+	end := (off + uint64(len(b)) + page - 1) / page * page
+	m, err := unix.Mmap(int(f.Fd()), int64(start), int(end-start), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return os.NewSyscallError("mmap", err)
+	}
+	// By a system call: a page that is not there after all is no SIGBUS.
+	at := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(m)))) + off - start
+	n, err := ProcessVMWrite(os.Getpid(), at, b)
+	if err == nil && n != len(b) {
+		err = os.NewSyscallError("process_vm_writev", unix.ENOMEM)
+	}
+	return errors.Join(err, os.NewSyscallError("munmap", unix.Munmap(m)))
 }
 
 func hex(v uintptr) string {
