@@ -10,13 +10,14 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 )
 
 // Need is one file or program and the Debian package that brings it.
 type Need struct {
-	Path    string // absolute: a file; else a program in PATH
+	Path    string // absolute: a file, perhaps a pattern of filepath.Glob; else a program in PATH
 	Package string
 	Why     string
 }
@@ -35,17 +36,14 @@ var Workloads = []Need{
 	{"/usr/bin/python3", "python3", "a self-checking program in Python"},
 	{"redis-server", "redis-server", "a real server with a million keys"},
 	{"redis-cli", "redis-tools", "its client"},
+	{Postgres, "postgresql", "a real database with its benchmark at work"},
 }
 
 // Missing lists the packages of needs that are not met, each once.
 func Missing(needs []Need) []Need {
 	var out []Need
 	for _, n := range needs {
-		if strings.HasPrefix(n.Path, "/") {
-			if _, err := os.Stat(n.Path); err == nil {
-				continue
-			}
-		} else if _, err := exec.LookPath(n.Path); err == nil {
+		if Find(n.Path) != "" {
 			continue
 		}
 		if !slices.ContainsFunc(out, func(o Need) bool { return o.Package == n.Package }) {
@@ -54,6 +52,26 @@ func Missing(needs []Need) []Need {
 	}
 	return out
 }
+
+// Find gives the absolute path of a file or program as Need.Path has it, the
+// last of several that match; "" if it is not there.
+func Find(path string) string {
+	if !strings.HasPrefix(path, "/") {
+		p, err := exec.LookPath(path)
+		if err != nil {
+			return ""
+		}
+		return p
+	}
+	ps, err := filepath.Glob(path)
+	if err != nil || len(ps) == 0 {
+		return ""
+	}
+	return ps[len(ps)-1]
+}
+
+// Postgres is where Debian has the server, by version.
+const Postgres = "/usr/lib/postgresql/*/bin/postgres"
 
 // policy keeps package scripts from starting services (Debian Policy 9.3.3.1
 // and /usr/share/doc/init-system-helpers: invoke-rc.d asks it; 101 means no).

@@ -1,0 +1,135 @@
+package e2e
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"godwit/testenv/hosts"
+	"godwit/testenv/setup"
+)
+
+// TestPrograms dumps and restores well-known programs in the middle of their
+// work; each has a check of its own that nothing was lost or done twice.
+func TestPrograms(t *testing.T) {
+	for name, run := range map[string]func(*testing.T){"postgres": postgres} {
+		t.Run(name, run)
+	}
+}
+
+// script is a program of several processes under one shell, whose output goes
+// into a file.
+type script struct {
+	t   *testing.T
+	h   *hosts.Host
+	pid int
+	out string
+}
+
+func startScript(ctx context.Context, t *testing.T, h *hosts.Host, dir, text string) *script {
+	t.Helper()
+	s := &script{t: t, h: h, out: filepath.Join(dir, "out")}
+	path := filepath.Join(dir, "script")
+	if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	var err error
+	s.pid, err = h.Start(ctx, hosts.Spec{Args: []string{"/bin/sh", path}, Env: []string{"PATH=" + os.Getenv("PATH"), "LANG=C.UTF-8"}, Stdout: s.out, Stderr: s.out})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// said waits until the output has a line that matches and returns its groups.
+func (s *script) said(ctx context.Context, pattern string) []string {
+	s.t.Helper()
+	re := regexp.MustCompile("(?m)" + pattern)
+	for {
+		alive := s.h.Alive(s.pid)
+		b, err := os.ReadFile(s.out)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		if m := re.FindStringSubmatch(string(b)); m != nil {
+			return m
+		}
+		if !alive || ctx.Err() != nil {
+			s.t.Fatalf("the output has no %q (alive: %v):\n%s", pattern, alive, b)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// rounds dumps and restores the tree n times, some work apart.
+func (s *script) rounds(ctx context.Context, n int, options ...string) {
+	s.t.Helper()
+	for i := range n {
+		time.Sleep(100 * time.Millisecond) // work to be interrupted
+		img := dump(ctx, s.t, s.h, s.pid, options...)
+		if i == 0 {
+			decodeImages(s.t, img)
+		}
+		restore(ctx, s.t, s.h, img, s.pid, nil, options...)
+		if err := os.RemoveAll(img); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+}
+
+// postgres is a server with pgbench at work over a unix socket, both of one tree.
+func postgres(t *testing.T) {
+	ctx := deadline(t, 3*time.Minute)
+	h := newHosts(t, "alpha").Host("alpha")
+	dir := newDir(t)
+	s := startScript(ctx, t, h, dir, strings.NewReplacer("DIR", dir, "BIN", filepath.Dir(setup.Find(setup.Postgres))).Replace(`
+set -e
+cd DIR
+mkdir data && chown postgres:postgres data && chmod 700 data
+as() { setpriv --reuid=postgres --regid=postgres --init-groups "$@"; }
+as BIN/initdb -D DIR/data -A peer -N >initdb.log 2>&1
+setpriv --reuid=postgres --regid=postgres --init-groups BIN/postgres -D DIR/data -k DIR -c listen_addresses= -c fsync=off -c max_connections=20 </dev/null >server.log 2>&1 &
+server=$!
+until as pg_isready -q -h DIR; do sleep 0.05; done
+as createdb -h DIR bench
+as pgbench -h DIR -i -q -s 1 bench >init.log 2>&1
+echo benching
+as pgbench -h DIR -c 4 -j 2 -T 20 bench && code=0 || code=$?
+echo pgbench ended with $code
+as psql -h DIR -At bench -c "select 'sums', (select sum(abalance) from pgbench_accounts), (select sum(bbalance) from pgbench_branches), (select sum(tbalance) from pgbench_tellers), (select sum(delta) from pgbench_history), (select count(*) from pgbench_history)"
+kill -INT $server
+wait $server
+echo server ended with $?
+`))
+	t.Cleanup(func() {
+		if t.Failed() {
+			for _, f := range []string{"server.log", "initdb.log", "init.log", "out"} {
+				b, _ := os.ReadFile(filepath.Join(dir, f))
+				t.Logf("%s:\n%s", f, b)
+			}
+		}
+		_ = h.Kill(s.pid, unix.SIGKILL)
+	})
+	s.said(ctx, "^benching$")
+	s.rounds(ctx, 10)
+	s.said(ctx, "^pgbench ended with 0$")
+	s.said(ctx, "^number of failed transactions: 0 ")
+	done := s.said(ctx, `^number of transactions actually processed: (\d+)`)[1]
+	sums := s.said(ctx, `^sums\|(-?\d+)\|(-?\d+)\|(-?\d+)\|(-?\d+)\|(\d+)$`)
+	for i := 2; i <= 4; i++ {
+		if sums[i] != sums[1] {
+			t.Errorf("the sums of accounts, branches, tellers and history differ: %v", sums[1:5])
+			break
+		}
+	}
+	if sums[5] != done || done == "0" {
+		t.Errorf("the history has %s transactions, pgbench counts %s", sums[5], done)
+	}
+	s.said(ctx, "^server ended with 0$")
+}
