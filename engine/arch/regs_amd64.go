@@ -63,6 +63,16 @@ func (r *Regs) SetPC(pc uint64) { r.Rip = pc }
 // Native tells whether the task runs 64-bit code.
 func (r *Regs) Native() bool { return r.Cs == 0x33 }
 
+// IOPL tells whether the task may use I/O instructions (iopl(2)).
+func (r *Regs) IOPL() bool { return r.Eflags&(3<<12) != 0 }
+
+// DebugControl is the offset of the debug control register in struct user
+// (arch/x86/include/asm/user_64.h), DebugEnabled its bits that enable breakpoints.
+const (
+	DebugControl = 848 + 7*8
+	DebugEnabled = 0xff
+)
+
 // Ret is the result of the last system call.
 func (r *Regs) Ret() int64 { return int64(r.Rax) }
 

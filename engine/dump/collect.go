@@ -5,6 +5,7 @@ package dump
 
 import (
 	"cmp"
+	"debug/elf"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -288,11 +289,28 @@ func (c *collector) state(p *process) error {
 		c.refuse(p, "", "is a kernel thread", "name a process of user space")
 	case st.CoreDumping:
 		c.refuse(p, "", "is dumping core", "")
+	case st.Tagged:
+		c.refuse(p, "", "uses tags in addresses (LAM), which cannot be carried", "")
+	}
+	if !st.Kthread && compat(p.pid) {
+		c.refuse(p, "", "is a 32-bit program, which cannot be carried", "")
 	}
 	if p.vpid == 1 {
 		c.refuse(p, "", "is the first process of a pid namespace", "move the process below it")
 	}
 	return c.namespaces(p)
+}
+
+// compat tells whether a process executes a 32-bit program (e_ident, elf(5)).
+func compat(pid int) bool {
+	f, err := os.Open(procfs.Path(pid, "exe"))
+	if err != nil {
+		return false // what cannot be opened is refused as its program
+	}
+	defer func() { _ = f.Close() }()
+	var ident [elf.EI_CLASS + 1]byte
+	_, err = f.ReadAt(ident[:], 0)
+	return err == nil && string(ident[:elf.EI_CLASS]) == elf.ELFMAG && elf.Class(ident[elf.EI_CLASS]) == elf.ELFCLASS32
 }
 
 // namespaces refuses a process that lives elsewhere than the agent.
@@ -341,6 +359,13 @@ func (c *collector) threads(p *process) error {
 		}
 		if st.TracerPid != 0 && !ownThread(st.TracerPid) {
 			c.refuse(p, "", fmt.Sprintf("%sis being traced by pid %d", what, st.TracerPid), "detach that tracer first")
+		}
+		cookie, err := sys.SchedCookie(tid)
+		if err != nil && !errors.Is(err, unix.ESRCH) {
+			return err
+		}
+		if cookie != 0 {
+			c.refuse(p, "", what+"is in a group of core scheduling (PR_SCHED_CORE), which cannot be carried", "")
 		}
 		if tid == p.pid {
 			continue

@@ -264,7 +264,7 @@ func (c *collector) readTasks(t *freeze.Tree, fp *freeze.Proc, p *process) (out 
 			}
 			d, derr := task.Dump(task.Source{
 				Pid: fp.Pid, Tid: th.Tid, VTid: th.VTid, Leader: i == 0,
-				Regs: th.Regs, Rseq: th.Rseq, Mask: b.Mask(), Remote: &b.Remote, Filters: &c.seccomp,
+				Regs: th.Regs, Rseq: th.Rseq, Mask: b.Mask(), SUD: b.SUD(), Remote: &b.Remote, Filters: &c.seccomp,
 			})
 			if i > 0 {
 				derr = errors.Join(derr, b.Return(true))

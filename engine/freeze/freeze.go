@@ -399,6 +399,9 @@ func (th *Thread) identify(p *Proc) error {
 	if !th.Regs.Native() {
 		return fmt.Errorf("task %d runs 32-bit code, which cannot be carried", th.Tid)
 	}
+	if err := th.privileged(); err != nil {
+		return err
+	}
 	if th.Rseq, err = sys.PtraceRseqConfig(th.Tid); err != nil {
 		return fmt.Errorf("read rseq registration of task %d: %w", th.Tid, err)
 	}
@@ -422,6 +425,27 @@ func (th *Thread) identify(p *Proc) error {
 	// So is a stop signal that came before us.
 	if deliverable := (st.SigPnd | st.ShdPnd) &^ st.SigBlk; deliverable == 0 && th.stop == 0 && th.Regs.HideInterrupt() {
 		return ptrace.SetRegs(th.Tid, &th.Regs)
+	}
+	return nil
+}
+
+// privileged refuses a thread that has access to I/O ports, or breakpoints of
+// the CPU that a debugger has left.
+func (th *Thread) privileged() error {
+	if th.Regs.IOPL() {
+		return fmt.Errorf("task %d has raised its I/O privilege level (iopl), which cannot be carried", th.Tid)
+	}
+	// A kernel without ioperm gives ENODEV, a task without ports nothing.
+	var ports [arch.PageSize]byte
+	if n, err := sys.PtraceGetRegSet(th.Tid, sys.NT386IOPerm, ports[:]); err == nil && n > 0 {
+		return fmt.Errorf("task %d has access to I/O ports (ioperm), which cannot be carried", th.Tid)
+	}
+	control, err := sys.PtracePeekUser(th.Tid, arch.DebugControl)
+	if err != nil {
+		return fmt.Errorf("read debug registers of task %d: %w", th.Tid, err)
+	}
+	if control&arch.DebugEnabled != 0 {
+		return fmt.Errorf("task %d has breakpoints in debug registers, which cannot be carried", th.Tid)
 	}
 	return nil
 }

@@ -42,6 +42,62 @@ type TaskFacts struct {
 	XFeatures  uint64   `json:"xfeatures,omitempty"` // XSTATE_BV
 	// StopSeen: the parent of a stopped process has been told so by waitpid.
 	StopSeen bool `json:"stop_seen,omitempty"`
+
+	// Sched is what a task has asked of the scheduler beside policy, priority and
+	// niceness.
+	Sched *SchedFacts `json:"sched,omitempty"`
+	// Personality is that of a thread which has another one than the first.
+	Personality *uint32 `json:"personality,omitempty"`
+	// IOFlusher: prctl(2), PR_SET_IO_FLUSHER.
+	IOFlusher bool `json:"io_flusher,omitempty"`
+	// TSC is PR_TSC_SIGSEGV for a task that may not read the time stamp counter.
+	TSC uint32 `json:"tsc,omitempty"`
+	// NoCPUID: the instruction raises SIGSEGV (arch_prctl(2), ARCH_SET_CPUID).
+	NoCPUID bool `json:"no_cpuid,omitempty"`
+	// MCEKill is the policy of PR_MCE_KILL, none for the host's.
+	MCEKill *uint32 `json:"mce_kill,omitempty"`
+	// Speculation are the values of PR_SET_SPECULATION_CTRL by feature, 0 for one
+	// that the task has not set.
+	Speculation []uint32 `json:"speculation,omitempty"`
+	// Dispatch is the syscall user dispatch (PR_SET_SYSCALL_USER_DISPATCH).
+	Dispatch *DispatchFacts `json:"dispatch,omitempty"`
+	// NUMA is the memory policy of the thread (set_mempolicy(2)).
+	NUMA *NUMAFacts `json:"numa,omitempty"`
+
+	// What follows belongs to a process and is in the facts of its first thread.
+
+	// CoredumpFilter is /proc/PID/coredump_filter.
+	CoredumpFilter *uint32 `json:"coredump_filter,omitempty"`
+	// Autogroup is the niceness of its session (sched(7)).
+	Autogroup int32 `json:"autogroup,omitempty"`
+	// LDT are the descriptors of modify_ldt(2), 8 bytes each as the CPU has them.
+	LDT []byte `json:"ldt,omitempty"`
+}
+
+// SchedFacts are fields of struct sched_attr (sched_setattr(2)).
+type SchedFacts struct {
+	Flags uint64 `json:"flags,omitempty"` // SCHED_FLAG_RESET_ON_FORK, …
+	// Runtime, ns, is the budget of SCHED_DEADLINE, and the slice that a task of
+	// an ordinary policy has asked for, 0 for the host's.
+	Runtime  uint64 `json:"runtime_ns,omitempty"`
+	Deadline uint64 `json:"deadline_ns,omitempty"`
+	Period   uint64 `json:"period_ns,omitempty"`
+	UtilMin  uint32 `json:"util_min,omitempty"`
+	UtilMax  uint32 `json:"util_max,omitempty"`
+}
+
+// DispatchFacts is struct ptrace_sud_config (include/uapi/linux/ptrace.h).
+type DispatchFacts struct {
+	Mode     uint64 `json:"mode"`
+	Selector uint64 `json:"selector,omitempty"`
+	Offset   uint64 `json:"offset,omitempty"`
+	Len      uint64 `json:"len,omitempty"`
+}
+
+// NUMAFacts is a memory policy.
+type NUMAFacts struct {
+	Mode  uint32   `json:"mode"`            // MPOL_* with its flags
+	Nodes []uint64 `json:"nodes,omitempty"` // words of the mask, lowest first
 }
 
 // MemoryFacts belongs to the address space of one process.

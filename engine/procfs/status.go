@@ -43,8 +43,10 @@ type Status struct {
 	SeccompFilters                              int
 	SpeculationStoreBypass, SpeculationIndirect string
 	ThreadFeatures                              []string // x86_Thread_features, such as "shstk"
-	CpusAllowedList, MemsAllowedList            string
-	VoluntarySwitches, NonvoluntarySwitches     uint64
+	// Tagged: addresses may have tags in their upper bits (x86 LAM: untag_mask).
+	Tagged                                  bool
+	CpusAllowedList, MemsAllowedList        string
+	VoluntarySwitches, NonvoluntarySwitches uint64
 }
 
 // Zombie reports whether the process has exited and waits to be reaped.
@@ -212,6 +214,8 @@ func (s *Status) set(key, val string) error {
 		s.SpeculationStoreBypass = word
 	case "SpeculationIndirectBranch":
 		s.SpeculationIndirect = word
+	case "untag_mask":
+		s.Tagged = word != "0xffffffffffffffff"
 	case "x86_Thread_features":
 		s.ThreadFeatures = strings.Fields(word)
 	case "Cpus_allowed_list":

@@ -378,6 +378,7 @@ type Borrowed struct {
 	regs  arch.Regs
 	mask  uint64
 	trapI bool
+	sud   sys.SUDConfig
 }
 
 // Borrow prepares a stopped task: saves registers and signal mask, blocks
@@ -388,8 +389,17 @@ type Borrowed struct {
 func Borrow(tid int, insn uint64, regs arch.Regs, trapIgnored bool, area uint64) (*Borrowed, error) {
 	b := &Borrowed{Remote: Remote{Tid: tid, Insn: insn, Base: regs}, regs: regs, trapI: trapIgnored}
 	var err error
+	if b.sud, err = sys.PtraceGetSUD(tid); err != nil && !errors.Is(err, unix.EIO) {
+		return nil, err
+	}
 	if b.mask, err = BlockSignals(tid); err != nil {
 		return nil, err
+	}
+	if b.sud.Mode != 0 {
+		// Our calls are not for the program's dispatcher.
+		if err := sys.PtraceSetSUD(tid, sys.SUDConfig{}); err != nil {
+			return nil, errors.Join(err, b.putBack())
+		}
 	}
 	if area != 0 {
 		b.Area = area
@@ -403,6 +413,9 @@ func Borrow(tid int, insn uint64, regs arch.Regs, trapIgnored bool, area uint64)
 
 // Mask is the signal mask that the task had.
 func (b *Borrowed) Mask() uint64 { return b.mask }
+
+// SUD is the syscall user dispatch that the task had.
+func (b *Borrowed) SUD() sys.SUDConfig { return b.sud }
 
 // Return undoes Borrow; keepArea is for a thread that shares the area of another.
 func (b *Borrowed) Return(keepArea bool) error {
@@ -431,6 +444,11 @@ func (b *Borrowed) putBack() error {
 	}
 	if err := SetRegs(b.Tid, &b.regs); err != nil {
 		return err
+	}
+	if b.sud.Mode != 0 {
+		if err := sys.PtraceSetSUD(b.Tid, b.sud); err != nil {
+			return err
+		}
 	}
 	if err := sys.PtraceSetSigMask(b.Tid, b.mask); err != nil {
 		return fmt.Errorf("put back signal mask of task %d: %w", b.Tid, err)

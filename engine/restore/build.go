@@ -135,11 +135,27 @@ func (t *Tree) plant(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
+		if err := t.loginUID(p); err != nil {
+			return fmt.Errorf("%s: %w", p, err)
+		}
 		if err := t.cloneThreads(p); err != nil {
 			return fmt.Errorf("make threads of %s: %w", p, err)
 		}
 	}
 	return nil
+}
+
+// loginUID gives a process the user who logged in, before its threads are made, which inherit it.
+func (t *Tree) loginUID(p *process) error {
+	if p.zombie {
+		return nil
+	}
+	done, err := task.LoginUID(p.remote(), p.remote().Tid, p.core())
+	if err == nil && !done {
+		t.log.Warn("the user who logged in is the restorer's: the audit rules of this host do not let it be another",
+			"pid", p.vpid, "loginuid", int32(p.core().GetTc().GetLoginuid()))
+	}
+	return err
 }
 
 // sow starts the stub and gives it the spare memory.
@@ -692,6 +708,7 @@ func (t *Tree) state(p *process) error {
 		calls = append([]*ptrace.Call{drainSIGCHLD()}, calls...)
 	}
 	calls = append(calls, ptrace.NewCall("set umask", unix.SYS_UMASK, ptrace.Int(p.fs.GetUmask())))
+	calls = append(calls, task.ProcessFactCalls(p.leader().facts)...)
 	if err := lead.Run(calls...); err != nil {
 		return err
 	}
@@ -703,12 +720,13 @@ func (t *Tree) state(p *process) error {
 		if err := task.Outside(lead.Tid, th.remote.Tid, th.core, th.facts); err != nil {
 			return err
 		}
-		calls, err := task.ThreadCalls(th.core, p.vpid, th.vtid, &cur, th.facts)
+		calls, err := task.ThreadCalls(th.core, p.vpid, th.vtid, &cur, p.core().GetTc().GetPersonality(), th.facts)
 		if err != nil {
 			return err
 		}
 		if i == 0 {
 			calls = append(task.TimerCalls(th.core), calls...)
+			calls = append(calls, task.LastLimits(th.core)...)
 			if d := p.mm.GetDumpable(); d == 0 || d == 1 {
 				calls = append(calls, ptrace.NewCall("set dumpable", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_DUMPABLE), ptrace.Int(d)))
 			}
@@ -721,7 +739,7 @@ func (t *Tree) state(p *process) error {
 		return err
 	}
 	for _, th := range p.threads {
-		if err := task.Finish(th.remote.Tid, th.core); err != nil {
+		if err := task.Finish(th.remote.Tid, th.core, th.facts); err != nil {
 			return err
 		}
 	}

@@ -153,6 +153,9 @@ func (m *model) process(set *image.Set, it *pstree.PstreeEntry, facts map[uint32
 		if err := task.Check(core, i == 0); err != nil {
 			return nil, fmt.Errorf("task %d: %w", t, err)
 		}
+		if err := task.CheckFacts(facts[t]); err != nil {
+			return nil, fmt.Errorf("task %d: %w", t, err)
+		}
 		p.threads = append(p.threads, &thread{vtid: int(t), core: core, facts: facts[t]})
 		if i == 0 && core.GetTc().GetTaskState() == task.Dead {
 			p.zombie = true

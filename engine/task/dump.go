@@ -56,6 +56,7 @@ type Source struct {
 	Regs           arch.Regs // as it would go on
 	Rseq           sys.RseqConfig
 	Mask           uint64
+	SUD            sys.SUDConfig  // syscall user dispatch, which is off while Remote has the thread
 	Remote         *ptrace.Remote // runs system calls in this thread
 	Filters        *Filters       // of the tree; this thread's seccomp filters join them
 }
@@ -86,6 +87,8 @@ type leaderCalls struct {
 	brk       *ptrace.Call
 	dumpable  *ptrace.Call
 	thp       *ptrace.Call
+	ldt       *ptrace.Call
+	ldtBytes  []byte
 }
 
 func (l *leaderCalls) calls() []*ptrace.Call {
@@ -120,6 +123,9 @@ func (l *leaderCalls) calls() []*ptrace.Call {
 	l.brk = add("read brk", unix.SYS_BRK, ptrace.Int(0))
 	l.dumpable = add("read dumpable", unix.SYS_PRCTL, ptrace.Int(unix.PR_GET_DUMPABLE))
 	l.thp = add("read THP setting", unix.SYS_PRCTL, ptrace.Int(unix.PR_GET_THP_DISABLE))
+	l.ldtBytes = make([]byte, ldtProbe)
+	l.ldt = add("read local descriptor table", unix.SYS_MODIFY_LDT, ptrace.Int(0), ptrace.Buf(l.ldtBytes), ptrace.Int(len(l.ldtBytes)))
+	l.ldt.MayFail = true // a kernel without it
 	return cs
 }
 
@@ -169,6 +175,10 @@ func dump(s Source) (*Dumped, error) {
 	if err != nil {
 		return nil, os.NewSyscallError("sched_getattr", err)
 	}
+	nice, err := niceness(s.Tid)
+	if err != nil {
+		return nil, err
+	}
 	affinity, err := pinned(s.Tid)
 	if err != nil {
 		return nil, err
@@ -187,6 +197,8 @@ func dump(s Source) (*Dumped, error) {
 		calls = leader.calls()
 	}
 	tidAddr, altstack, pdeath := make([]byte, 8), make([]byte, 24), make([]byte, 4)
+	var extra attrCalls
+	calls = append(calls, extra.calls()...)
 	secbits := ptrace.NewCall("read securebits", unix.SYS_PRCTL, ptrace.Int(unix.PR_GET_SECUREBITS))
 	slack := ptrace.NewCall("read timer slack", unix.SYS_PRCTL, ptrace.Int(unix.PR_GET_TIMERSLACK))
 	calls = append(calls,
@@ -195,6 +207,11 @@ func dump(s Source) (*Dumped, error) {
 		ptrace.NewCall("read parent-death signal", unix.SYS_PRCTL, ptrace.Int(unix.PR_GET_PDEATHSIG), ptrace.Buf(pdeath)),
 		secbits, slack)
 	if err := s.Remote.Run(calls...); err != nil {
+		return nil, err
+	}
+
+	tls, err := readTLS(s.Tid)
+	if err != nil {
 		return nil, err
 	}
 
@@ -210,11 +227,12 @@ func dump(s Source) (*Dumped, error) {
 			ClearTidAddr: proto.Uint64(le64(tidAddr)),
 			Gpregs:       arch.RegsToImage(&regs),
 			Fpregs:       fp,
+			Tls:          tls,
 		},
 		ThreadCore: &criu_core.ThreadCoreEntry{
 			FutexRla:    proto.Uint64(robust),
 			FutexRlaLen: proto.Uint32(uint32(robustLen)),
-			SchedNice:   proto.Int32(attr.Nice),
+			SchedNice:   proto.Int32(nice),
 			SchedPolicy: &policy,
 			SchedPrio:   &prio,
 			BlkSigset:   proto.Uint64(s.Mask),
@@ -250,6 +268,9 @@ func dump(s Source) (*Dumped, error) {
 	d := &Dumped{Core: core, Facts: image.TaskFacts{
 		TID: uint32(s.VTid), Affinity: affinity, IOPrio: ioprio, TimerSlack: uint64(slack.Ret), XFeatures: inUse,
 	}}
+	if err := d.addAttributes(s, &stat, attr, &extra); err != nil {
+		return nil, err
+	}
 	if s.Leader {
 		if err := d.addLeader(s, &st, &stat, &leader); err != nil {
 			return nil, err
@@ -326,6 +347,9 @@ func (d *Dumped) addLeader(s Source, st *procfs.Status, stat *procfs.Stat, l *le
 		}
 	}
 	d.Core.Tc = tc
+	if err := d.addProcessFacts(s, l); err != nil {
+		return err
+	}
 	d.Umask = uint32(st.Umask)
 
 	auxv, err := procfs.Auxv(s.Pid)

@@ -10,6 +10,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/creds"
 	criu_core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
 	criu_sa "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-sa"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/rlimit"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/siginfo"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/timer"
 	"golang.org/x/sys/unix"
@@ -95,14 +96,34 @@ func ProcessCalls(core *criu_core.CoreEntry) ([]*ptrace.Call, error) {
 			ptrace.Bytes(sigaction(sa)), ptrace.Int(0), ptrace.Int(8))
 	}
 	for res, l := range tc.GetRlimits().GetRlimits() {
+		if res == unix.RLIMIT_SIGPENDING {
+			var own unix.Rlimit
+			if err := unix.Getrlimit(res, &own); err != nil {
+				return nil, os.NewSyscallError("getrlimit", err)
+			}
+			if l.GetMax() <= own.Max {
+				continue // LastLimits
+			}
+			l = &rlimit.RlimitEntry{Cur: l.Max, Max: l.Max}
+		}
 		add(fmt.Sprintf("set limit %d to %d/%d", res, int64(l.GetCur()), int64(l.GetMax())), unix.SYS_PRLIMIT64, ptrace.Int(0), ptrace.Int(res),
 			ptrace.Bytes(put64(l.GetCur(), l.GetMax())), ptrace.Int(0))
 	}
 	if tc.GetChildSubreaper() {
 		add("become child subreaper", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_CHILD_SUBREAPER), ptrace.Int(1))
 	}
-	add("set personality", unix.SYS_PERSONALITY, ptrace.Int(tc.GetPersonality()))
 	return cs, nil
+}
+
+// LastLimits are the calls that set what would keep signals and timers of the
+// process from being queued and made.
+func LastLimits(core *criu_core.CoreEntry) (cs []*ptrace.Call) {
+	if l := core.GetTc().GetRlimits().GetRlimits(); len(l) > unix.RLIMIT_SIGPENDING {
+		x := l[unix.RLIMIT_SIGPENDING]
+		cs = append(cs, ptrace.NewCall("set the limit of pending signals", unix.SYS_PRLIMIT64, ptrace.Int(0), ptrace.Int(unix.RLIMIT_SIGPENDING),
+			ptrace.Bytes(put64(x.GetCur(), x.GetMax())), ptrace.Int(0)))
+	}
+	return cs
 }
 
 func sigaction(sa *criu_sa.SaEntry) []byte {
@@ -164,8 +185,8 @@ func TimerCalls(core *criu_core.CoreEntry) []*ptrace.Call {
 
 // ThreadCalls are the system calls that give a new thread what is its own.
 // They run in the thread itself, after which it may have no privilege left.
-// cur is the thread as it is now.
-func ThreadCalls(core *criu_core.CoreEntry, vpid, vtid int, cur *procfs.Status, facts *image.TaskFacts) ([]*ptrace.Call, error) {
+// cur is the thread as it is now, persona the personality of the first thread.
+func ThreadCalls(core *criu_core.CoreEntry, vpid, vtid int, cur *procfs.Status, persona uint32, facts *image.TaskFacts) ([]*ptrace.Call, error) {
 	tc := core.GetThreadCore()
 	var cs []*ptrace.Call
 	add := func(what string, nr uintptr, args ...ptrace.Arg) {
@@ -195,6 +216,7 @@ func ThreadCalls(core *criu_core.CoreEntry, vpid, vtid int, cur *procfs.Status, 
 	if r := tc.GetRseqEntry(); r.GetRseqAbiPointer() != 0 {
 		add("register rseq", unix.SYS_RSEQ, ptrace.Int(r.GetRseqAbiPointer()), ptrace.Int(r.GetRseqAbiSize()), ptrace.Int(0), ptrace.Int(r.GetSignature()))
 	}
+	cs = append(cs, attributeCalls(persona, facts)...)
 	cr, err := credCalls(tc.GetCreds(), cur)
 	if err != nil {
 		return nil, err
@@ -311,24 +333,25 @@ func credCalls(c *creds.CredsEntry, cur *procfs.Status) ([]*ptrace.Call, error) 
 // Preconditions: tid is stopped.
 func Outside(pid, tid int, core *criu_core.CoreEntry, facts *image.TaskFacts) error {
 	tc := core.GetThreadCore()
-	cur, err := unix.SchedGetAttr(tid, 0)
-	if err != nil {
-		return os.NewSyscallError("sched_getattr", err)
-	}
-	if cur.Policy != tc.GetSchedPolicy() || cur.Priority != tc.GetSchedPrio() || cur.Nice != tc.GetSchedNice() {
-		attr := unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: tc.GetSchedPolicy(), Priority: tc.GetSchedPrio(), Nice: tc.GetSchedNice()}
-		if err := unix.SchedSetAttr(tid, &attr, 0); err != nil {
-			return fmt.Errorf("set scheduling of task %d (policy %d, nice %d): %w", tid, attr.Policy, attr.Nice, os.NewSyscallError("sched_setattr", err))
-		}
-	}
 	if facts != nil {
+		// A deadline task must be free to run on all CPUs before it becomes one.
 		if err := setAffinity(tid, facts.Affinity); err != nil {
 			return fmt.Errorf("set CPU affinity of task %d: %w", tid, err)
 		}
+	}
+	if err := setScheduling(tid, tc, facts); err != nil {
+		return err
+	}
+	if facts != nil {
 		if facts.IOPrio != 0 {
 			if err := sys.SetIOPrio(tid, facts.IOPrio); err != nil {
 				return fmt.Errorf("set I/O priority of task %d: %w", tid, err)
 			}
+		}
+	}
+	if core.GetTc() != nil {
+		if err := processFiles(pid, facts); err != nil {
+			return err
 		}
 	}
 	if core.GetTc() != nil && core.GetTc().OomScoreAdj != nil {
@@ -359,7 +382,7 @@ func setAffinity(tid int, want []uint64) error {
 // thread is ready to be let go.
 // Preconditions: on the tracer's thread; the thread executes no system call
 // for us any more.
-func Finish(tid int, core *criu_core.CoreEntry) error {
+func Finish(tid int, core *criu_core.CoreEntry, facts *image.TaskFacts) error {
 	base := make([]byte, arch.MaxXState)
 	n, err := sys.PtraceGetRegSet(tid, sys.NTX86Xstate, base)
 	if err != nil {
@@ -378,6 +401,16 @@ func Finish(tid int, core *criu_core.CoreEntry) error {
 	}
 	if err := sys.PtraceSetSigMask(tid, mask); err != nil {
 		return fmt.Errorf("set signal mask of task %d: %w", tid, err)
+	}
+	// Segment registers may refer to them.
+	if err := writeTLS(tid, core.GetThreadInfo().GetTls()); err != nil {
+		return err
+	}
+	if facts != nil && facts.Dispatch != nil {
+		d := facts.Dispatch
+		if err := sys.PtraceSetSUD(tid, sys.SUDConfig{Mode: d.Mode, Selector: d.Selector, Offset: d.Offset, Len: d.Len}); err != nil {
+			return fmt.Errorf("set syscall user dispatch of task %d: %w", tid, err)
+		}
 	}
 	regs, err := arch.RegsFromImage(core.GetThreadInfo().GetGpregs())
 	if err != nil {
