@@ -153,6 +153,8 @@ type Dumper struct {
 	mntns   map[int]bool // pid → lives in another mount namespace
 	others  *outsiders
 	netns   inodeID
+	fresh   map[sockType][][]byte // options of new sockets
+	joined  *[]procfs.MulticastGroup
 	data    []Data
 	buf     []byte // for what is queued in sockets
 	refusal refuse.Refusal
@@ -608,8 +610,12 @@ func (d *Dumper) Facts() []image.FileFacts {
 
 // fact sets the facts of an object.
 func (o *object) fact(id uint32) *image.FileFacts {
-	o.facts = &image.FileFacts{ID: id, Path: o.linkPath(), Dev: uint64(o.stat.Dev), Ino: o.stat.Ino}
-	return o.facts
+	f := &image.FileFacts{ID: id, Path: o.linkPath(), Dev: uint64(o.stat.Dev), Ino: o.stat.Ino}
+	if o.facts != nil {
+		f.Sock = o.facts.Sock
+	}
+	o.facts = f
+	return f
 }
 
 // Plan tells, after Finish, what the destination must have: paths, files for

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"strconv"
+	"time"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/sk-inet"
@@ -19,7 +20,8 @@ import (
 )
 
 // kindInet carries TCP (and multipath TCP) sockets that listen or have no
-// connection, UDP sockets, and, if told so, TCP connections (tcp.go).
+// connection, UDP, UDP-Lite, raw and ping sockets (rawsk.go), and, if told so,
+// TCP connections (tcp.go).
 var kindInet = &kind{
 	name: "internet socket", typ: fdinfo.FdTypes_INETSK,
 	takes: func(_ *Dumper, o *object) bool {
@@ -47,6 +49,8 @@ func inetCarried(family, typ, protocol int) bool {
 	case typ == unix.SOCK_STREAM && (protocol == unix.IPPROTO_TCP || protocol == unix.IPPROTO_MPTCP):
 		return true
 	case typ == unix.SOCK_DGRAM && (protocol == unix.IPPROTO_UDP || protocol == unix.IPPROTO_UDPLITE):
+		return true
+	case typ == unix.SOCK_RAW, isPing(uint32(family), uint32(typ), uint32(protocol)):
 		return true
 	}
 	return false
@@ -77,7 +81,14 @@ func (s *inetState) port(o *object) (plan.Port, bool) {
 		return plan.Port{}, false
 	}
 	network := "tcp"
-	if s.e.GetType() == unix.SOCK_DGRAM {
+	switch {
+	case s.e.GetType() == unix.SOCK_RAW, s.e.GetProto() == unix.IPPROTO_UDPLITE, isPing(s.e.GetFamily(), s.e.GetType(), s.e.GetProto()):
+		return plan.Port{}, false // it has no port, or one of a space of its own
+	case s.e.GetType() == unix.SOCK_DGRAM:
+		// Receivers of one multicast port share it with whoever else wants it.
+		if s.e.GetOpts().GetReuseaddr() {
+			return plan.Port{}, false
+		}
 		network = "udp"
 	}
 	return plan.Port{Network: network, Address: addrPort(s.e.GetSrcAddr(), s.e.GetSrcPort(), s.e.GetIfname()), Pid: o.first().proc.Pid}, true
@@ -135,7 +146,7 @@ func dumpInet(d *Dumper, o *object) error {
 	if n[1] == unix.SOCK_STREAM {
 		err = d.dumpTCP(o, fd, e)
 	} else {
-		err = d.dumpUDP(o, fd, e)
+		err = d.dumpDatagrams(o, fd, e)
 	}
 	if err != nil {
 		return err
@@ -149,10 +160,16 @@ func dumpInet(d *Dumper, o *object) error {
 }
 
 func protoName(e *sk_inet.InetSkEntry) string {
-	if e.GetType() == unix.SOCK_DGRAM {
+	switch {
+	case e.GetType() == unix.SOCK_RAW:
+		return "raw"
+	case isPing(e.GetFamily(), e.GetType(), e.GetProto()):
+		return "ping"
+	case e.GetProto() == unix.IPPROTO_UDPLITE:
+		return "udplite"
+	case e.GetType() == unix.SOCK_DGRAM:
 		return "udp"
-	}
-	if e.GetProto() == unix.IPPROTO_MPTCP {
+	case e.GetProto() == unix.IPPROTO_MPTCP:
 		return "mptcp"
 	}
 	return "tcp"
@@ -231,10 +248,15 @@ var tcpOpts = []struct {
 		func(e *tcp_stream.TcpOptsEntry) (int, bool) { return int(e.GetKeepintvl()), e.Keepintvl != nil }},
 }
 
-func (d *Dumper) dumpUDP(o *object, fd int, e *sk_inet.InetSkEntry) error {
+// dumpDatagrams is for every type of socket but streams.
+func (d *Dumper) dumpDatagrams(o *object, fd int, e *sk_inet.InetSkEntry) error {
 	peer, err := unix.Getpeername(fd)
 	switch {
 	case errors.Is(err, unix.ENOTCONN):
+		// A raw socket or one of ping may be connected to an address without a port.
+		if err := d.dumpRawPeer(o, e); err != nil {
+			return err
+		}
 	case err != nil:
 		return os.NewSyscallError("getpeername", err)
 	default:
@@ -243,17 +265,13 @@ func (d *Dumper) dumpUDP(o *object, fd int, e *sk_inet.InetSkEntry) error {
 		}
 		e.State = proto.Uint32(stateEstablished)
 	}
-	corked, _, err := getOpt(fd, int(e.GetProto()), unix.UDP_CORK)
-	if err != nil {
+	if err := d.refuseUnsent(o, fd); err != nil {
 		return err
-	}
-	if corked != 0 {
-		d.refuse(o, "it is corked (UDP_CORK), and what it holds back cannot be read", "let the program uncork it")
 	}
 	if d.dry() {
 		return nil // a server that runs takes what comes
 	}
-	// Nobody could put a datagram back with the address of its sender. A busy
+	// Nobody can put a datagram back with the address of its sender. A busy
 	// server always has some, and more get lost while it is frozen: UDP allows
 	// it and its clients expect it, so that it is no reason to refuse. One
 	// without content counts, too, which SIOCINQ does not tell.
@@ -265,6 +283,34 @@ func (d *Dumper) dumpUDP(o *object, fd int, e *sk_inet.InetSkEntry) error {
 		h := o.first()
 		d.log.Warn("datagrams that wait to be received do not travel, as UDP allows", "pid", h.proc.Pid, "fd", h.fd, "socket", o.link)
 	}
+	return nil
+}
+
+// refuseUnsent refuses a socket that holds back a datagram to be completed
+// (UDP_CORK, MSG_MORE), which nobody can read. What a network device has still
+// to send counts, too, but is soon gone.
+func (d *Dumper) refuseUnsent(o *object, fd int) error {
+	for until := time.Now().Add(20 * time.Millisecond); ; time.Sleep(time.Millisecond) {
+		n, err := unix.IoctlGetInt(fd, unix.TIOCOUTQ)
+		if errors.Is(err, unix.ENOTTY) { // a ping socket, which sends at once
+			return nil
+		}
+		if err != nil {
+			return os.NewSyscallError("ioctl SIOCOUTQ", err)
+		}
+		if n == 0 {
+			return nil
+		}
+		if d.dry() { // more may come, and go
+			if corked, _, err := getOpt(fd, unix.IPPROTO_UDP, unix.UDP_CORK); err != nil || corked == 0 {
+				return nil
+			}
+		}
+		if d.dry() || time.Now().After(until) {
+			break
+		}
+	}
+	d.refuse(o, "what it holds back (UDP_CORK, MSG_MORE) cannot be read", "let the program send it")
 	return nil
 }
 
@@ -291,7 +337,7 @@ func dumpIPOpts(fd int, e *sk_inet.InetSkEntry) error {
 		}
 	}
 	e.IpOpts = ip
-	return nil
+	return dumpRawOpts(fd, e)
 }
 
 var ipOpts = []ipOpt{
@@ -392,16 +438,15 @@ func checkInet(r *Restorer, x *description) error {
 	case stream && s != stateListen && s != stateClose && !hasPeer(s):
 		return fmt.Errorf("TCP sockets in state %s are not carried", tcpState(uint8(min(s, 255))))
 	case !stream && s != stateEstablished && s != stateClose:
-		return fmt.Errorf("a UDP socket cannot be in state %d", s)
-	case e.GetOpts() == nil:
-		return errors.New("its options are missing")
-	case len(e.GetOpts().GetSoFilter()) > 0:
-		return errors.New("socket filters are not carried")
+		return fmt.Errorf("a %s socket cannot be in state %d", protoName(e), s)
+	}
+	if err := checkSockOpts(e.GetOpts()); err != nil {
+		return err
 	}
 	if stream && hasPeer(e.GetState()) {
 		return r.checkConnection(x)
 	}
-	return nil
+	return checkRawOpts(e)
 }
 
 // openInets makes the sockets in two rounds: sockets that share a port, with
@@ -424,14 +469,15 @@ func openInet(r *Restorer, x *description) error {
 		return os.NewSyscallError("socket", err)
 	}
 	x.file = os.NewFile(uintptr(fd), fmt.Sprintf("%s socket", protoName(e)))
-	if e.V6Only != nil {
+	// A raw socket has its port, the protocol, from the start, and then cannot change it.
+	if have, ok, err := getOpt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY); err == nil && ok && e.V6Only != nil && have != btoi(e.GetV6Only()) {
 		if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, btoi(e.GetV6Only())); err != nil {
 			return os.NewSyscallError("setsockopt IPV6_V6ONLY", err)
 		}
 	}
 	// What is left of old connections (TIME_WAIT) would keep a TCP port busy.
 	reuse := e.GetOpts().GetReuseaddr() || e.GetType() == unix.SOCK_STREAM
-	if err := restoreSockOpts(fd, e.GetOpts(), &reuse); err != nil {
+	if err := r.restoreSockOpts(x, e.GetOpts(), &reuse); err != nil {
 		return err
 	}
 	for _, o := range ipOpts {
@@ -446,6 +492,15 @@ func openInet(r *Restorer, x *description) error {
 		if err := unix.SetsockoptInt(fd, level, opt, n); err != nil {
 			return fmt.Errorf("IP option %d: %w", opt, os.NewSyscallError("setsockopt", err))
 		}
+	}
+	// IP_TOS brings a priority of its own.
+	if p := e.GetOpts().SoPriority; p != nil {
+		if err := setIfOther(fd, unix.SO_PRIORITY, int(*p)); err != nil {
+			return err
+		}
+	}
+	if err := restoreRawOpts(fd, e); err != nil {
+		return err
 	}
 	if e.GetTcpOpts() != nil {
 		for _, o := range tcpOpts {
@@ -487,13 +542,13 @@ func openInet(r *Restorer, x *description) error {
 			return err
 		}
 	}
-	if e.GetType() == unix.SOCK_DGRAM && e.GetState() == stateEstablished && len(e.GetDstAddr()) > 0 {
+	if e.GetType() != unix.SOCK_STREAM && e.GetState() == stateEstablished && len(e.GetDstAddr()) > 0 {
 		sa, err := sockaddr(e.GetFamily(), e.GetDstAddr(), e.GetDstPort(), e.GetIfname())
 		if err != nil {
 			return err
 		}
 		if err := unix.Connect(fd, sa); err != nil {
-			return fmt.Errorf("connect udp to %s: %w", addrPort(e.GetDstAddr(), e.GetDstPort(), ""), os.NewSyscallError("connect", err))
+			return fmt.Errorf("connect %s to %s: %w", protoName(e), addrPort(e.GetDstAddr(), e.GetDstPort(), ""), os.NewSyscallError("connect", err))
 		}
 	}
 	return setStatus(x.file, e.GetFlags())

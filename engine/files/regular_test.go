@@ -145,12 +145,11 @@ func init() {
 	}
 	scenes["refused"] = func(dir string) fds {
 		out := fds{
-			"netlink": must1(unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW, 0)),
 			"pidfd":   must1(unix.PidfdOpen(os.Getppid(), 0)),
 			"ns":      open("/proc/self/ns/net", unix.O_RDONLY),
 			"proc":    open("/proc/"+itoa(os.Getppid())+"/status", unix.O_RDONLY),
 			"ptmx":    open("/dev/ptmx", unix.O_RDWR),
-			"icmp":    must1(unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_ICMP)),
+			"vsock":   must1(unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM, 0)),
 		}
 		p := filepath.Join(dir, "linked")
 		out["linked"] = open(p, unix.O_RDWR|unix.O_CREAT)
@@ -173,7 +172,7 @@ func TestRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	d := dumpAll(t, Options{}, c)
-	for _, x := range []string{"netlink sockets", "a pidfd of process", "namespace files", "one process in /proc", "terminals", "IPv4 sockets", "1 other names"} {
+	for _, x := range []string{"vsock sockets", "a pidfd of process", "namespace files", "one process in /proc", "terminals", "1 other names"} {
 		wantProblem(t, pre.Refusal(), x)
 		wantProblem(t, d.problems, x)
 	}

@@ -307,6 +307,12 @@ func (r *Restorer) check() error {
 		if x.kind == nil {
 			continue
 		}
+		if f := r.facts[x.id]; f != nil && f.Sock != nil {
+			if err := checkSockFacts(f.Sock); err != nil {
+				errs = append(errs, fmt.Errorf("%s: %w", r.who(x), err))
+				continue
+			}
+		}
 		if x.kind.check != nil {
 			if err := x.kind.check(r, x); err != nil {
 				errs = append(errs, fmt.Errorf("%s: %w", r.who(x), err))

@@ -8,6 +8,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/sk-opts"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+
+	"godwit/engine/sys"
 )
 
 // soBufLock is SO_BUF_LOCK (include/uapi/asm-generic/socket.h, Linux 5.15).
@@ -54,8 +56,8 @@ var numOpts = []struct {
 	{soBufLock, func(e *sk_opts.SkOptsEntry) *uint32 { return e.SoBufLock }, func(e *sk_opts.SkOptsEntry, n *uint32) { e.SoBufLock = n }},
 }
 
-// dumpSockOpts reads the options of level SOL_SOCKET. A filter, which can be
-// attached but not always read back, refuses the socket.
+// dumpSockOpts reads the options of level SOL_SOCKET and a filter; what has no
+// field in the entry becomes facts.
 func (d *Dumper) dumpSockOpts(o *object) (*sk_opts.SkOptsEntry, error) {
 	fd := int(o.file.Fd())
 	e := &sk_opts.SkOptsEntry{}
@@ -103,28 +105,77 @@ func (d *Dumper) dumpSockOpts(o *object) (*sk_opts.SkOptsEntry, error) {
 	if err == nil && dev != "" {
 		e.SoBoundDev = proto.String(dev)
 	}
-	// With no room for it, SO_GET_FILTER (which shares its number with
-	// SO_ATTACH_FILTER) tells the length of a classic filter; EACCES: an eBPF program.
-	if n, err := filterLen(fd); err != nil || n > 0 {
-		d.refuse(o, "a socket filter is attached to it", "detach it (SO_DETACH_FILTER)")
+	if err := d.dumpFilter(o, e); err != nil {
+		return nil, err
 	}
-	return e, nil
+	return e, d.dumpSockExtra(o)
 }
 
-func filterLen(fd int) (int, error) {
-	n, err := unix.GetsockoptString(fd, unix.SOL_SOCKET, unix.SO_GET_FILTER)
+// dumpFilter reads a classic filter. A TCP connection is muted by a filter while
+// its stream is read, so that one of its own stands in the way.
+func (d *Dumper) dumpFilter(o *object, e *sk_opts.SkOptsEntry) error {
+	fd := int(o.file.Fd())
+	prog, err := sys.GetFilter(fd)
 	switch {
-	case errors.Is(err, unix.ENOPROTOOPT):
-		return 0, nil
+	case errors.Is(err, unix.ENOPROTOOPT), errors.Is(err, unix.ENOENT):
+		return nil
+	case errors.Is(err, unix.EACCES):
+		d.refuse(o, "an eBPF program is attached to it (SO_ATTACH_BPF)", "detach it (SO_DETACH_BPF)")
+		return nil
 	case err != nil:
-		return 0, err
+		return err
+	case len(prog) == 0:
+		return nil
 	}
-	return len(n), nil
+	if _, err := unix.Getpeername(fd); err == nil {
+		if k, err := sockTypeOf(fd); err == nil && k.inet() && k.typ == unix.SOCK_STREAM {
+			d.refuse(o, "a socket filter is attached to a connection", "detach it (SO_DETACH_FILTER)")
+			return nil
+		}
+	}
+	for _, f := range prog {
+		e.SoFilter = append(e.SoFilter, uint64(f.Code)|uint64(f.Jt)<<16|uint64(f.Jf)<<24|uint64(f.K)<<32)
+	}
+	return nil
+}
+
+// checkSockOpts validates options, which are untrusted.
+func checkSockOpts(e *sk_opts.SkOptsEntry) error {
+	switch {
+	case e == nil:
+		return errors.New("its options are missing")
+	case len(e.GetSoFilter()) > unix.BPF_MAXINSNS:
+		return fmt.Errorf("a socket filter of %d instructions", len(e.GetSoFilter()))
+	}
+	return nil
+}
+
+func restoreFilter(fd int, e *sk_opts.SkOptsEntry) error {
+	if len(e.GetSoFilter()) == 0 {
+		return nil
+	}
+	prog := make([]unix.SockFilter, len(e.GetSoFilter()))
+	for i, w := range e.GetSoFilter() {
+		prog[i] = unix.SockFilter{Code: uint16(w), Jt: uint8(w >> 16), Jf: uint8(w >> 24), K: uint32(w >> 32)}
+	}
+	return sys.SetFilter(fd, prog)
 }
 
 // restoreSockOpts sets the options that matter before bind(2) and the rest alike.
 // reuse is SO_REUSEADDR for as long as the socket is being bound.
-func restoreSockOpts(fd int, e *sk_opts.SkOptsEntry, reuse *bool) error {
+func (r *Restorer) restoreSockOpts(x *description, e *sk_opts.SkOptsEntry, reuse *bool) error {
+	if err := restoreCRIUOpts(int(x.file.Fd()), e, reuse); err != nil {
+		return err
+	}
+	return r.restoreSockExtra(x)
+}
+
+// restoreCRIUOpts sets those that CRIU's message has.
+func restoreCRIUOpts(fd int, e *sk_opts.SkOptsEntry, reuse *bool) error {
+	// The filter first: what it drops must not come while the rest is set.
+	if err := restoreFilter(fd, e); err != nil {
+		return err
+	}
 	set := func(opt, n int) error {
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, opt, n); err != nil {
 			return fmt.Errorf("option %d: %w", opt, os.NewSyscallError("setsockopt", err))

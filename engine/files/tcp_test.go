@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"godwit/engine/image"
+	"godwit/engine/sys"
 )
 
 func init() {
@@ -122,8 +123,8 @@ func TestTCPConnections(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer func() { _ = unix.Close(fd) }()
-		if n, err := filterLen(fd); n != 0 || err != nil {
-			t.Errorf("%s: a filter of %d bytes, %v", name, n, err)
+		if prog, err := sys.GetFilter(fd); len(prog) != 0 || err != nil {
+			t.Errorf("%s: a filter of %d instructions, %v", name, len(prog), err)
 		}
 		if n, err := unix.GetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR); n != 0 || err != nil {
 			t.Errorf("%s: repair mode %d, %v", name, n, err)

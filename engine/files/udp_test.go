@@ -1,9 +1,12 @@
 package files
 
 import (
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"godwit/engine/image"
 )
 
 func init() {
@@ -18,7 +21,59 @@ func init() {
 		a, b, c := udp("empty datagram"), udp("idle"), udp("corked")
 		must(unix.Sendto(b, nil, 0, must1(unix.Getsockname(a))))
 		must(unix.SetsockoptInt(c, unix.IPPROTO_UDP, unix.UDP_CORK, 1))
+		must(unix.Sendto(c, []byte("held back"), 0, must1(unix.Getsockname(a))))
 		return out
+	}
+	scenes["options-refused"] = func(string) fds {
+		out := fds{}
+		for _, x := range []struct {
+			name             string
+			level, opt, want int
+		}{
+			{"numbers", unix.SOL_SOCKET, unix.SO_TIMESTAMPING, unix.SOF_TIMESTAMPING_OPT_ID | unix.SOF_TIMESTAMPING_TX_SOFTWARE},
+			{"zero-copy", unix.SOL_SOCKET, unix.SO_ZEROCOPY, 1},
+			{"encapsulation", unix.IPPROTO_UDP, udpEncap, 2},
+			{"more", unix.SOL_SOCKET, unix.SO_DEBUG, 1},
+		} {
+			fd := must1(unix.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0))
+			out[x.name] = fd
+			must(unix.SetsockoptInt(fd, x.level, x.opt, x.want))
+		}
+		must(unix.Sendto(out["more"], []byte("held back"), unix.MSG_MORE, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: 9}))
+		return out
+	}
+}
+
+// Options that the kernel does not tell whole are refused, each by what it is.
+func TestOptionsRefused(t *testing.T) {
+	d := dumpAll(t, Options{}, start(t, "options-refused"))
+	for _, want := range []string{"SOF_TIMESTAMPING_OPT_ID", "SO_ZEROCOPY", "UDP_ENCAP", "MSG_MORE"} {
+		wantProblem(t, d.problems, want)
+	}
+	if len(d.problems) != 4 {
+		t.Errorf("%d problems, want 4", len(d.problems))
+	}
+}
+
+// Facts come from elsewhere: what is no option or group that a dump writes is refused.
+func TestSockFactsHostile(t *testing.T) {
+	for _, x := range []struct {
+		want string
+		f    image.SockFacts
+	}{
+		{"not carried", image.SockFacts{Options: []image.SockOption{{Level: unix.SOL_SOCKET, Option: unix.SO_ATTACH_BPF, Value: make([]byte, 4)}}}},
+		{"at most 4", image.SockFacts{Options: []image.SockOption{{Level: unix.IPPROTO_IP, Option: unix.IP_MINTTL, Value: make([]byte, 5)}}}},
+		{"there are only", image.SockFacts{Options: make([]image.SockOption, 1000)}},
+		{"no multicast group", image.SockFacts{Groups: []image.SockGroup{{Group: "10.0.0.1", Exclude: true}}}},
+		{"no multicast group", image.SockFacts{Groups: []image.SockGroup{{Group: "ff02::1%lo", Exclude: true}}}},
+		{"no sources", image.SockFacts{Groups: []image.SockGroup{{Group: "239.0.0.1"}}}},
+		{"is no source", image.SockFacts{Groups: []image.SockGroup{{Group: "239.0.0.1", Sources: []string{"::1"}}}}},
+		{"5000 sources", image.SockFacts{Groups: []image.SockGroup{{Group: "239.0.0.1", Sources: make([]string, 5000)}}}},
+		{"5000 multicast groups", image.SockFacts{Groups: make([]image.SockGroup, 5000)}},
+	} {
+		if err := checkSockFacts(&x.f); err == nil || !strings.Contains(err.Error(), x.want) {
+			t.Errorf("%v, want %q", err, x.want)
+		}
 	}
 }
 

@@ -382,8 +382,8 @@ func checkUnix(r *Restorer, x *description) error {
 	switch {
 	case e.GetOpts() == nil:
 		return errors.New("its options are missing")
-	case len(e.GetOpts().GetSoFilter()) > 0:
-		return errors.New("socket filters are not carried")
+	case checkSockOpts(e.GetOpts()) != nil:
+		return checkSockOpts(e.GetOpts())
 	case len(name) > 0 && (len(name) > 108 || name[0] != 0 && bytes.IndexByte(name, 0) >= 0):
 		return fmt.Errorf("%q is no name of a unix socket", name)
 	case len(name) > 0 && name[0] != 0 && name[0] != '/' && !filepath.IsAbs(e.GetNameDir()):
@@ -876,7 +876,7 @@ func (u *unixOpener) settle(x *description) error {
 	clear(u.closers)
 	e := x.entry.GetUsk()
 	fd := int(x.file.Fd())
-	if err := restoreSockOpts(fd, e.GetOpts(), nil); err != nil {
+	if err := u.r.restoreSockOpts(x, e.GetOpts(), nil); err != nil {
 		return err
 	}
 	if how, ok := map[sk_opts.SkShutdown]int{sk_opts.SkShutdown_READ: unix.SHUT_RD, sk_opts.SkShutdown_WRITE: unix.SHUT_WR, sk_opts.SkShutdown_BOTH: unix.SHUT_RDWR}[e.GetShutdown()]; ok {

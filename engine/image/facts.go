@@ -166,6 +166,36 @@ type FileFacts struct {
 	Overflow bool `json:"overflow,omitempty"`
 	// Holders are "pid:fd" texts for messages.
 	Holders []string `json:"holders,omitempty"`
+	// Sock is of a socket that has something sk_opts_entry and its kin have no field for.
+	Sock *SockFacts `json:"sock,omitempty"`
+}
+
+// SockFacts is what a socket has besides the fields of its entry.
+type SockFacts struct {
+	// UID owns the socket: firewalls and SO_REUSEPORT look at it; 0: root.
+	UID uint32 `json:"uid,omitempty"`
+	// Options are those that differ from a fresh socket's.
+	Options []SockOption `json:"options,omitempty"`
+	// Groups are the multicast groups that it has joined.
+	Groups []SockGroup `json:"groups,omitempty"`
+}
+
+// SockOption is one option of setsockopt(2).
+type SockOption struct {
+	Level  int    `json:"level"`
+	Option int    `json:"option"`
+	Value  []byte `json:"value,omitempty"` // in the byte order of the host
+	// Interface is the name of the network interface whose index Value would be.
+	Interface string `json:"interface,omitempty"`
+}
+
+// SockGroup is the membership of a socket in a multicast group of IPv4 or IPv6.
+type SockGroup struct {
+	Group     string `json:"group"`
+	Interface string `json:"interface"`
+	// Exclude: datagrams of all senders but Sources come; else only those of Sources.
+	Exclude bool     `json:"exclude,omitempty"`
+	Sources []string `json:"sources,omitempty"`
 }
 
 // WatchFacts is one watch or mark and the entry of its file in files.img.

@@ -233,6 +233,12 @@ func NetRaw(pid int) ([]InetSocket, error) { return netInet(pid, "raw") }
 // NetRaw6 reads the IPv6 raw sockets.
 func NetRaw6(pid int) ([]InetSocket, error) { return netInet(pid, "raw6") }
 
+// NetICMP reads the IPv4 ping sockets.
+func NetICMP(pid int) ([]InetSocket, error) { return netInet(pid, "icmp") }
+
+// NetICMP6 reads the IPv6 ping sockets.
+func NetICMP6(pid int) ([]InetSocket, error) { return netInet(pid, "icmp6") }
+
 // SocketInode takes the inode out of a link such as "socket:[12]".
 func SocketInode(link string) (uint64, bool) { return bracketed(link, "socket:[") }
 
