@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"godwit/transport"
@@ -17,6 +18,11 @@ const (
 	preflightTimeout = 30 * time.Second
 	// startTimeout bounds the source's way to Freezing.
 	startTimeout = 20 * time.Second
+
+	// preflightTries is how often what the destination lacks is looked for before
+	// it is taken for lasting, preflightPause the time between.
+	preflightTries = 3
+	preflightPause = 50 * time.Millisecond
 )
 
 // migration is one migration as its coordinator sees it, up to the moment when
@@ -54,7 +60,7 @@ func (m *migration) begin(ctx context.Context) error {
 		return err
 	}
 	m.view.record(m.rec)
-	err := m.preflight(ctx)
+	err := m.preflightLasting(ctx)
 	if err == nil {
 		err = m.start(ctx)
 	}
@@ -142,9 +148,40 @@ func aborted(r *wire.Record, err error) error {
 	return err
 }
 
+// preflightLasting is preflight for programs that open and remove files all the
+// time: what the destination lacked counts only if the tree still needs it
+// a little later.
+func (m *migration) preflightLasting(ctx context.Context) error {
+	var seen *wire.Requirements
+	for try := 1; ; try++ {
+		lacks, err := m.preflight(ctx, &seen)
+		if !lacks || try == preflightTries {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(preflightPause):
+		}
+	}
+}
+
+// stillNeeded takes the files out of req that an earlier look, if there was
+// one, did not find.
+func stillNeeded(req, earlier *wire.Requirements) {
+	if earlier == nil {
+		return
+	}
+	req.Files = slices.DeleteFunc(req.Files, func(f *wire.RequiredFile) bool {
+		return !slices.ContainsFunc(earlier.Files, func(e *wire.RequiredFile) bool { return e.Path == f.Path && e.Kind == f.Kind })
+	})
+}
+
 // preflight asks both hosts whether the tree can move, and gets both answers
-// even if the first is no.
-func (m *migration) preflight(ctx context.Context) error {
+// even if the first is no. Files that an earlier look, seen, did not find are
+// not asked for; seen becomes this look. lacks says that nothing but the
+// destination refused.
+func (m *migration) preflight(ctx context.Context, seen **wire.Requirements) (lacks bool, _ error) {
 	r := m.rec
 	phase := wire.State_STATE_PREFLIGHT.Phase()
 	call, cancel := context.WithTimeout(ctx, preflightTimeout)
@@ -157,7 +194,7 @@ func (m *migration) preflight(ctx context.Context) error {
 		srcErr = wire.Errorf(wire.Code_CODE_INTERNAL, "the answer does not say what the tree needs").At(r.Source, phase)
 	}
 	if ctx.Err() != nil {
-		return context.Cause(ctx)
+		return false, context.Cause(ctx)
 	}
 	if reply.GetRoot() != nil || reply.GetRequirements() != nil {
 		req := reply.GetRequirements()
@@ -172,10 +209,10 @@ func (m *migration) preflight(ctx context.Context) error {
 			}
 			return nil
 		}); err != nil {
-			return err
+			return false, err
 		}
 		m.view.record(m.rec)
-		if req != nil {
+		if req != nil && *seen == nil {
 			m.view.note(r.Id, fmt.Sprintf("%s of %s: %s, %s, %s", subject(m.rec), m.rec.Source,
 				plural(m.rec.Tasks, "process"), plural(m.rec.Threads, "thread"), formatBytes(m.rec.MemoryBytes)))
 		}
@@ -184,9 +221,11 @@ func (m *migration) preflight(ctx context.Context) error {
 		// Nothing to prepare; but who has to fix the source wants to know now
 		// if the destination is not even there.
 		_, dstErr := transport.Call[*wire.InfoRequest, *wire.InfoReply](call, m.link.nc, r.Destination, "info", &wire.InfoRequest{})
-		return bothErrors(r, srcErr, withHosts(ctx, m.link.nc, r.Destination, dstErr))
+		return false, bothErrors(r, srcErr, withHosts(ctx, m.link.nc, r.Destination, dstErr))
 	}
 
+	stillNeeded(reply.Requirements, *seen)
+	*seen = reply.Requirements
 	m.prepared = true
 	call, cancel = context.WithTimeout(ctx, preflightTimeout)
 	defer cancel()
@@ -198,10 +237,11 @@ func (m *migration) preflight(ctx context.Context) error {
 		dstErr = wire.Errorf(wire.Code_CODE_INTERNAL, "the answer does not name the stream").At(r.Destination, phase)
 	}
 	if ctx.Err() != nil {
-		return context.Cause(ctx)
+		return false, context.Cause(ctx)
 	}
 	m.stream = prep.GetStream()
-	return bothErrors(r, srcErr, dstErr)
+	lacks = srcErr == nil && dstErr != nil && wire.CodeOf(dstErr) == wire.Code_CODE_REFUSED
+	return lacks, bothErrors(r, srcErr, dstErr)
 }
 
 // bothErrors is what two hosts said as one error; nil if both are.

@@ -519,3 +519,24 @@ func TestRivals(t *testing.T) {
 		t.Errorf("%d went on", won)
 	}
 }
+
+func TestStillNeeded(t *testing.T) {
+	files := func(paths ...string) *wire.Requirements {
+		r := &wire.Requirements{}
+		for _, p := range paths {
+			r.Files = append(r.Files, &wire.RequiredFile{Path: p, Kind: "regular"})
+		}
+		return r
+	}
+	req := files("/lib/a", "/tmp/1", "/log")
+	stillNeeded(req, nil)
+	if len(req.Files) != 3 {
+		t.Errorf("a first look lost files: %v", req.Files)
+	}
+	earlier := files("/log", "/lib/a", "/tmp/2")
+	earlier.Files[0].Kind = "fifo" // another object at the same path
+	stillNeeded(req, earlier)
+	if len(req.Files) != 1 || req.Files[0].Path != "/lib/a" {
+		t.Errorf("left are %v, want /lib/a alone", req.Files)
+	}
+}

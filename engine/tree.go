@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
+	"strings"
 	"time"
+	"unicode"
 
 	"golang.org/x/sys/unix"
 
@@ -13,6 +16,7 @@ import (
 	"godwit/engine/files"
 	"godwit/engine/freeze"
 	"godwit/engine/image"
+	"godwit/engine/refuse"
 	"godwit/engine/restore"
 	"godwit/engine/sys"
 )
@@ -51,15 +55,42 @@ func (e *Engine) Plan(ctx context.Context, pid int, o DumpOptions) (*Plan, error
 	if err != nil {
 		return nil, err
 	}
+	var lasting []refuse.Problem
 	for try := 1; ; try++ {
 		p, err := dump.Preflight(ctx, e.log, pid, d)
 		var r *Refusal
-		if !errors.As(err, &r) || try == planTries || ctx.Err() != nil {
+		if !errors.As(err, &r) {
 			return p, err
+		}
+		if try == 1 {
+			lasting = r.Problems
+		}
+		lasting = slices.DeleteFunc(lasting, func(p refuse.Problem) bool {
+			return !slices.ContainsFunc(r.Problems, func(q refuse.Problem) bool { return sameTrouble(p, q) })
+		})
+		switch {
+		case len(lasting) == 0:
+			e.log.Debug("what cannot be carried was there for a moment only", "pid", pid, "error", err)
+			return p, nil
+		case try == planTries || ctx.Err() != nil:
+			return nil, errors.Join(&Refusal{Doing: r.Doing, Problems: lasting}, ctx.Err())
 		}
 		// A running program is full of passing moments; what lasts is refused.
 		time.Sleep(20 * time.Millisecond)
 	}
+}
+
+// sameTrouble says whether two looks at a tree found the same object in the
+// same way; numbers in the reason, such as sizes, may have changed.
+func sameTrouble(a, b refuse.Problem) bool {
+	digits := func(r rune) rune {
+		if unicode.IsDigit(r) {
+			return -1
+		}
+		return r
+	}
+	return a.Pid == b.Pid && a.HasFD == b.HasFD && a.FD == b.FD && a.Path == b.Path && a.Key == b.Key &&
+		strings.Map(digits, a.Reason) == strings.Map(digits, b.Reason)
 }
 
 // source refuses pids that cannot be the root of a dump.

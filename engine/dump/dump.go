@@ -43,8 +43,9 @@ type Stats struct {
 // imgVersion is CRIU's CRTOOLS_IMAGES_V1_1: images with two magics.
 const imgVersion = 2
 
-// Preflight looks at a running tree and says what it needs, or refuses it with
-// everything that cannot be carried. Nothing of the tree is touched.
+// Preflight looks at a running tree and says what it needs. With everything that
+// cannot be carried, as a *refuse.Refusal, comes the plan for the rest. Nothing
+// of the tree is touched.
 func Preflight(ctx context.Context, log hclog.Logger, pid int, o Options) (_ *plan.Plan, err error) {
 	procs, err := find(pid)
 	if err != nil {
@@ -55,10 +56,12 @@ func Preflight(ctx context.Context, log hclog.Logger, pid int, o Options) (_ *pl
 	if err := c.collect(procs, true); err != nil {
 		return nil, err
 	}
-	if err := errors.Join(ctx.Err(), c.err()); err != nil {
+	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	return c.plan()
+	refusal := c.err()
+	p, err := c.plan()
+	return p, errors.Join(refusal, err)
 }
 
 // Dump reads a frozen tree and gives its images and data to the sink. The tree

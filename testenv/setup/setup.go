@@ -37,6 +37,13 @@ var Workloads = []Need{
 	{"redis-server", "redis-server", "a real server with a million keys"},
 	{"redis-cli", "redis-tools", "its client"},
 	{Postgres, "postgresql", "a real database with its benchmark at work"},
+	{"nginx", "nginx-light", "a real server with a master and workers"},
+	{"node", "nodejs", "a real program on libuv"},
+	{"java", "default-jre-headless", "a real program with hundreds of threads"},
+	{"javac", "default-jdk-headless", "compiling that program"},
+	{"sqlite3", "sqlite3", "a database in the middle of a transaction"},
+	{"xz", "xz-utils", "a stream through pipes"},
+	{"make", "make", "a compilation of many processes"},
 }
 
 // Missing lists the packages of needs that are not met, each once.

@@ -1,7 +1,8 @@
 // Package workloads builds and drives programs that notice by themselves when
 // a counter goes back, a byte is lost or doubled, a timer misfires or anything
 // else about them changes: selfcheck (C, one command for each object of the
-// kernel), pycheck (Python), gocheck and ledger (Go).
+// kernel), pycheck (Python), gocheck and ledger (Go), and drive (Python), which
+// runs real programs and checks their work.
 //
 // They all speak the same way. PREFIX.ready appears when a program is set up,
 // PREFIX.log gets numbered records with CLOCK_MONOTONIC all the time,
@@ -35,7 +36,7 @@ var sources embed.FS
 
 // Programs are the built programs, by path.
 type Programs struct {
-	Selfcheck, Pycheck, Gocheck string
+	Selfcheck, Pycheck, Drive, Gocheck string
 }
 
 // Build compiles all programs into dir; it needs gcc and go, and to be called
@@ -62,6 +63,7 @@ func Build(ctx context.Context, dir string) (*Programs, error) {
 	p := &Programs{
 		Selfcheck: filepath.Join(dir, "selfcheck"),
 		Pycheck:   filepath.Join(src, "python", "pycheck.py"),
+		Drive:     filepath.Join(src, "python", "drive.py"),
 		Gocheck:   filepath.Join(dir, "gocheck"),
 	}
 	cs, err := filepath.Glob(filepath.Join(src, "selfcheck", "*.c"))
