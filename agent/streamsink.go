@@ -65,9 +65,12 @@ func (s *streamSink) Facts(f *image.Facts) error {
 
 // Entry implements image.Sink.
 func (s *streamSink) Entry(e image.Entry) error {
-	m, err := proto.MarshalOptions{Deterministic: true}.Marshal(e.Msg)
-	if err != nil {
-		return fmt.Errorf("send image %s: %w", e.File, err)
+	var m []byte
+	if e.Magic != image.MagicRaw {
+		var err error
+		if m, err = (proto.MarshalOptions{Deterministic: true}).Marshal(e.Msg); err != nil {
+			return fmt.Errorf("send image %s: %w", e.File, err)
+		}
 	}
 	s.entries++
 	return s.item(&wire.Item{Item: &wire.Item_Entry{Entry: &wire.ImageEntry{

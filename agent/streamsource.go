@@ -113,14 +113,16 @@ func (s *streamSource) take(it *wire.Item) error {
 		}
 		s.set.Facts = f
 	case *wire.Item_Entry:
-		m, err := image.NewMessage(it.Entry.Magic)
-		if err != nil {
-			return fmt.Errorf("%w: image %q: %w", errStream, it.Entry.File, err)
+		e := image.Entry{File: it.Entry.File, Magic: it.Entry.Magic, Extra: it.Entry.Extra}
+		if e.Magic != image.MagicRaw {
+			var err error
+			if e.Msg, err = image.NewMessage(it.Entry.Magic); err == nil {
+				err = proto.Unmarshal(it.Entry.Message, e.Msg)
+			}
+			if err != nil {
+				return fmt.Errorf("%w: image %q: %w", errStream, it.Entry.File, err)
+			}
 		}
-		if err := proto.Unmarshal(it.Entry.Message, m); err != nil {
-			return fmt.Errorf("%w: image %q: %w", errStream, it.Entry.File, err)
-		}
-		e := image.Entry{File: it.Entry.File, Magic: it.Entry.Magic, Msg: m, Extra: it.Entry.Extra}
 		if err := e.Check(); err != nil {
 			return fmt.Errorf("%w: %w", errStream, err)
 		}

@@ -54,6 +54,9 @@ type DumpOptions struct {
 	GhostLimit uint64
 	// FileLocks carries file locks and leases; without it they are refused.
 	FileLocks bool
+	// Elsewhere says that the tree goes to another host: what it uses on this one
+	// without holding it is refused.
+	Elsewhere bool
 }
 
 // RestoreOptions says how and where a tree is rebuilt.

@@ -31,7 +31,7 @@ const (
 )
 
 func (o DumpOptions) internal() (dump.Options, error) {
-	d := dump.Options{TCPEstablished: o.TCPEstablished, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, Host: o.Host}
+	d := dump.Options{TCPEstablished: o.TCPEstablished, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, Elsewhere: o.Elsewhere, Host: o.Host}
 	if d.GhostLimit == 0 {
 		d.GhostLimit = defaultGhostLimit
 	}

@@ -21,6 +21,7 @@ import (
 	"godwit/engine/files"
 	"godwit/engine/image"
 	"godwit/engine/mem"
+	"godwit/engine/ns"
 	"godwit/engine/plan"
 	"godwit/engine/procfs"
 	"godwit/engine/refuse"
@@ -34,6 +35,7 @@ type Options struct {
 	External       []string // keys of external files
 	GhostLimit     uint64   // bytes
 	FileLocks      bool     // carried, not refused
+	Elsewhere      bool     // the tree goes to another host
 	Host           string
 }
 
@@ -69,6 +71,9 @@ type collector struct {
 	shmems  map[uint32]*shmem
 
 	segments map[uint32]*segment // System V shared memory by id
+	own      ns.Set              // namespaces that the tree has for itself
+	links    ns.Links            // those of the root
+	landed   bool                // the pid namespace is a restore's
 	rss      uint64
 	limits   map[int]plan.Rlimit
 }
@@ -184,6 +189,15 @@ func (c *collector) collect(procs []*process, running bool) error {
 	if procs[0].zombie {
 		return fmt.Errorf("pid %d (%s) has exited", procs[0].pid, procs[0].comm)
 	}
+	if err := c.setOwn(procs[0]); err != nil {
+		return fmt.Errorf("read the namespaces of pid %d (%s): %w", procs[0].pid, procs[0].comm, err)
+	}
+	// Objects of these namespaces are only seen by a thread inside.
+	return ns.Do(procs[0].pid, c.own&(ns.Net|ns.Ipc), func() error { return c.collectInside(running) })
+}
+
+func (c *collector) collectInside(running bool) error {
+	procs := c.procs
 	if err := c.kernelObjects(); err != nil {
 		return err
 	}
@@ -200,7 +214,9 @@ func (c *collector) collect(procs []*process, running bool) error {
 			return fmt.Errorf("read pid %d (%s): %w", p.pid, p.comm, err)
 		}
 	}
-	c.finishSysV()
+	if err := c.finishSysV(); err != nil {
+		return err
+	}
 	return c.files.Finish()
 }
 
@@ -295,7 +311,7 @@ func (c *collector) state(p *process) error {
 	if !st.Kthread && compat(p.pid) {
 		c.refuse(p, "", "is a 32-bit program, which cannot be carried", "")
 	}
-	if p.vpid == 1 {
+	if p.vpid == 1 && !carried.Has(ns.Pid) {
 		c.refuse(p, "", "is the first process of a pid namespace", "move the process below it")
 	}
 	return c.namespaces(p)
@@ -311,34 +327,6 @@ func compat(pid int) bool {
 	var ident [elf.EI_CLASS + 1]byte
 	_, err = f.ReadAt(ident[:], 0)
 	return err == nil && string(ident[:elf.EI_CLASS]) == elf.ELFMAG && elf.Class(ident[elf.EI_CLASS]) == elf.ELFCLASS32
-}
-
-// namespaces refuses a process that lives elsewhere than the agent.
-func (c *collector) namespaces(p *process) error {
-	differs := map[string]bool{}
-	for _, ns := range []string{"cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"} {
-		own, err := os.Readlink("/proc/self/ns/" + ns)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // not configured in this kernel
-		}
-		if err != nil {
-			return err
-		}
-		its, err := os.Readlink(procfs.Path(p.pid, "ns", ns))
-		if err != nil {
-			return err
-		}
-		differs[ns] = own != its
-	}
-	// A tree that landed in a pid namespace of its own has a mount namespace
-	// of its own too, for its /proc.
-	landed := differs["pid"] && len(p.status.NSpid) > 1
-	for ns, d := range differs {
-		if d && !(landed && (ns == "pid" || ns == "mnt")) {
-			c.refuse(p, "", "lives in another "+ns+" namespace than the agent", "run an agent inside the container")
-		}
-	}
-	return nil
 }
 
 func (c *collector) threads(p *process) error {

@@ -20,6 +20,7 @@ import (
 	"godwit/engine/freeze"
 	"godwit/engine/image"
 	"godwit/engine/mem"
+	"godwit/engine/ns"
 	"godwit/engine/plan"
 	"godwit/engine/procfs"
 	"godwit/engine/ptrace"
@@ -101,8 +102,13 @@ func Dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 	}
 	facts.Files = c.files.Facts()
 	facts.SysV = c.sysvFacts()
-	for _, s := range facts.SysV {
-		st.Segments = append(st.Segments, int(s.ID))
+	if !c.own.Has(ns.Ipc) { // else they end with their namespace
+		for _, s := range facts.SysV {
+			st.Segments = append(st.Segments, int(s.ID))
+		}
+	}
+	if err := ns.Dump(ns.Dumped{Pid: c.procs[0].pid, Own: c.own, Shm: facts.SysV}, sink.Entry); err != nil {
+		return st, err
 	}
 	if err := sink.Facts(facts); err != nil {
 		return st, err
@@ -161,7 +167,7 @@ func (c *collector) images(ctx context.Context, t *freeze.Tree, sink image.Sink)
 	}
 	inv := &inventory.InventoryEntry{
 		ImgVersion: proto.Uint32(imgVersion), FdinfoPerId: proto.Bool(true), NsPerId: proto.Bool(true),
-		RootIds: c.procs[0].ids(), Lsmtype: inventory.Lsmtype_NO_LSM.Enum(), DumpUptime: proto.Uint64(uint64(facts.BoottimeNS) / 1000),
+		RootIds: c.procs[0].ids(0), Lsmtype: inventory.Lsmtype_NO_LSM.Enum(), DumpUptime: proto.Uint64(uint64(facts.BoottimeNS) / 1000),
 	}
 	return facts, put(image.InventoryFile, image.MagicInventory, inv)
 }
@@ -177,12 +183,12 @@ func (c *collector) byPid(pid int) *process {
 	return nil
 }
 
-// ids numbers the kernel objects of a process; there is one namespace of each kind.
-func (p *process) ids() *criu_core.TaskKobjIdsEntry {
-	return &criu_core.TaskKobjIdsEntry{
-		VmId: &p.vmID, FilesId: &p.filesID, FsId: &p.fsID, SighandId: &p.sig,
-		PidNsId: u32(1), NetNsId: u32(2), IpcNsId: u32(3), UtsNsId: u32(4), MntNsId: u32(5), UserNsId: u32(6), CgroupNsId: u32(7), TimeNsId: u32(8),
-	}
+// ids numbers the kernel objects of a process in a tree that has the namespaces
+// of own for itself.
+func (p *process) ids(own ns.Set) *criu_core.TaskKobjIdsEntry {
+	e := &criu_core.TaskKobjIdsEntry{VmId: &p.vmID, FilesId: &p.filesID, FsId: &p.fsID, SighandId: &p.sig}
+	own.SetIDs(e)
+	return e
 }
 
 func (c *collector) processImages(t *freeze.Tree, fp *freeze.Proc, p *process, facts *image.Facts, put func(string, string, proto.Message) error) error {
@@ -195,7 +201,7 @@ func (c *collector) processImages(t *freeze.Tree, fp *freeze.Proc, p *process, f
 	for i, d := range dumped {
 		facts.Tasks = append(facts.Tasks, d.Facts)
 		if i == 0 {
-			d.Core.Ids = p.ids()
+			d.Core.Ids = p.ids(c.own)
 			if state.Membarriers != 0 {
 				d.Core.Tc.MembarrierRegistrationMask = proto.Uint32(state.Membarriers)
 			}
@@ -222,7 +228,7 @@ func (c *collector) processImages(t *freeze.Tree, fp *freeze.Proc, p *process, f
 	if err := put(image.MMFile(vpid), image.MagicMM, mm); err != nil {
 		return err
 	}
-	if err := put(image.IDsFile(vpid), image.MagicIDs, p.ids()); err != nil {
+	if err := put(image.IDsFile(vpid), image.MagicIDs, p.ids(c.own)); err != nil {
 		return err
 	}
 	return put(image.FSFile(vpid), image.MagicFS, &fsimg.FsEntry{CwdId: &p.cwd, RootId: &p.root, Umask: &leader.Umask})

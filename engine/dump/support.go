@@ -22,5 +22,8 @@ func Support() []plan.Support {
 		{Kind: "filter of core files, user who logged in", Note: "the user who logged in stays the restorer's, with a warning, where audit rules forbid another"},
 		{Kind: "seccomp, strict and by filters"},
 		{Kind: "working directory, root and umask"},
+		{Kind: "a UTS namespace of the tree's own"},
+		{Kind: "an IPC namespace of the tree's own", Note: "with settings, System V semaphores, message queues and shared memory"},
+		{Kind: "System V semaphores and message queues of the host", Note: "stay where they are; a migration of their users is refused"},
 	}
 }

@@ -6,8 +6,13 @@ import (
 	"os"
 	"slices"
 
+	"golang.org/x/sys/unix"
+
+	"godwit/engine/files"
 	"godwit/engine/image"
 	"godwit/engine/mem"
+	"godwit/engine/ns"
+	"godwit/engine/procfs"
 	"godwit/engine/refuse"
 	"godwit/engine/sys"
 )
@@ -33,10 +38,7 @@ func (c *collector) sysv(p *process, v *mem.VMA) error {
 	if err != nil {
 		return fmt.Errorf("examine System V segment %d, %s: %w", id, v, err)
 	}
-	s := &segment{attach: d.Nattch, inside: 1, first: p, vma: v, facts: image.SysVFacts{
-		ID: id, Key: d.Perm.Key, Size: d.Segsz, Mode: d.Perm.Mode,
-		UID: d.Perm.Uid, GID: d.Perm.Gid, CUID: d.Perm.Cuid, CGID: d.Perm.Cgid,
-	}}
+	s := &segment{attach: d.Nattch, inside: 1, first: p, vma: v, facts: segmentFacts(id, d)}
 	c.segments[id] = s
 	f, err := os.OpenFile(v.Link(p.pid), os.O_RDWR, 0)
 	if err != nil {
@@ -44,6 +46,13 @@ func (c *collector) sysv(p *process, v *mem.VMA) error {
 	}
 	c.shmems[id] = &shmem{id: id, file: f, size: int64(d.Segsz)}
 	return nil
+}
+
+func segmentFacts(id uint32, d unix.SysvShmDesc) image.SysVFacts {
+	return image.SysVFacts{
+		ID: id, Key: d.Perm.Key, Size: d.Segsz, Mode: d.Perm.Mode,
+		UID: d.Perm.Uid, GID: d.Perm.Gid, CUID: d.Perm.Cuid, CGID: d.Perm.Cgid,
+	}
 }
 
 // attachments refuses those of a process that shmat cannot make again.
@@ -57,8 +66,9 @@ func (c *collector) attachments(p *process, vmas []*mem.VMA) error {
 	return err
 }
 
-// finishSysV refuses segments that others have attached too.
-func (c *collector) finishSysV() {
+// finishSysV refuses segments that others have attached too, and what cannot be
+// read or does not come along.
+func (c *collector) finishSysV() error {
 	for _, s := range c.segments {
 		if s.attach > s.inside {
 			c.refusal.Add(refuse.Problem{Pid: s.first.pid, Comm: s.first.comm, Path: s.vma.String(),
@@ -66,6 +76,133 @@ func (c *collector) finishSysV() {
 				Hint:   "end the other process, or name a process above both"})
 		}
 	}
+	if err := c.unattached(); err != nil {
+		return err
+	}
+	sets, err := procfs.SysV("sem")
+	if err != nil {
+		return err
+	}
+	if err := c.adjustments(sets); err != nil {
+		return err
+	}
+	if !c.o.Elsewhere || c.own.Has(ns.Ipc) {
+		return nil
+	}
+	return c.leftBehind(sets)
+}
+
+// unattached takes up the segments of the tree's own IPC namespace that nobody
+// has attached.
+func (c *collector) unattached() error {
+	if !c.own.Has(ns.Ipc) {
+		return nil
+	}
+	all, err := procfs.SysV("shm")
+	if err != nil {
+		return err
+	}
+	for _, o := range all {
+		id := uint32(o.ID)
+		if c.segments[id] != nil {
+			continue
+		}
+		d, err := sys.ShmStat(o.ID)
+		if err != nil {
+			return err
+		}
+		if d.Perm.Mode&sys.ShmHugetlb != 0 {
+			c.refuse(c.procs[0], "", fmt.Sprintf("System V segment %d is of huge pages, which cannot be carried", id), "")
+			continue
+		}
+		f, err := sys.ShmFile(o.ID)
+		if err != nil {
+			return fmt.Errorf("open System V segment %d: %w", id, err)
+		}
+		c.segments[id] = &segment{facts: segmentFacts(id, d)}
+		c.shmems[id] = &shmem{id: id, file: f, size: int64(d.Segsz)}
+	}
+	return nil
+}
+
+// adjustments refuses processes that have semaphores put back when they end
+// (SEM_UNDO): nothing tells by how much. Every thread makes a list for that, so
+// that for a process of several the semaphores must tell who used them.
+func (c *collector) adjustments(sets []procfs.SysVObject) error {
+	users := map[int]bool{}
+	n := 0
+	for _, o := range sets {
+		for i := range int(o.Size) {
+			if pid, err := sys.SemPid(o.ID, i); err == nil {
+				users[pid] = true
+				n++
+			}
+		}
+	}
+	if n == 0 {
+		return nil
+	}
+	return files.WithStillborn(func(none int) error {
+		for _, p := range c.procs {
+			if p.zombie {
+				continue
+			}
+			ord, err := sys.KcmpTask(none, p.pid, sys.KcmpSysVSem)
+			if errors.Is(err, unix.ESRCH) {
+				continue
+			}
+			if err != nil {
+				return fmt.Errorf("look for semaphore adjustments of pid %d: %w", p.pid, err)
+			}
+			if ord != sys.Equal && (len(p.tids) == 1 || users[p.pid]) {
+				c.refuse(p, "", "uses System V semaphores that are put back when it ends (SEM_UNDO), and nothing tells by how much",
+					"use them without SEM_UNDO")
+			}
+		}
+		return nil
+	})
+}
+
+// leftBehind refuses objects of the host's IPC namespace that the tree uses and
+// that stay on this host.
+func (c *collector) leftBehind(sets []procfs.SysVObject) error {
+	byPid := map[int]*process{}
+	for _, p := range c.procs {
+		byPid[p.pid] = p
+	}
+	stays := func(pid int, what string, o procfs.SysVObject) bool {
+		p := byPid[pid]
+		if p == nil {
+			return false
+		}
+		c.refuse(p, "", fmt.Sprintf("used %s %d (key %#x), which stays on this host", what, o.ID, uint32(o.Key)),
+			"remove it if it is not needed (ipcrm), or run the tree in an IPC namespace of its own (unshare --ipc)")
+		return true
+	}
+	for _, o := range sets {
+		for i := range int(o.Size) {
+			if pid, err := sys.SemPid(o.ID, i); err == nil && stays(pid, "System V semaphores", o) {
+				break
+			}
+		}
+	}
+	queues, err := procfs.SysV("msg")
+	if err != nil {
+		return err
+	}
+	for _, o := range queues {
+		_ = stays(o.Last, "System V message queue", o) || stays(o.LastReader, "System V message queue", o)
+	}
+	segments, err := procfs.SysV("shm")
+	if err != nil {
+		return err
+	}
+	for _, o := range segments {
+		if c.segments[uint32(o.ID)] == nil {
+			_ = stays(o.Creator, "System V segment", o) || stays(o.Last, "System V segment", o)
+		}
+	}
+	return nil
 }
 
 // sysvFacts gives the segments, by id.

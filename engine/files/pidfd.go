@@ -80,7 +80,7 @@ func openPidfds(r *Restorer, xs []*description) []error {
 		}
 	}
 	for _, same := range reaped {
-		err := withStillborn(func(pid int) error {
+		err := WithStillborn(func(pid int) error {
 			for _, x := range same {
 				if err := openPidfd(x, pid); err != nil {
 					return err
@@ -106,9 +106,9 @@ func openPidfd(x *description, pid int) error {
 	return setStatus(x.file, flags)
 }
 
-// withStillborn calls f with a process that has never run and is reaped
+// WithStillborn calls f with a process that has never run and is reaped
 // afterwards: it is this program, stopped at its exec by ptrace(2).
-func withStillborn(f func(pid int) error) error {
+func WithStillborn(f func(pid int) error) error {
 	runtime.LockOSThread() // the tracer
 	defer runtime.UnlockOSThread()
 	p, err := os.StartProcess("/proc/self/exe", []string{"godwit-stillborn"}, &os.ProcAttr{

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	ghost_file "github.com/checkpoint-restore/go-criu/v8/crit/images/ghost-file"
+	ipc_shm "github.com/checkpoint-restore/go-criu/v8/crit/images/ipc-shm"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/memfd"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/mm"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
@@ -237,6 +238,10 @@ func (s *DirSink) entry(e Entry) error {
 		}
 	case *memfd.MemfdInodeEntry:
 		s.expect(DataID{Shmem, m.GetShmid()})
+	case *ipc_shm.IpcShmEntry:
+		if m.GetInPagemaps() {
+			s.expect(DataID{Shmem, m.GetDesc().GetId()})
+		}
 	}
 	o := s.meta[e.File]
 	if o == nil {
@@ -245,7 +250,7 @@ func (s *DirSink) entry(e Entry) error {
 			return err
 		}
 		s.meta[e.File] = o
-	} else if o.magic != e.Magic {
+	} else if o.magic != e.Magic || e.Magic == MagicRaw {
 		return fmt.Errorf("image %s: entries of types %s and %s", e.File, o.magic, e.Magic)
 	}
 	if o.buf, err = AppendEntry(o.buf, e); err != nil {

@@ -188,10 +188,11 @@ func (s *DirSource) openImage(file string) (*input, error) {
 }
 
 func (s *DirSource) loadImage(name string) error {
-	for _, p := range rawPrefixes {
-		if strings.HasPrefix(name, p) {
-			return nil
-		}
+	if strings.HasPrefix(name, "pages-") {
+		return nil
+	}
+	if isRaw(name) {
+		return s.loadRaw(name)
 	}
 	id, isData, err := dataOf(name)
 	if err != nil {
@@ -228,6 +229,25 @@ func (s *DirSource) loadImage(name string) error {
 	// An image without entries is an image all the same.
 	s.set.files[name] = append([]Entry{}, entries...)
 	return nil
+}
+
+// loadRaw reads an image of another program's form. What is too large to be
+// carried is left out, and missed where it is needed.
+func (s *DirSource) loadRaw(name string) error {
+	in, err := s.openImage(name + Extension)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = in.f.Close() }()
+	if in.size > MaxMessage {
+		return nil
+	}
+	b, err := io.ReadAll(io.LimitReader(in, in.size))
+	if err != nil {
+		return err
+	}
+	s.set.files[name] = []Entry{{File: name, Magic: MagicRaw, Extra: b}}
+	return in.verify()
 }
 
 // Dir is the directory.

@@ -166,13 +166,16 @@ func extraLen(magic string, m proto.Message) (n uint64, ok bool) {
 	case *bpfmap_data.BpfmapDataEntry:
 		return uint64(m.GetKeysBytes()) + uint64(m.GetValuesBytes()), true
 	}
-	switch magic {
-	case "IPCNS_SEM", "IPCNS_SHM", "IPCNS_MSG":
-		// Padded arrays, segments and messages of System V objects: nothing
-		// here makes or uses them.
-		return 0, false
+	switch m := m.(type) {
+	case *ipc_sem.IpcSemEntry:
+		return (uint64(m.GetNsems())*2 + 7) &^ 7, true
+	case *ipc_shm.IpcShmEntry:
+		if m.GetInPagemaps() {
+			return 0, true
+		}
+		return (m.GetSize() + 3) &^ 3, true
 	}
-	return 0, true
+	return 0, magic != MagicIPCMsg // messages with heads of their own
 }
 
 // Check tells whether e can stand in an image file: a plain name, a known type,
@@ -184,6 +187,15 @@ func (e Entry) Check() error {
 	}
 	fail := func(format string, a ...any) error {
 		return fmt.Errorf("image %s: %w", e.File, fmt.Errorf(format, a...))
+	}
+	if e.Magic == MagicRaw {
+		switch {
+		case e.Msg != nil || !isRaw(e.File):
+			return fail("it cannot be of another program's form")
+		case len(e.Extra) > MaxMessage:
+			return fail("%d bytes, at most %d are carried", len(e.Extra), MaxMessage)
+		}
+		return nil
 	}
 	want, ok := types[e.Magic]
 	if !ok {
@@ -206,6 +218,9 @@ func (e Entry) Check() error {
 
 // AppendHead appends what the file of an image type starts with.
 func AppendHead(b []byte, magic string) ([]byte, error) {
+	if magic == MagicRaw {
+		return b, nil
+	}
 	v, ok := magics().ByName[magic]
 	if !ok || v > math.MaxUint32 {
 		return nil, fmt.Errorf("image type %q has no magic", clip(magic))
@@ -245,6 +260,9 @@ func AppendMessage(b []byte, m proto.Message) ([]byte, error) {
 
 // AppendEntry appends one entry with its extra bytes.
 func AppendEntry(b []byte, e Entry) ([]byte, error) {
+	if e.Magic == MagicRaw {
+		return append(b, e.Extra...), nil
+	}
 	b, err := AppendMessage(b, e.Msg)
 	if err != nil {
 		return nil, fmt.Errorf("image %s: %w", e.File, err)

@@ -51,9 +51,10 @@ func (d DataID) String() string { return fmt.Sprintf("%s-%d", d.Kind, d.ID) }
 type Entry struct {
 	// File is the name of the image without ".img", such as "core-12".
 	File string
-	// Magic is the name of the image type in go-criu's magic table, such as "CORE".
+	// Magic is the name of the image type in go-criu's magic table, such as "CORE";
+	// MagicRaw for a file that is Extra and nothing else.
 	Magic string
-	Msg   proto.Message
+	Msg   proto.Message // nil for MagicRaw
 	// Extra is what follows the entry outside protobuf (the bytes of a pipe).
 	Extra []byte
 }

@@ -27,6 +27,48 @@ const (
 	TtyDataFile      = "tty-data"
 )
 
+// Names of the images of namespaces, each by the id that it has in IDs.
+
+// UtsnsFile names host and domain name of a UTS namespace.
+func UtsnsFile(id uint32) string { return fmt.Sprintf("utsns-%d", id) }
+
+// IpcVarFile names the settings of an IPC namespace, IpcSemFile and so on its objects.
+func IpcVarFile(id uint32) string { return fmt.Sprintf("ipcns-var-%d", id) }
+
+func IpcSemFile(id uint32) string { return fmt.Sprintf("ipcns-sem-%d", id) }
+
+func IpcMsgFile(id uint32) string { return fmt.Sprintf("ipcns-msg-%d", id) }
+
+func IpcShmFile(id uint32) string { return fmt.Sprintf("ipcns-shm-%d", id) }
+
+// MountpointsFile names the mounts of a mount namespace.
+func MountpointsFile(id uint32) string { return fmt.Sprintf("mountpoints-%d", id) }
+
+// PidnsFile names a pid namespace.
+func PidnsFile(id uint32) string { return fmt.Sprintf("pidns-%d", id) }
+
+// NetnsFile names the settings of a network namespace, NetdevFile its devices.
+func NetnsFile(id uint32) string { return fmt.Sprintf("netns-%d", id) }
+
+func NetdevFile(id uint32) string { return fmt.Sprintf("netdev-%d", id) }
+
+// IfaddrFile, RouteFile, Route6File and RuleFile name what "ip addr save" and
+// the like write of a network namespace.
+func IfaddrFile(id uint32) string { return fmt.Sprintf("ifaddr-%d", id) }
+
+func RouteFile(id uint32) string { return fmt.Sprintf("route-%d", id) }
+
+func Route6File(id uint32) string { return fmt.Sprintf("route6-%d", id) }
+
+func RuleFile(id uint32) string { return fmt.Sprintf("rule-%d", id) }
+
+// TmpfsFile names the content of a tmpfs, a compressed tar archive, by the
+// number of its device.
+func TmpfsFile(dev uint32) string { return fmt.Sprintf("tmpfs-dev-%d.tar.gz", dev) }
+
+// UsernsFile names the maps of a user namespace.
+func UsernsFile(id uint32) string { return fmt.Sprintf("userns-%d", id) }
+
 // Extension is what every image file ends in.
 const Extension = ".img"
 
@@ -83,7 +125,30 @@ const (
 	MagicTtyInfo      = "TTY_INFO"
 	MagicTtyData      = "TTY_DATA"
 	MagicTCPStream    = "TCP_STREAM"
+	MagicUtsns        = "UTSNS"
+	MagicIPCVar       = "IPC_VAR"
+	MagicIPCSem       = "IPCNS_SEM"
+	MagicIPCMsg       = "IPCNS_MSG"
+	MagicIPCShm       = "IPCNS_SHM"
+	MagicMnts         = "MNTS"
+	MagicPidns        = "PIDNS"
+	MagicNetns        = "NETNS"
+	MagicNetdev       = "NETDEV"
+	MagicUserns       = "USERNS"
+
+	// MagicRaw is no magic: what is in the file has another program's form.
+	MagicRaw = ""
 )
+
+// isRaw tells whether an image is in another program's form.
+func isRaw(name string) bool {
+	for _, p := range rawPrefixes {
+		if strings.HasPrefix(name, p) {
+			return !strings.HasPrefix(name, "pages-")
+		}
+	}
+	return false
+}
 
 // checkName refuses what is no plain file name: entries may come from a network.
 func checkName(name string) error {
@@ -92,7 +157,7 @@ func checkName(name string) error {
 	}
 	for i := range len(name) {
 		switch c := name[i]; {
-		case c >= 'a' && c <= 'z', c >= '0' && c <= '9', c == '-', c == '_':
+		case c >= 'a' && c <= 'z', c >= '0' && c <= '9', c == '-', c == '_', c == '.' && i > 0:
 		default:
 			return fmt.Errorf("image name %q has a byte that no image name has", clip(name))
 		}

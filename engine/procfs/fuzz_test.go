@@ -57,6 +57,12 @@ func FuzzFdinfo(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) { _, _ = ParseFdinfo(b) })
 }
 
+func FuzzSysV(f *testing.F) {
+	f.Add([]byte("  key      semid perms      nsems   uid   gid  cuid  cgid      otime      ctime\n  1508          2   600          1     0     0     0     0          0 1795713436\n"))
+	f.Add([]byte("key shmid perms size cpid lpid nattch\n0 5 1600 4096 12 13 1\n"))
+	f.Fuzz(func(t *testing.T, b []byte) { _, _ = ParseSysV(bytes.NewReader(b)) })
+}
+
 // FuzzTables: the small and the tabular files.
 func FuzzTables(f *testing.F) {
 	f.Add([]byte("26 1 254:0 / / rw shared:1 - ext4 /dev/vda rw\n"))

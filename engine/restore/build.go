@@ -18,6 +18,7 @@ import (
 	"godwit/engine/freeze"
 	"godwit/engine/image"
 	"godwit/engine/mem"
+	"godwit/engine/ns"
 	"godwit/engine/procfs"
 	"godwit/engine/ptrace"
 	"godwit/engine/sys"
@@ -91,7 +92,7 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 	}
 	start := time.Now()
 	// Processes come first: a program may have files of its own in /proc open.
-	if err := t.tracer.Do(func() error { return t.plant(ctx) }); err != nil {
+	if err := t.tracer.Do(func() error { return t.plant(ctx, set) }); err != nil {
 		return nil, err
 	}
 	t.st.ForkDur = time.Since(start)
@@ -124,11 +125,11 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 
 // plant makes all processes and threads, each with the address space of the
 // stub and the spare memory.
-func (t *Tree) plant(ctx context.Context) error {
+func (t *Tree) plant(ctx context.Context, set *image.Set) error {
 	if err := t.sow(); err != nil {
 		return err
 	}
-	if err := t.processes(); err != nil {
+	if err := t.processes(set); err != nil {
 		return err
 	}
 	for _, p := range t.model.procs {
@@ -179,7 +180,9 @@ func (t *Tree) openFiles(set *image.Set) (err error) {
 	if t.files, err = files.NewRestorer(t.log, set, fo); err != nil {
 		return err
 	}
-	if err := t.files.Open(); err != nil {
+	// What the tree uses in these namespaces is made by a thread inside.
+	inside := t.model.own.Own & (ns.Net | ns.Ipc)
+	if err := ns.Do(t.root, inside, t.files.Open); err != nil {
 		return err
 	}
 	for id, o := range t.model.sharedAnons() {
@@ -187,7 +190,7 @@ func (t *Tree) openFiles(set *image.Set) (err error) {
 			return fmt.Errorf("make %d bytes of shared memory%s: %w", o.size, hugeHint(o.huge), err)
 		}
 	}
-	return t.openSegments()
+	return t.inIPC(t.openSegments)
 }
 
 // hostPid gives the tid on this host of a task of the tree.
@@ -234,7 +237,7 @@ func (t *Tree) build(ctx context.Context) error {
 		}
 		t.log.Debug("address space built", "pid", p.vpid, "comm", p.comm(), "mappings", len(p.vmas))
 	}
-	return t.removeSegments()
+	return t.inIPC(t.removeSegments)
 }
 
 // born takes over a task that r's target just made.

@@ -17,6 +17,7 @@ import (
 	"godwit/engine/arch"
 	"godwit/engine/image"
 	"godwit/engine/mem"
+	"godwit/engine/ns"
 	"godwit/engine/ptrace"
 	"godwit/engine/task"
 )
@@ -41,6 +42,7 @@ type process struct {
 	zombie          bool
 
 	filesID uint32
+	ids     *criu_core.TaskKobjIdsEntry
 	mm      *mm.MmEntry
 	vmas    []*mem.VMA
 	memory  *image.MemoryFacts // nil: none
@@ -64,6 +66,7 @@ type model struct {
 	byPid map[int]*process
 	ids   map[int]bool // every pid and tid
 
+	own      ns.Images                   // namespaces that the tree has for itself
 	segments map[uint32]*image.SysVFacts // System V shared memory by id
 }
 
@@ -90,10 +93,10 @@ func parse(set *image.Set) (*model, error) {
 		return nil, errors.New("images hold no process")
 	}
 	m := &model{byPid: map[int]*process{}, ids: map[int]bool{}}
-	facts := map[uint32]*image.TaskFacts{}
+	tasks := map[uint32]*image.TaskFacts{}
 	if set.Facts != nil {
 		for i := range set.Facts.Tasks {
-			facts[set.Facts.Tasks[i].TID] = &set.Facts.Tasks[i]
+			tasks[set.Facts.Tasks[i].TID] = &set.Facts.Tasks[i]
 		}
 	}
 	memory := map[uint32]*image.MemoryFacts{}
@@ -103,7 +106,7 @@ func parse(set *image.Set) (*model, error) {
 		}
 	}
 	for i, it := range items {
-		p, err := m.process(set, it, facts)
+		p, err := m.process(set, it, tasks)
 		if f := memory[it.GetPid()]; err == nil && f != nil && !p.zombie {
 			p.memory = f
 			err = mem.ApplyFacts(p.vmas, f)
@@ -130,7 +133,14 @@ func parse(set *image.Set) (*model, error) {
 	if err := m.chains(set); err != nil {
 		return nil, err
 	}
-	return m, m.checkSegments(set.Facts)
+	if err := m.namespaces(inv); err != nil {
+		return nil, err
+	}
+	facts, err := sysvFacts(set, m.own)
+	if err != nil {
+		return nil, err
+	}
+	return m, m.checkSegments(facts)
 }
 
 func (m *model) process(set *image.Set, it *pstree.PstreeEntry, facts map[uint32]*image.TaskFacts) (*process, error) {
@@ -181,7 +191,7 @@ func (m *model) process(set *image.Set, it *pstree.PstreeEntry, facts map[uint32
 			return nil, err
 		}
 	}
-	p.filesID = ids.GetFilesId()
+	p.filesID, p.ids = ids.GetFilesId(), ids
 	return p, nil
 }
 

@@ -8,22 +8,30 @@ import (
 
 	"godwit/engine/image"
 	"godwit/engine/mem"
+	"godwit/engine/ns"
 	"godwit/engine/ptrace"
 	"godwit/engine/sys"
 )
 
+// sysvFacts gives the System V segments of images; those that CRIU wrote have
+// them as what is in an IPC namespace.
+func sysvFacts(set *image.Set, own ns.Images) ([]image.SysVFacts, error) {
+	if set.Facts != nil {
+		return set.Facts.SysV, nil
+	}
+	return own.Segments(set)
+}
+
 // checkSegments checks the System V segments of an image and groups the
 // mappings of each process that show them.
-func (m *model) checkSegments(facts *image.Facts) error {
+func (m *model) checkSegments(facts []image.SysVFacts) error {
 	m.segments = map[uint32]*image.SysVFacts{}
-	if facts != nil {
-		for i := range facts.SysV {
-			s := &facts.SysV[i]
-			if s.ID > 1<<31-1 || s.Size == 0 || s.Size > 1<<47 || s.Mode&sys.ShmHugetlb != 0 || m.segments[s.ID] != nil {
-				return fmt.Errorf("images hold an impossible System V segment: id %d, %d bytes, mode %#o", s.ID, s.Size, s.Mode)
-			}
-			m.segments[s.ID] = s
+	for i := range facts {
+		s := &facts[i]
+		if s.ID > 1<<31-1 || s.Size == 0 || s.Size > 1<<47 || s.Mode&sys.ShmHugetlb != 0 || m.segments[s.ID] != nil {
+			return fmt.Errorf("images hold an impossible System V segment: id %d, %d bytes, mode %#o", s.ID, s.Size, s.Mode)
 		}
+		m.segments[s.ID] = s
 	}
 	for id := range m.sharedAnons() {
 		if m.segments[id] != nil {
@@ -45,7 +53,11 @@ func (m *model) checkSegments(facts *image.Facts) error {
 	return nil
 }
 
+// inIPC runs f in the IPC namespace of the tree.
+func (t *Tree) inIPC(f func() error) error { return ns.Do(t.root, t.model.own.Own&ns.Ipc, f) }
+
 // openSegments makes the System V segments.
+// Preconditions: in the IPC namespace of the tree.
 func (t *Tree) openSegments() error {
 	for id, s := range t.model.segments {
 		d := unix.SysvShmDesc{Segsz: s.Size, Perm: unix.SysvIpcPerm{Key: s.Key, Uid: s.UID, Gid: s.GID, Cuid: s.CUID, Cgid: s.CGID, Mode: s.Mode}}
@@ -83,6 +95,7 @@ func attach(p *process) (calls []*ptrace.Call) {
 
 // removeSegments removes, once all are attached, those that the program had
 // removed already: they go with their last attachment.
+// Preconditions: in the IPC namespace of the tree.
 func (t *Tree) removeSegments() error {
 	kept := t.made[:0]
 	for _, id := range t.made {
@@ -100,6 +113,9 @@ func (t *Tree) removeSegments() error {
 
 // discardSegments removes what was made, for a tree that will not be.
 func (t *Tree) discardSegments() (err error) {
+	if t.model.own.Own.Has(ns.Ipc) {
+		return nil // they went with their namespace
+	}
 	for _, id := range t.made {
 		err = errors.Join(err, sys.ShmRemove(id))
 	}

@@ -9,6 +9,8 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
 
+	"godwit/engine/image"
+	"godwit/engine/ns"
 	"godwit/engine/procfs"
 	"godwit/engine/ptrace"
 	"godwit/engine/sys"
@@ -37,18 +39,22 @@ func PidTaken(pid int) *TakenError {
 }
 
 // processes makes all processes of the tree with their sessions and groups.
-func (t *Tree) processes() error {
+func (t *Tree) processes(set *image.Set) error {
 	root := t.model.procs[0]
 	flags, exitSignal := uint64(unix.CLONE_PARENT), uint64(0)
 	if t.o.NewPidNamespace {
 		// The stub is the init of the namespace and stays the root's parent.
 		flags, exitSignal = 0, uint64(unix.SIGCHLD)
 	}
+	flags |= uint64(t.model.own.Own)
 	r, err := t.clone(t.stub.remote, flags, exitSignal, root.vpid)
 	if err != nil {
 		return fmt.Errorf("make %s: %w", root, err)
 	}
 	t.root = r.Tid
+	if err := ns.Restore(set, t.model.own, t.root); err != nil {
+		return err
+	}
 	if t.o.NewPidNamespace {
 		t.init = t.stub.remote.Tid
 	}

@@ -6,6 +6,7 @@ const (
 	KcmpFiles   = 2
 	KcmpFS      = 3
 	KcmpSighand = 4
+	KcmpSysVSem = 6 // semaphore adjustments; equal, too, if neither has any
 )
 
 // KcmpTask compares a kernel object of two tasks, one of KcmpVM and the others.

@@ -2,10 +2,7 @@ package sys
 
 import (
 	"errors"
-	"fmt"
 	"os"
-	"runtime"
-	"strconv"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -43,36 +40,28 @@ func ShmRemove(id int) error {
 // ShmCreate makes a segment with a chosen id, and the key (0: none), owner,
 // creator, permissions and lock of want. It fails with EEXIST if the id or the
 // key is taken. The id needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN.
+// Preconditions: those of a thread in another IPC namespace, see createIPC.
 func ShmCreate(id int, want *unix.SysvShmDesc) (err error) {
-	type result struct {
-		id  int
-		err error
-	}
-	done := make(chan result)
-	go func() {
-		// This thread takes on the creator's ids and ends with the goroutine.
-		runtime.LockOSThread()
-		var r result
-		if r.err = os.WriteFile(shmNextID, []byte(strconv.Itoa(id)), 0); r.err == nil {
-			r.id, r.err = shmGetAs(want)
-			if r.err != nil {
-				r.err = errors.Join(r.err, os.WriteFile(shmNextID, []byte(strconv.Itoa(ipcNoID)), 0))
-			}
+	p := IpcPerm{Key: want.Perm.Key, CUID: want.Perm.Cuid, CGID: want.Perm.Cgid}
+	err = createIPC(shmNextID, id, p, func() (int, error) {
+		r, _, e := unix.RawSyscall(unix.SYS_SHMGET, uintptr(uint32(want.Perm.Key)), uintptr(want.Segsz), ipcCreat|ipcExcl|uintptr(want.Perm.Mode&0o777))
+		if e != 0 {
+			return 0, os.NewSyscallError("shmget", e)
 		}
-		done <- r
-	}()
-	r := <-done
-	if r.err != nil {
-		return r.err
+		return int(r), nil
+	})
+	var taken *takenID
+	if errors.As(err, &taken) {
+		return errors.Join(err, ShmRemove(taken.got))
+	}
+	if err != nil {
+		return err
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, ShmRemove(r.id))
+			err = errors.Join(err, ShmRemove(id))
 		}
 	}()
-	if r.id != id {
-		return fmt.Errorf("id %d is taken: %w", id, unix.EEXIST)
-	}
 	set := *want
 	set.Perm.Mode &= 0o777
 	if _, err := unix.SysvShmCtl(id, unix.IPC_SET, &set); err != nil {
@@ -84,26 +73,6 @@ func ShmCreate(id int, want *unix.SysvShmDesc) (err error) {
 		}
 	}
 	return nil
-}
-
-// shmGetAs makes a segment as its creator.
-// Preconditions: the thread is of no use to anybody afterwards.
-func shmGetAs(want *unix.SysvShmDesc) (int, error) {
-	keep := ^uintptr(0)
-	if _, _, e := unix.RawSyscall(unix.SYS_SETRESGID, keep, uintptr(want.Perm.Cgid), keep); e != 0 {
-		return 0, os.NewSyscallError("setresgid", e)
-	}
-	if _, _, e := unix.RawSyscall(unix.SYS_SETRESUID, keep, uintptr(want.Perm.Cuid), keep); e != 0 {
-		return 0, os.NewSyscallError("setresuid", e)
-	}
-	id, _, e := unix.RawSyscall(unix.SYS_SHMGET, uintptr(uint32(want.Perm.Key)), uintptr(want.Segsz), ipcCreat|ipcExcl|uintptr(want.Perm.Mode&0o777))
-	if _, _, e := unix.RawSyscall(unix.SYS_SETRESUID, keep, 0, keep); e != 0 {
-		return 0, os.NewSyscallError("setresuid", e)
-	}
-	if e != 0 {
-		return 0, os.NewSyscallError("shmget", e)
-	}
-	return int(id), nil
 }
 
 // ShmFile opens the memory of a segment as a file, through a short attachment.

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -20,6 +21,9 @@ import (
 	"godwit/testenv/workloads"
 )
 
+// rawImage matches the names of images that are memory or other programs'.
+var rawImage = regexp.MustCompile("^(pages|tmpfs-dev|ifaddr|route6?|rule)-")
+
 // decodeImages reads every image of a dump with go-criu's own decoder.
 func decodeImages(t *testing.T, dir string) {
 	t.Helper()
@@ -29,8 +33,8 @@ func decodeImages(t *testing.T, dir string) {
 	}
 	decoded := 0
 	for _, name := range names {
-		if strings.HasPrefix(filepath.Base(name), "pages-") {
-			continue // raw memory
+		if rawImage.MatchString(filepath.Base(name)) {
+			continue
 		}
 		f, err := os.Open(name)
 		if err != nil {
@@ -144,6 +148,16 @@ func TestObjects(t *testing.T) {
 			t.Fatal(err)
 		}
 		restore(ctx, t, h, img, r.Pid, nil, "-l")
+		goes(ctx, t, r, 10)
+		stop(ctx, t, r)
+	})
+	// How far a semaphore is put back when its user ends is told by nothing.
+	t.Run("semundo held", func(t *testing.T) {
+		ctx := deadline(t, time.Minute)
+		r := selfcheck(ctx, t, h, newDir(t), "semundo", "held")
+		if o := agentCmd(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", newDir(t)); o.code != 1 || !strings.Contains(o.stderr, "SEM_UNDO") {
+			t.Errorf("dump of a program with SEM_UNDO: exit code %d, %q", o.code, o.stderr)
+		}
 		goes(ctx, t, r, 10)
 		stop(ctx, t, r)
 	})

@@ -1,0 +1,34 @@
+package ns
+
+import (
+	"fmt"
+
+	"godwit/engine/image"
+)
+
+// Dumped is what a dump of namespaces needs to know of the tree.
+type Dumped struct {
+	Pid int // the root, on this host
+	Own Set
+	// Shm are the segments of shared memory in an IPC namespace of its own.
+	Shm []image.SysVFacts
+}
+
+// Dump emits the images of the namespaces that a tree has of its own.
+func Dump(d Dumped, emit Emit) error {
+	for _, x := range []struct {
+		kind Set
+		dump func() error
+	}{
+		{Uts, func() error { return dumpUts(emit) }},
+		{Ipc, func() error { return dumpIpc(emit, d.Shm) }},
+	} {
+		if !d.Own.Has(x.kind) {
+			continue
+		}
+		if err := Do(d.Pid, x.kind, x.dump); err != nil {
+			return fmt.Errorf("dump the %s namespace of pid %d: %w", x.kind.Names()[0], d.Pid, err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,26 @@
+package restore
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
+
+	"godwit/engine/ns"
+)
+
+// namespaces finds out which namespaces the tree has for itself; all its
+// processes must be in the same ones.
+func (m *model) namespaces(inv *inventory.InventoryEntry) error {
+	root := m.procs[0]
+	m.own = ns.FromImages(inv, root.ids)
+	if other := m.own.Own &^ ns.Restorable; other != 0 {
+		return fmt.Errorf("images hold a %s namespace of the tree's own, which cannot be made", strings.Join(other.Names(), " and a "))
+	}
+	for _, p := range m.procs {
+		if !p.zombie && !m.own.Same(root.ids, p.ids) {
+			return fmt.Errorf("images of %s: it is in another namespace than the root, which cannot be made", p)
+		}
+	}
+	return nil
+}
