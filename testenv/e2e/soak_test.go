@@ -1,0 +1,168 @@
+package e2e
+
+import (
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"godwit/testenv/hosts"
+	"godwit/testenv/workloads"
+)
+
+// soakEnv says for how long TestSoak goes on, as 10m; without it soakShort.
+const (
+	soakEnv   = "GODWIT_SOAK"
+	soakShort = 30 * time.Second
+)
+
+// soaked is one program that the soak test dumps and restores again and again.
+type soaked struct {
+	name    string
+	run     *workloads.Run
+	options []string
+	fds     int // of the root, when it was set up
+}
+
+// TestSoak dumps and restores a random mix of all kinds of objects, several of
+// them side by side, and looks for anything that is left over in the end.
+func TestSoak(t *testing.T) {
+	length := soakShort
+	if s := os.Getenv(soakEnv); s != "" {
+		var err error
+		if length, err = time.ParseDuration(s); err != nil {
+			t.Fatalf("%s: %v", soakEnv, err)
+		}
+	}
+	ctx := deadline(t, length+3*time.Minute)
+	cmds, err := programs.Commands(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmds = slices.DeleteFunc(cmds, func(c string) bool { return objects[c].elsewhere })
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	h := newHosts(t, "alpha").Host("alpha")
+	before := inventory(t, h)
+
+	var running []*soaked
+	cycles, kinds := 0, map[string]bool{}
+	end := func(i int) {
+		s := running[i]
+		if n := openFiles(t, h, s.run.Pid); n > s.fds {
+			t.Errorf("%s had %d descriptors and has %d", s.name, s.fds, n)
+		}
+		stop(ctx, t, s.run)
+		running = slices.Delete(running, i, i+1)
+	}
+	for begin := time.Now(); time.Since(begin) < length; cycles++ {
+		for len(running) < 6 {
+			c := cmds[random.IntN(len(cmds))]
+			if slices.ContainsFunc(running, func(s *soaked) bool { return s.name == c }) {
+				continue // two of a kind want the same ports
+			}
+			r := selfcheck(ctx, t, h, newDir(t), c, objects[c].args...)
+			running = append(running, &soaked{c, r, objects[c].options, openFiles(t, h, r.Pid)})
+			kinds[c] = true
+		}
+		i := random.IntN(len(running))
+		s := running[i]
+		switch random.IntN(6) {
+		case 0:
+			end(i)
+		case 1:
+			dir := newDir(t)
+			mustAgent(ctx, t, h, nil, append([]string{"dump", "-t", strconv.Itoa(s.run.Pid), "-D", dir, "-R"}, s.options...)...)
+			goes(ctx, t, s.run, 5)
+		default:
+			dumpRestore(ctx, t, s.run, 1, s.options...)
+		}
+		if t.Failed() {
+			t.Fatalf("with %s, in cycle %d", s.name, cycles)
+		}
+	}
+	for len(running) > 0 {
+		end(0)
+	}
+	t.Logf("%d cycles with %d of %d kinds", cycles, len(kinds), len(cmds))
+	// What a killed tree held goes away a little after it.
+	var diff string
+	for range 100 {
+		if diff = cmp.Diff(before, inventory(t, h)); diff == "" {
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	t.Errorf("left over (+) or missing (-) in the end:\n%s", diff)
+}
+
+func openFiles(t *testing.T, h *hosts.Host, pid int) int {
+	t.Helper()
+	names, err := os.ReadDir(h.Path("/proc/" + strconv.Itoa(pid) + "/fd"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(names)
+}
+
+// inventory is what a host holds that could leak: processes, mounts, files,
+// namespaces, System V objects, interfaces, control groups.
+func inventory(t *testing.T, h *hosts.Host) map[string][]string {
+	t.Helper()
+	inv := map[string][]string{}
+	lines := func(file string) {
+		b, err := os.ReadFile(h.Path(file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(b)) {
+			name, _, _ := strings.Cut(strings.TrimSpace(line), ":") // without counters
+			inv[file] = append(inv[file], name)
+		}
+	}
+	for _, f := range []string{"/proc/1/mountinfo", "/proc/sysvipc/shm", "/proc/sysvipc/sem", "/proc/sysvipc/msg", "/proc/1/net/dev"} {
+		lines(f)
+	}
+	procs, err := filepath.Glob(h.Path("/proc/[0-9]*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	spaces := map[string]bool{}
+	for _, p := range procs {
+		comm, err := os.ReadFile(filepath.Join(p, "comm"))
+		if err != nil {
+			continue // it ended
+		}
+		inv["processes"] = append(inv["processes"], filepath.Base(p)+" "+strings.TrimSpace(string(comm)))
+		links, _ := filepath.Glob(filepath.Join(p, "ns", "*"))
+		for _, l := range links {
+			if s, err := os.Readlink(l); err == nil {
+				spaces[s] = true
+			}
+		}
+	}
+	for s := range spaces {
+		inv["namespaces"] = append(inv["namespaces"], s)
+	}
+	slices.Sort(inv["namespaces"])
+	for _, dir := range []string{"/tmp", "/run", "/dev/shm", "/dev/mqueue", "/dev/hugepages", "/sys/fs/cgroup"} {
+		err := filepath.WalkDir(h.Path(dir), func(p string, d fs.DirEntry, err error) error {
+			if err == nil && (d.IsDir() || !strings.HasPrefix(p, h.Path("/sys"))) {
+				inv[dir] = append(inv[dir], strings.TrimPrefix(p, h.Path("")))
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return inv
+}
