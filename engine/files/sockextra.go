@@ -117,10 +117,15 @@ var sockOptions = func() []sockOption {
 		o(unix.IP_PASSSEC, "IP_PASSSEC"), o(unix.IP_TRANSPARENT, "IP_TRANSPARENT"), o(unix.IP_RECVORIGDSTADDR, "IP_RECVORIGDSTADDR"),
 		o(unix.IP_MINTTL, "IP_MINTTL"), o(unix.IP_NODEFRAG, "IP_NODEFRAG"), o(unix.IP_CHECKSUM, "IP_CHECKSUM"),
 		o(unix.IP_BIND_ADDRESS_NO_PORT, "IP_BIND_ADDRESS_NO_PORT"), o(unix.IP_RECVFRAGSIZE, "IP_RECVFRAGSIZE"),
-		o(unix.IP_RECVERR_RFC4884, "IP_RECVERR_RFC4884"), o(unix.IP_MULTICAST_IF, "IP_MULTICAST_IF"),
-		o(unix.IP_MULTICAST_TTL, "IP_MULTICAST_TTL"), o(unix.IP_MULTICAST_LOOP, "IP_MULTICAST_LOOP"),
+		o(unix.IP_RECVERR_RFC4884, "IP_RECVERR_RFC4884"), o(unix.IP_MULTICAST_LOOP, "IP_MULTICAST_LOOP"),
 		o(unix.IP_MULTICAST_ALL, "IP_MULTICAST_ALL"), sockOption{opt: unix.IP_UNICAST_IF, name: "IP_UNICAST_IF", index: netIndex},
 		o(unix.IP_LOCAL_PORT_RANGE, "IP_LOCAL_PORT_RANGE"))
+	// Of a stream these can be read but not set.
+	add(unix.IPPROTO_IP, 4, func(k sockType) bool { return k.ip4() && k.groups() },
+		o(unix.IP_MULTICAST_IF, "IP_MULTICAST_IF"), o(unix.IP_MULTICAST_TTL, "IP_MULTICAST_TTL"))
+	add(unix.IPPROTO_IPV6, 4, func(k sockType) bool { return k.ip6() && k.groups() },
+		sockOption{opt: unix.IPV6_MULTICAST_IF, name: "IPV6_MULTICAST_IF", index: hostIndex},
+		o(unix.IPV6_MULTICAST_HOPS, "IPV6_MULTICAST_HOPS"))
 	// An IPv6 socket has two bits of IPv4 under other numbers (IPv4 datagrams reach it).
 	add(unix.IPPROTO_IP, 4, func(k sockType) bool { return k.family == unix.AF_INET6 && k.ip4() },
 		o(unix.IP_PKTINFO, "IP_PKTINFO"), o(unix.IP_TOS, "IP_TOS"), o(unix.IP_TTL, "IP_TTL"))
@@ -128,8 +133,7 @@ var sockOptions = func() []sockOption {
 		o(unix.IPV6_2292PKTINFO, "IPV6_2292PKTINFO"), o(unix.IPV6_2292HOPOPTS, "IPV6_2292HOPOPTS"),
 		o(unix.IPV6_2292DSTOPTS, "IPV6_2292DSTOPTS"), o(unix.IPV6_2292RTHDR, "IPV6_2292RTHDR"), o(unix.IPV6_CHECKSUM, "IPV6_CHECKSUM"),
 		o(unix.IPV6_2292HOPLIMIT, "IPV6_2292HOPLIMIT"), o(11, "IPV6_FLOWINFO"),
-		sockOption{opt: unix.IPV6_MULTICAST_IF, name: "IPV6_MULTICAST_IF", index: hostIndex},
-		o(unix.IPV6_MULTICAST_HOPS, "IPV6_MULTICAST_HOPS"), o(unix.IPV6_MULTICAST_LOOP, "IPV6_MULTICAST_LOOP"),
+		o(unix.IPV6_MULTICAST_LOOP, "IPV6_MULTICAST_LOOP"),
 		o(unix.IPV6_MTU_DISCOVER, "IPV6_MTU_DISCOVER"), o(unix.IPV6_RECVERR, "IPV6_RECVERR"), o(29, "IPV6_MULTICAST_ALL"),
 		o(30, "IPV6_ROUTER_ALERT_ISOLATE"), o(31, "IPV6_RECVERR_RFC4884"), o(33, "IPV6_FLOWINFO_SEND"),
 		o(unix.IPV6_HDRINCL, "IPV6_HDRINCL"),
