@@ -26,6 +26,7 @@ type dumpFlags struct {
 	ghostLimit     string
 	timeout        int
 	fileLocks      bool
+	files          fileFlags
 }
 
 func cmdDump() *cobra.Command {
@@ -62,6 +63,7 @@ Exit codes: 0 done; 1 failed or refused, the tree runs on.`,
 	fs.IntVar(&f.timeout, "timeout", 0, "seconds within which all tasks have to stop (default 10)")
 	fs.BoolVarP(&f.fileLocks, "file-locks", "l", false, "carry file locks and leases")
 	fs.BoolVar(&f.tcpEstablished, "tcp-established", false, "carry TCP connections of which both ends are in the tree")
+	f.files.add(fs, true)
 	foreignFlags(fs,
 		"address",
 		"allow-uprobes",
@@ -77,17 +79,12 @@ Exit codes: 0 done; 1 failed or refused, the tree runs on.`,
 		"enable-external-masters",
 		"enable-external-sharing",
 		"enable-fs",
-		"evasive-devices",
 		"exec-cmd",
 		"ext-mount-map,M",
 		"ext-unix-sk,x",
-		"file-validation",
-		"force-irmap",
 		"freeze-cgroup",
-		"irmap-scan-path",
 		"join-ns",
 		"lazy-pages",
-		"link-remap",
 		"log-pid",
 		"lsm-profile",
 		"manage-cgroups",
@@ -143,6 +140,9 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 		return fmt.Errorf("--timeout: %d seconds are negative", f.timeout)
 	}
 	opts := engine.DumpOptions{TCPEstablished: f.tcpEstablished, External: f.external, GhostLimit: limit, FileLocks: f.fileLocks, Timeout: time.Duration(f.timeout) * time.Second}
+	if opts.Files, err = f.files.dump(f.leaveRunning || f.leaveStopped); err != nil {
+		return err
+	}
 	if err := f.actions().run(ctx, stagePreDump, 0); err != nil {
 		return fmt.Errorf("dump pid %d, nothing of it was touched: %w", f.tree, err)
 	}

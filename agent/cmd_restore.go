@@ -25,6 +25,7 @@ type restoreFlags struct {
 	pidNamespace   string
 	fileLocks      bool
 	leaveStopped   bool
+	files          fileFlags
 }
 
 func cmdRestore() *cobra.Command {
@@ -61,6 +62,7 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 	fs.StringVar(&f.pidNamespace, "pid-namespace", "same", "same: the pids must be free here; new: in a pid namespace of its own")
 	fs.BoolVarP(&f.fileLocks, "file-locks", "l", false, "set file locks and leases again; images that have some need it")
 	fs.BoolVar(&f.tcpEstablished, "tcp-established", false, "make the TCP connections of the tree again")
+	f.files.add(fs, false)
 	foreignFlags(fs,
 		"address",
 		"auto-dedup",
@@ -75,16 +77,13 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 		"enable-external-masters",
 		"enable-external-sharing",
 		"enable-fs",
-		"evasive-devices",
 		"exec-cmd",
 		"ext-mount-map,M",
 		"ext-unix-sk,x",
 		"external",
-		"file-validation",
 		"freeze-cgroup",
 		"join-ns",
 		"lazy-pages",
-		"link-remap",
 		"log-pid",
 		"lsm-mount-context",
 		"lsm-profile",
@@ -96,7 +95,6 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 		"ps-socket",
 		"restore-sibling,S",
 		"root,r",
-		"skip-file-rwx-check",
 		"skip-mnt",
 		"status-fd",
 		"stream",
@@ -115,6 +113,10 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 // whose status other than 0 is an *exitError.
 func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logger) error {
 	opts := engine.RestoreOptions{TCPEstablished: f.tcpEstablished, FileLocks: f.fileLocks}
+	var err error
+	if opts.Files, err = f.files.restore(); err != nil {
+		return err
+	}
 	switch f.pidNamespace {
 	case "same", "":
 	case "new":

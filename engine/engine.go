@@ -45,6 +45,8 @@ type DumpOptions struct {
 	// External are keys of files that the destination provides: file[mnt:ino],
 	// both hexadecimal. A key that matches nothing is a refusal.
 	External []string
+	// Files says how open files are dumped.
+	Files FileOptions
 	// Timeout bounds the freezing of all tasks; 0 means 10 s.
 	Timeout time.Duration
 	// Host names this host in Facts and messages; empty means os.Hostname.
@@ -66,6 +68,8 @@ type RestoreOptions struct {
 	TCPEstablished bool
 	// Inherit maps an external key to an open file that backs it.
 	Inherit map[string]Inherit
+	// Files says how files are found again.
+	Files FileRestoreOptions
 	// NewPidNamespace lands the tree in a pid namespace (and a mount
 	// namespace with its own /proc) of its own.
 	NewPidNamespace bool
@@ -83,6 +87,20 @@ type Inherit struct {
 	// a reopened one.
 	Forward bool
 }
+
+// FileOptions, FileRestoreOptions and FileValidation are those of package plan.
+type (
+	FileOptions        = plan.FileOptions
+	FileRestoreOptions = plan.FileRestoreOptions
+	FileValidation     = plan.FileValidation
+)
+
+// Values of FileValidation.
+const (
+	ValidateUse     = plan.ValidateUse
+	ValidateSize    = plan.ValidateSize
+	ValidateBuildID = plan.ValidateBuildID
+)
 
 // Plan is what a preflight found out about a tree; see package plan.
 type Plan = plan.Plan

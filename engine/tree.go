@@ -32,6 +32,7 @@ const (
 
 func (o DumpOptions) internal() (dump.Options, error) {
 	d := dump.Options{TCPEstablished: o.TCPEstablished, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, Elsewhere: o.Elsewhere, Host: o.Host}
+	d.Files = o.Files
 	if d.GhostLimit == 0 {
 		d.GhostLimit = defaultGhostLimit
 	}
@@ -144,6 +145,7 @@ type frozen struct {
 
 	segments []int              // System V shared memory that was dumped
 	conns    *files.Connections // of the dumped tree
+	links    *files.Links       // names that the dump made
 }
 
 // freezeTries is how often a tree is frozen before what it holds that cannot
@@ -165,7 +167,7 @@ func (f *frozen) Dump(ctx context.Context, sink image.Sink) (DumpStats, error) {
 			}
 			continue
 		}
-		f.conns = s.Connections
+		f.conns, f.links = s.Connections, s.Links
 		if err == nil {
 			f.segments = s.Segments
 		}
@@ -193,12 +195,21 @@ func (f *frozen) again(ctx context.Context, pause time.Duration) error {
 
 func (f *frozen) Thaw() error {
 	defer f.conns.Close()
-	return f.t.Thaw()
+	return errors.Join(f.t.Thaw(), f.endLinks())
+}
+
+// endLinks ends the names of a tree that runs on.
+func (f *frozen) endLinks() error {
+	if f.o.Files.KeepLinks {
+		f.links.Close()
+		return nil
+	}
+	return f.links.Remove()
 }
 
 func (f *frozen) ThawStopped() error {
 	defer f.conns.Close()
-	return f.t.ThawStopped()
+	return errors.Join(f.t.ThawStopped(), f.endLinks())
 }
 
 // Kill ends the tree. Its TCP connections close without a word.
@@ -213,6 +224,7 @@ func (f *frozen) Kill() error {
 	if err != nil {
 		return errors.Join(err, f.conns.Voice())
 	}
+	f.links.Close() // for the restore to find
 	return f.removeSegments()
 }
 
@@ -235,7 +247,7 @@ func (e *Engine) Restore(ctx context.Context, src image.Source, o RestoreOptions
 	for k, v := range o.Inherit {
 		in[k] = files.Inherit{File: v.File, Forward: v.Forward}
 	}
-	t, err := restore.Restore(ctx, e.log, src, restore.Options{TCPEstablished: o.TCPEstablished, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks})
+	t, err := restore.Restore(ctx, e.log, src, restore.Options{TCPEstablished: o.TCPEstablished, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, Files: o.Files})
 	if err != nil {
 		return nil, err
 	}

@@ -37,6 +37,7 @@ type Options struct {
 	FileLocks      bool     // carried, not refused
 	Elsewhere      bool     // the tree goes to another host
 	Host           string
+	Files          plan.FileOptions
 }
 
 // process is one process as the collector sees it.
@@ -81,7 +82,7 @@ type collector struct {
 func newCollector(log hclog.Logger, o Options, root int, emit func(image.Entry) error) *collector {
 	return &collector{
 		log: log, o: o,
-		files:   files.NewDumper(log, files.Options{TCPEstablished: o.TCPEstablished, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks}, emit),
+		files:   files.NewDumper(log, files.Options{TCPEstablished: o.TCPEstablished, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, FileOptions: o.Files}, emit),
 		refusal: refuse.Refusal{Doing: fmt.Sprintf("dump of pid %d", root)},
 		shmems:  map[uint32]*shmem{}, segments: map[uint32]*segment{},
 		limits: map[int]plan.Rlimit{},

@@ -39,6 +39,9 @@ type Stats struct {
 	// Connections are the TCP connections, for the tree's end; the caller closes
 	// them. Nil if there are none or the dump failed.
 	Connections *files.Connections
+	// Links are the names that were made for files without one; the caller
+	// removes or leaves them.
+	Links *files.Links
 }
 
 // imgVersion is CRIU's CRTOOLS_IMAGES_V1_1: images with two magics.
@@ -101,6 +104,7 @@ func Dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 		return st, err
 	}
 	facts.Files = c.files.Facts()
+	facts.Ghosts = c.files.GhostFacts()
 	facts.SysV = c.sysvFacts()
 	if !c.own.Has(ns.Ipc) { // else they end with their namespace
 		for _, s := range facts.SysV {
@@ -120,6 +124,7 @@ func Dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 		return st, err
 	}
 	st.Connections = c.files.TakeConnections()
+	st.Links = c.files.TakeLinks()
 	return st, nil
 }
 

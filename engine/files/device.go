@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/regfile"
 	"golang.org/x/sys/unix"
 )
 
@@ -17,12 +18,15 @@ var kindDevice = &kind{
 	takes: func(_ *Dumper, o *object) bool {
 		return o.mode()&unix.S_IFMT == unix.S_IFCHR && !o.isPath() && strings.HasPrefix(o.link, "/") && !isTTY(o)
 	},
-	dump: dumpDevice,
-	has: func(_ *Restorer, x *description) bool {
-		return x.entry.GetReg().GetMode()&unix.S_IFMT == unix.S_IFCHR && x.entry.GetReg().GetFlags()&unix.O_PATH == 0
-	},
+	dump:  dumpDevice,
+	has:   func(_ *Restorer, x *description) bool { return isDeviceEntry(x) },
 	check: checkRegular,
 	open:  openEach(openDevice),
+}
+
+// isDeviceEntry says whether an entry is that of a device open for use.
+func isDeviceEntry(x *description) bool {
+	return x.entry.GetReg().GetMode()&unix.S_IFMT == unix.S_IFCHR && x.entry.GetReg().GetFlags()&unix.O_PATH == 0
 }
 
 // stateful are devices whose open file holds what no image does, by major and
@@ -53,25 +57,69 @@ func dumpDevice(d *Dumper, o *object) error {
 		return nil
 	}
 	path, at := d.locate(o)
-	if at != atPath {
-		d.refuse(o, fmt.Sprintf("character device %d:%d is no longer at its path", maj, minor), "make the node again (mknod)")
+	if at == unlinked {
+		if other := d.otherNode(o); other != "" {
+			path, at = other, atPath
+		}
+	}
+	o.fact(o.id).Rdev = uint64(o.stat.Rdev)
+	switch at {
+	case gone:
+		o.path, o.dirOnly = d.standingDir(o), true
+		o.entries = append(o.entries, d.regEntry(o, o.id, path))
+		return d.addGhost(o, o.id)
+	case unlinked:
+		if d.opts.LinkRemap {
+			return d.dumpLost(o, o.id)
+		}
+		d.refuse(o, fmt.Sprintf("character device %d:%d is no longer at its path", maj, minor),
+			"take another node of it (--evasive-devices), or make the node again (mknod)")
 		return nil
 	}
 	o.path = path
 	o.entries = append(o.entries, d.regEntry(o, o.id, path))
-	o.fact(o.id).Rdev = uint64(o.stat.Rdev)
 	return nil
+}
+
+// memoryDevices is the major number of those that are the same everywhere:
+// null, zero, full, random and urandom.
+const memoryDevices = 1
+
+// otherNode is a path of another node of o's device: the one that the kernel
+// itself names. Which node of null or zero it is matters to nobody; for other
+// devices it must be asked for.
+func (d *Dumper) otherNode(o *object) string {
+	maj, minor := unix.Major(uint64(o.stat.Rdev)), unix.Minor(uint64(o.stat.Rdev))
+	if maj != memoryDevices && !d.opts.EvasiveDevices {
+		return ""
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/sys/dev/char/%d:%d/uevent", maj, minor))
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(b)) {
+		name, ok := strings.CutPrefix(strings.TrimSpace(line), "DEVNAME=")
+		if !ok {
+			continue
+		}
+		path := "/dev/" + strings.TrimPrefix(name, "/dev/")
+		var st unix.Stat_t
+		if unix.Stat(d.rootOf(o)+path, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == o.stat.Rdev {
+			return path
+		}
+	}
+	return ""
 }
 
 func openDevice(r *Restorer, x *description) error {
 	e := x.entry.GetReg()
-	in, base, err := r.base(x, e)
+	in, base, err := r.deviceNode(x, e)
 	if err != nil {
 		return err
 	}
-	if in == nil {
+	if in == nil && r.remaps[x.id] == 0 {
 		defer func() { _ = base.Close() }()
-	} else if in.Forward {
+	} else if in != nil && in.Forward {
 		return r.forward(x, in)
 	}
 	var st unix.Stat_t
@@ -92,6 +140,18 @@ func openDevice(r *Restorer, x *description) error {
 		return err
 	}
 	return setPosition(f, e.GetPos())
+}
+
+// deviceNode gives the node to open: a handed one, a deleted one, or that at the path.
+func (r *Restorer) deviceNode(x *description, e *regfile.RegFileEntry) (*Inherit, *os.File, error) {
+	if id := r.remaps[x.id]; id != 0 && r.inherited(e) == nil {
+		g := r.ghosts[id]
+		if err := g.create(r, e); err != nil {
+			return nil, nil, err
+		}
+		return nil, g.file, nil
+	}
+	return r.base(x, e)
 }
 
 // setStatus gives a description the recorded flags that F_SETFL changes.

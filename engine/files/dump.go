@@ -33,9 +33,7 @@ type Options struct {
 	TCPEstablished bool
 	// FileLocks carries file locks; without it they are refused.
 	FileLocks bool
-	// IrmapScanPaths are directories below which a watched inode is looked for
-	// if its handle leads to no path.
-	IrmapScanPaths []string
+	plan.FileOptions
 }
 
 // Proc is one process whose files are dumped.
@@ -90,6 +88,7 @@ type object struct {
 	facts   *image.FileFacts
 	path    string // where the restore finds it, if it is found by path
 	create  bool   // the restore makes the path
+	dirOnly bool   // path is the directory in which it is made or found
 	state   any    // of the kind
 }
 
@@ -150,6 +149,9 @@ type Dumper struct {
 	shmids  map[inodeID]uint32
 	memfds  map[inodeID]*memfdInode
 	ghosts  map[inodeID]*ghost
+	links   Links
+	remaps  []*linkRemap
+	remapOf map[inodeID]*linkRemap
 	mntns   map[int]bool // pid → lives in another mount namespace
 	others  *outsiders
 	netns   inodeID
@@ -190,7 +192,8 @@ func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumpe
 		log: log.Named("files"), opts: o, emit: emit, lockIDs: map[lockID]bool{},
 		inside: map[int]bool{}, vpids: map[int]bool{}, tables: map[uint32]*Proc{}, fds: map[uint32][]fdSlot{}, pidfds: map[int]int{},
 		groups: map[groupKey][]*object{}, paths: map[pathKey]*object{}, shmids: map[inodeID]uint32{},
-		memfds: map[inodeID]*memfdInode{}, ghosts: map[inodeID]*ghost{}, mntns: map[int]bool{},
+		remapOf: map[inodeID]*linkRemap{},
+		memfds:  map[inodeID]*memfdInode{}, ghosts: map[inodeID]*ghost{}, mntns: map[int]bool{},
 	}
 	for _, s := range o.External {
 		keys, err := ParseKey(s)
@@ -521,6 +524,9 @@ func (d *Dumper) emitEntries() error {
 	if err := d.emitMemfds(); err != nil {
 		return err
 	}
+	if err := d.emitLinks(); err != nil {
+		return err
+	}
 	return d.emitGhosts()
 }
 
@@ -653,7 +659,7 @@ func (d *Dumper) Plan() (files []plan.File, ext []plan.External, ports []plan.Po
 			i = len(files)
 			byPath[o.path] = i
 			f := plan.File{Path: o.path, Kind: modeKind(o.mode()), Mode: o.mode(), Rdev: uint64(o.stat.Rdev)}
-			if o.kind == kindGhost { // the directory it is made in
+			if o.dirOnly { // the directory it is made in
 				f = plan.File{Path: o.path, Kind: "directory", Mode: unix.S_IFDIR}
 			}
 			files = append(files, f)
@@ -707,7 +713,7 @@ func (d *Dumper) Close() error {
 		o.file = nil
 	}
 	d.TakeConnections().Close()
-	var errs []error
+	errs := []error{d.links.Remove()}
 	for _, x := range d.data {
 		if x.File != nil {
 			errs = append(errs, x.File.Close())

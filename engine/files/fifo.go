@@ -35,9 +35,11 @@ func dumpFifo(d *Dumper, o *object) error {
 		path, at := d.locate(o)
 		switch at {
 		case unlinked:
-			d.refuse(o, "its name was removed, but it has other names that are not known", "link it under its old name again (ln), or declare it external")
-			return nil
+			if err := d.dumpLost(o, reg); err != nil || o.refused {
+				return err
+			}
 		case gone:
+			o.path, o.dirOnly = d.standingDir(o), true
 			if err := d.addGhost(o, reg); err != nil {
 				return err
 			}
@@ -46,13 +48,16 @@ func dumpFifo(d *Dumper, o *object) error {
 		}
 		name = path
 	}
-	e := d.regEntry(o, reg, name)
-	if o.ext {
-		e.Reg.Ext = proto.Bool(true)
+	if len(o.entries) == 0 { // unless it has one under another name
+		e := d.regEntry(o, reg, name)
+		if o.ext {
+			e.Reg.Ext = proto.Bool(true)
+		}
+		o.entries = append(o.entries, e)
 	}
 	o.entries = append(o.entries, &fdinfo.FileEntry{Type: fdinfo.FdTypes_FIFO.Enum(), Id: proto.Uint32(o.id), Fifo: &fifo.FifoEntry{
 		Id: proto.Uint32(o.id), PipeId: proto.Uint32(uint32(o.stat.Ino)), RegfId: proto.Uint32(reg),
-	}}, e)
+	}})
 	f := o.fact(reg)
 	f.Path = o.link
 	return nil

@@ -21,8 +21,8 @@ import (
 	"godwit/engine/image"
 )
 
-// kindGhost carries regular files and directories without a name: deleted while
-// open, or made with O_TMPFILE. Their data travels.
+// kindGhost carries files of every type without a name: deleted while open, or
+// made with O_TMPFILE. Their data, attributes and extended attributes travel.
 var kindGhost = &kind{
 	name: "deleted file", typ: fdinfo.FdTypes_REG,
 	takes: func(d *Dumper, o *object) bool {
@@ -31,8 +31,10 @@ var kindGhost = &kind{
 		}
 		switch o.mode() & unix.S_IFMT {
 		case unix.S_IFREG, unix.S_IFDIR:
-		default:
-			return false
+		default: // those that are open for more have kinds of their own
+			if !o.isPath() {
+				return false
+			}
 		}
 		if _, at := d.locate(o); at != gone {
 			return false
@@ -40,8 +42,10 @@ var kindGhost = &kind{
 		isProc, _, _, err := insideProc(o)
 		return err == nil && !isProc
 	},
-	dump:  dumpGhost,
-	has:   func(r *Restorer, x *description) bool { return r.remaps[x.id] != 0 },
+	dump: dumpGhost,
+	has: func(r *Restorer, x *description) bool {
+		return r.remaps[x.id] != 0 && !isDeviceEntry(x)
+	},
 	check: checkRegular,
 	open:  openEach(openGhost),
 	seal:  sealGhosts,
@@ -52,6 +56,7 @@ type ghost struct {
 	id    uint32
 	msg   *ghost_file.GhostFileEntry
 	users []uint32 // ids of the REG entries
+	facts image.GhostFacts
 }
 
 func dumpGhost(d *Dumper, o *object) error {
@@ -62,14 +67,19 @@ func dumpGhost(d *Dumper, o *object) error {
 			return nil
 		}
 	}
-	dir := filepath.Dir(o.linkPath())
-	if st, err := os.Stat(d.rootOf(o) + dir); err != nil || !st.IsDir() {
-		d.refuse(o, "the directory in which it was deleted is gone too", "make the directory "+dir+" again, or declare the file external")
-		return nil
-	}
-	o.path = dir
+	o.path, o.dirOnly = d.standingDir(o), true
 	o.entries = append(o.entries, d.regEntry(o, o.id, o.linkPath()))
 	return d.addGhost(o, o.id)
+}
+
+// standingDir is the nearest directory above a deleted file that is still there.
+func (d *Dumper) standingDir(o *object) string {
+	root := d.rootOf(o)
+	for dir := filepath.Dir(o.linkPath()); ; dir = filepath.Dir(dir) {
+		if st, err := os.Stat(root + dir); dir == "/" || dir == "." || err == nil && st.IsDir() {
+			return dir
+		}
+	}
 }
 
 // addGhost makes the entry regID lead to a ghost with o's attributes and data.
@@ -83,14 +93,28 @@ func (d *Dumper) addGhost(o *object, regID uint32) error {
 			Dev: proto.Uint32(uint32(o.stat.Dev)), Ino: proto.Uint64(o.stat.Ino),
 			Atim: timevalOf(o.stat.Atim), Mtim: timevalOf(o.stat.Mtim),
 		}
-		if o.mode()&unix.S_IFMT == unix.S_IFREG {
+		g.facts = image.GhostFacts{ID: g.id, AtimeNS: o.stat.Atim.Nano(), MtimeNS: o.stat.Mtim.Nano()}
+		var err error
+		switch o.mode() & unix.S_IFMT {
+		case unix.S_IFREG:
 			g.msg.Chunks = proto.Bool(true)
 			g.msg.Size = proto.Uint64(uint64(o.stat.Size))
 			if !d.dry() {
-				if err := d.addData(o, image.DataID{Kind: image.Ghost, ID: g.id}); err != nil {
-					return err
-				}
+				err = d.addData(o, image.DataID{Kind: image.Ghost, ID: g.id})
 			}
+		case unix.S_IFCHR, unix.S_IFBLK:
+			g.msg.Rdev = proto.Uint32(uint32(o.stat.Rdev))
+		case unix.S_IFLNK:
+			var target string
+			if target, err = readlinkAt(o.file); err == nil {
+				g.msg.SymlnkTarget = proto.String(target)
+			}
+		}
+		if err != nil {
+			return err
+		}
+		if g.facts.Xattrs, err = readXattrs(o.file); err != nil {
+			return err
 		}
 		d.ghosts[k] = g
 	}
@@ -98,17 +122,71 @@ func (d *Dumper) addGhost(o *object, regID uint32) error {
 	return nil
 }
 
+// readlinkAt reads the symlink that f, open with O_PATH, is.
+func readlinkAt(f *os.File) (string, error) {
+	b := make([]byte, unix.PathMax)
+	n, err := unix.Readlinkat(int(f.Fd()), "", b)
+	if err != nil {
+		return "", &os.PathError{Op: "readlink", Path: f.Name(), Err: err}
+	}
+	return string(b[:n]), nil
+}
+
+// readXattrs reads the extended attributes of a file, access control lists
+// among them; nil where the file system has none.
+func readXattrs(f *os.File) (map[string][]byte, error) {
+	p := fmt.Sprintf("/proc/self/fd/%d", f.Fd()) // the file may be O_PATH
+	names := make([]byte, 1<<16)
+	n, err := unix.Listxattr(p, names)
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPERM) || err == nil && n == 0 {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, &os.PathError{Op: "listxattr", Path: f.Name(), Err: err}
+	}
+	out := map[string][]byte{}
+	for _, name := range strings.Split(strings.TrimSuffix(string(names[:n]), "\x00"), "\x00") {
+		b := make([]byte, maxXattr)
+		n, err := unix.Getxattr(p, name, b)
+		switch {
+		case errors.Is(err, unix.ENODATA), errors.Is(err, unix.EOPNOTSUPP):
+			continue // only shown
+		case err != nil:
+			return nil, &os.PathError{Op: "getxattr " + name, Path: f.Name(), Err: err}
+		}
+		out[name] = b[:n]
+	}
+	return out, nil
+}
+
+// maxXattr is XATTR_SIZE_MAX (include/uapi/linux/limits.h), also of all names together.
+const maxXattr = 1 << 16
+
 func timevalOf(t unix.Timespec) *time.Timeval {
 	return &time.Timeval{TvSec: proto.Uint64(uint64(t.Sec)), TvUsec: proto.Uint64(uint64(t.Nsec / 1000))}
 }
 
-func (d *Dumper) emitGhosts() error {
+// sortedGhosts lists the deleted files by their ids.
+func (d *Dumper) sortedGhosts() []*ghost {
 	gs := make([]*ghost, 0, len(d.ghosts))
 	for _, g := range d.ghosts {
 		gs = append(gs, g)
 	}
 	slices.SortFunc(gs, func(a, b *ghost) int { return int(a.id) - int(b.id) })
-	for _, g := range gs {
+	return gs
+}
+
+// GhostFacts tells, after Finish, what the images have no field for.
+func (d *Dumper) GhostFacts() []image.GhostFacts {
+	var out []image.GhostFacts
+	for _, g := range d.sortedGhosts() {
+		out = append(out, g.facts)
+	}
+	return out
+}
+
+func (d *Dumper) emitGhosts() error {
+	for _, g := range d.sortedGhosts() {
 		for _, id := range g.users {
 			e := &remap_file_path.RemapFilePathEntry{OrigId: proto.Uint32(id), RemapId: proto.Uint32(g.id), RemapType: remap_file_path.RemapType_GHOST.Enum()}
 			if err := d.put(remapImage, remapMagic, e, nil); err != nil {
@@ -125,7 +203,8 @@ func (d *Dumper) emitGhosts() error {
 // ghostFile is a ghost being made again.
 type ghostFile struct {
 	msg    *ghost_file.GhostFileEntry
-	file   *os.File // open for writing if it is a regular file, until it is sealed
+	facts  *image.GhostFacts // nil in images of CRIU
+	file   *os.File          // open for writing if it is a regular file, until it is sealed
 	sealed bool
 }
 
@@ -142,8 +221,11 @@ func (r *Restorer) loadGhosts() error {
 		id := m.GetRemapId()
 		if m.RemapType == nil && id&ghostOld != 0 {
 			id &^= ghostOld
+		} else if m.RemapType != nil && m.GetRemapType() == remap_file_path.RemapType_LINKED {
+			r.linked[m.GetOrigId()] = id
+			continue
 		} else if m.GetRemapType() != remap_file_path.RemapType_GHOST {
-			return fmt.Errorf("image %s: file %d is remapped by %s, only GHOST is carried", remapImage, m.GetOrigId(), m.GetRemapType())
+			return fmt.Errorf("image %s: file %d is remapped by %s, which is not carried", remapImage, m.GetOrigId(), m.GetRemapType())
 		}
 		if id == 0 {
 			return fmt.Errorf("image %s: ghost id 0", remapImage)
@@ -158,7 +240,11 @@ func (r *Restorer) loadGhosts() error {
 				return fmt.Errorf("image %s: first entry is a %T", ghostImage(id), es[0].Msg)
 			}
 			switch msg.GetMode() & unix.S_IFMT {
-			case unix.S_IFREG, unix.S_IFDIR, unix.S_IFIFO:
+			case unix.S_IFREG, unix.S_IFDIR, unix.S_IFIFO, unix.S_IFCHR, unix.S_IFBLK, unix.S_IFSOCK:
+			case unix.S_IFLNK:
+				if n := len(msg.GetSymlnkTarget()); n == 0 || n >= unix.PathMax || strings.IndexByte(msg.GetSymlnkTarget(), 0) >= 0 {
+					return fmt.Errorf("image %s: %q is no target of a symlink", ghostImage(id), msg.GetSymlnkTarget())
+				}
 			default:
 				return fmt.Errorf("image %s: deleted files of mode %#o are not carried", ghostImage(id), msg.GetMode())
 			}
@@ -168,6 +254,26 @@ func (r *Restorer) loadGhosts() error {
 			r.ghosts[id] = &ghostFile{msg: msg}
 		}
 		r.remaps[m.GetOrigId()] = id
+	}
+	return r.loadGhostFacts()
+}
+
+func (r *Restorer) loadGhostFacts() error {
+	if r.set.Facts == nil {
+		return nil
+	}
+	for i := range r.set.Facts.Ghosts {
+		f := &r.set.Facts.Ghosts[i]
+		g := r.ghosts[f.ID]
+		if g == nil {
+			return fmt.Errorf("%s tells of deleted file %d, which is not there", image.FactsFile, f.ID)
+		}
+		for name, value := range f.Xattrs {
+			if name == "" || len(name) > 255 || strings.IndexByte(name, 0) >= 0 || len(value) > maxXattr {
+				return fmt.Errorf("%s: deleted file %d has an extended attribute that is not possible", image.FactsFile, f.ID)
+			}
+		}
+		g.facts = f
 	}
 	return nil
 }
@@ -199,80 +305,156 @@ func (g *ghostFile) create(r *Restorer, e *regfile.RegFileEntry) error {
 		return nil
 	}
 	name := e.GetName()
-	var err error
-	switch g.msg.GetMode() & unix.S_IFMT {
-	case unix.S_IFREG:
-		tmp := strings.HasPrefix(filepath.Base(name), "#") && filepath.Base(name) == fmt.Sprintf("#%d", g.msg.GetIno())
-		g.file, err = createRegular(r, name, tmp)
-	default:
-		g.file, err = createOther(r, name, g.msg.GetMode())
-	}
+	err := r.inParent(name, func(dir int, base string) (err error) {
+		if g.msg.GetMode()&unix.S_IFMT == unix.S_IFREG {
+			tmp := strings.HasPrefix(base, "#") && base == fmt.Sprintf("#%d", g.msg.GetIno())
+			g.file, err = createRegular(dir, base, name, tmp)
+		} else {
+			g.file, err = g.createOther(dir, base, name)
+		}
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("make the deleted file %s again: %w", name, err)
 	}
-	return g.attributes(false)
+	return g.attributes(r, false)
 }
 
-func createRegular(r *Restorer, name string, tmp bool) (*os.File, error) {
-	if !tmp {
-		f, err := r.opts.Open(name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
-		if err == nil {
-			return f, r.unlink(name, f)
-		}
-		if !errors.Is(err, unix.EEXIST) {
-			return nil, err
-		}
-	}
-	dir := filepath.Dir(name)
-	f, err := r.opts.Open(dir, unix.O_RDWR|unix.O_TMPFILE|unix.O_CLOEXEC, 0o600)
-	if err == nil || errors.Is(err, unix.ENOENT) {
-		return f, err
-	}
-	// Not every file system knows O_TMPFILE.
-	name = filepath.Join(dir, ".godwit-"+randomName())
-	f, err = r.opts.Open(name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+// inParent calls f with the directory of a deleted file. What is missing of that
+// directory is made, and removed afterwards. If it cannot be written to because
+// it is mounted read-only, f gets it through a mount of its own, writable and
+// seen by nobody.
+func (r *Restorer) inParent(name string, f func(dir int, base string) error) error {
+	dir, made, err := r.openParent(filepath.Dir(name))
 	if err != nil {
-		return nil, err
-	}
-	return f, r.unlink(name, f)
-}
-
-// createOther makes a directory or fifo and removes its name at once.
-func createOther(r *Restorer, name string, mode uint32) (*os.File, error) {
-	dir, err := r.opts.Open(filepath.Dir(name), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, err
+		return err
 	}
 	defer func() { _ = dir.Close() }()
-	base := filepath.Base(name)
-	isDir := mode&unix.S_IFMT == unix.S_IFDIR
+	err = onWritable(dir, func(fd int) error { return f(fd, filepath.Base(name)) })
+	for i := len(made) - 1; i >= 0; i-- {
+		m := made[i]
+		err = errors.Join(err, onWritable(m.in, func(fd int) error { return unix.Unlinkat(fd, m.base, unix.AT_REMOVEDIR) }), m.in.Close())
+	}
+	return err
+}
+
+// madeDir is a directory that was made for a moment.
+type madeDir struct {
+	in   *os.File
+	base string
+}
+
+// openParent opens a directory with O_PATH, making what is missing. Where
+// something else stands in the way, the directory above that has to do.
+func (r *Restorer) openParent(dir string) (_ *os.File, made []madeDir, err error) {
+	const flags = unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC
+	f, err := r.opts.Open(dir, flags, 0)
+	switch {
+	case err == nil:
+		return f, nil, nil
+	case errors.Is(err, unix.ENOTDIR) && dir != "/":
+		return r.openParent(filepath.Dir(dir))
+	case !errors.Is(err, unix.ENOENT) || dir == "/":
+		return nil, nil, err
+	}
+	up, made, err := r.openParent(filepath.Dir(dir))
+	if err != nil {
+		return nil, nil, err
+	}
+	base := filepath.Base(dir)
+	var fd int
+	err = onWritable(up, func(in int) (err error) {
+		if err = unix.Mkdirat(in, base, 0o700); err != nil {
+			return &os.PathError{Op: "mkdir", Path: dir, Err: err}
+		}
+		if fd, err = unix.Openat(int(up.Fd()), base, flags|unix.O_NOFOLLOW, 0); err != nil {
+			_ = unix.Unlinkat(in, base, unix.AT_REMOVEDIR)
+			return &os.PathError{Op: "open", Path: dir, Err: err}
+		}
+		return nil
+	})
+	if err != nil {
+		return up, made, nil // a mountpoint, a place where nothing can be made: its name does not matter so much
+	}
+	return os.NewFile(uintptr(fd), dir), append(made, madeDir{in: up, base: base}), nil
+}
+
+// onWritable calls f with a directory, and again with a writable mount of it if
+// it is on a read-only one.
+func onWritable(dir *os.File, f func(fd int) error) error {
+	err := f(int(dir.Fd()))
+	if !errors.Is(err, unix.EROFS) {
+		return err
+	}
+	clone, cerr := unix.OpenTree(int(dir.Fd()), "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH)
+	if cerr != nil {
+		return err
+	}
+	defer func() { _ = unix.Close(clone) }()
+	if unix.MountSetattr(clone, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}) != nil {
+		return err
+	}
+	return f(clone)
+}
+
+func createRegular(dir int, base, name string, tmp bool) (*os.File, error) {
+	fail := func(op string, err error) (*os.File, error) { return nil, &os.PathError{Op: op, Path: name, Err: err} }
+	if tmp {
+		if fd, err := unix.Openat(dir, ".", unix.O_RDWR|unix.O_TMPFILE|unix.O_CLOEXEC, 0o600); err == nil {
+			return os.NewFile(uintptr(fd), name), nil
+		} // not every file system knows O_TMPFILE
+	}
 	for try := 0; ; try++ {
-		if isDir {
-			err = unix.Mkdirat(int(dir.Fd()), base, 0o700)
-		} else {
-			err = unix.Mknodat(int(dir.Fd()), base, unix.S_IFIFO|0o600, 0)
+		fd, err := unix.Openat(dir, base, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+		switch {
+		case err == nil:
+			if err := unix.Unlinkat(dir, base, 0); err != nil {
+				_ = unix.Close(fd)
+				return fail("unlink", err)
+			}
+			return os.NewFile(uintptr(fd), name), nil
+		case !errors.Is(err, unix.EEXIST) || try > 0:
+			return fail("create", err)
+		}
+		base = ".godwit-" + randomName()
+	}
+}
+
+// createOther makes what is no regular file and removes its name at once.
+func (g *ghostFile) createOther(dir int, base, name string) (*os.File, error) {
+	fail := func(op string, err error) (*os.File, error) { return nil, &os.PathError{Op: op, Path: name, Err: err} }
+	typ := g.msg.GetMode() & unix.S_IFMT
+	for try := 0; ; try++ {
+		var err error
+		switch typ {
+		case unix.S_IFDIR:
+			err = unix.Mkdirat(dir, base, 0o700)
+		case unix.S_IFLNK:
+			err = unix.Symlinkat(g.msg.GetSymlnkTarget(), dir, base)
+		default:
+			err = unix.Mknodat(dir, base, typ|0o600, int(g.msg.GetRdev()))
 		}
 		if err == nil {
 			break
 		}
 		if !errors.Is(err, unix.EEXIST) || try > 0 {
-			return nil, &os.PathError{Op: "make", Path: filepath.Join(dir.Name(), base), Err: err}
+			return fail("make", err)
 		}
 		base = ".godwit-" + randomName()
 	}
-	fd, err := unix.Openat(int(dir.Fd()), base, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	fd, err := unix.Openat(dir, base, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	flags := 0
-	if isDir {
+	if typ == unix.S_IFDIR {
 		flags = unix.AT_REMOVEDIR
 	}
-	errUn := unix.Unlinkat(int(dir.Fd()), base, flags)
+	errUn := unix.Unlinkat(dir, base, flags)
 	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: filepath.Join(dir.Name(), base), Err: err}
+		return fail("open", err)
 	}
 	f := os.NewFile(uintptr(fd), name)
 	if errUn != nil {
 		_ = f.Close()
-		return nil, &os.PathError{Op: "unlink", Path: filepath.Join(dir.Name(), base), Err: errUn}
+		return fail("unlink", errUn)
 	}
 	return f, nil
 }
@@ -283,45 +465,62 @@ func randomName() string {
 	return hex.EncodeToString(b[:])
 }
 
-// unlink removes the name under which f was just made, in f's own file system view.
-func (r *Restorer) unlink(name string, f *os.File) error {
-	dir, err := r.opts.Open(filepath.Dir(name), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return errors.Join(err, f.Close())
+// attributes gives the file its owner, mode and size; at the end, after its
+// data, also its extended attributes and times, and its owner again, because
+// writing clears set-id bits.
+func (g *ghostFile) attributes(r *Restorer, end bool) error {
+	p := fmt.Sprintf("/proc/self/fd/%d", g.file.Fd()) // the file may be O_PATH
+	fail := func(op string, err error) error { return &os.PathError{Op: op, Path: g.file.Name(), Err: err} }
+	if err := unix.Chown(p, int(g.msg.GetUid()), int(g.msg.GetGid())); err != nil {
+		return fail("chown", err)
 	}
-	defer func() { _ = dir.Close() }()
-	if err := unix.Unlinkat(int(dir.Fd()), filepath.Base(name), 0); err != nil {
-		return errors.Join(&os.PathError{Op: "unlink", Path: name, Err: err}, f.Close())
+	typ := g.msg.GetMode() & unix.S_IFMT
+	if typ != unix.S_IFLNK {
+		if err := unix.Chmod(p, g.msg.GetMode()&0o7777); err != nil {
+			return fail("chmod", err)
+		}
+	}
+	if typ == unix.S_IFREG && g.msg.Size != nil {
+		if err := unix.Ftruncate(int(g.file.Fd()), int64(g.msg.GetSize())); err != nil {
+			return fail("truncate", err)
+		}
+	}
+	if !end {
+		return nil
+	}
+	if g.facts != nil {
+		for name, value := range g.facts.Xattrs {
+			err := unix.Setxattr(p, name, value, 0)
+			if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPERM) {
+				r.log.Warn("an extended attribute of a deleted file cannot be had here", "path", g.file.Name(), "name", name, "error", err)
+			} else if err != nil {
+				return fail("setxattr "+name, err)
+			}
+		}
+	}
+	times, ok := g.times()
+	if !ok {
+		return nil
+	}
+	if err := unix.UtimesNanoAt(unix.AT_FDCWD, p, times, 0); err != nil {
+		return fail("set the times of", err)
 	}
 	return nil
 }
 
-// attributes gives the file its owner, mode and size; at the end, after its
-// data, also its times, and its owner again, because writing clears set-id bits.
-func (g *ghostFile) attributes(end bool) error {
-	p := fmt.Sprintf("/proc/self/fd/%d", g.file.Fd()) // the file may be O_PATH
-	if err := unix.Chown(p, int(g.msg.GetUid()), int(g.msg.GetGid())); err != nil {
-		return &os.PathError{Op: "chown", Path: g.file.Name(), Err: err}
+// times are those of the last access and modification. The image has
+// microseconds, the facts all of them.
+func (g *ghostFile) times() ([]unix.Timespec, bool) {
+	if g.facts != nil {
+		return []unix.Timespec{unix.NsecToTimespec(g.facts.AtimeNS), unix.NsecToTimespec(g.facts.MtimeNS)}, true
 	}
-	if err := unix.Chmod(p, g.msg.GetMode()&0o7777); err != nil {
-		return &os.PathError{Op: "chmod", Path: g.file.Name(), Err: err}
+	if g.msg.Atim == nil || g.msg.Mtim == nil {
+		return nil, false
 	}
-	if g.msg.GetMode()&unix.S_IFMT == unix.S_IFREG && g.msg.Size != nil {
-		if err := unix.Ftruncate(int(g.file.Fd()), int64(g.msg.GetSize())); err != nil {
-			return &os.PathError{Op: "truncate", Path: g.file.Name(), Err: err}
-		}
-	}
-	if !end || g.msg.Atim == nil || g.msg.Mtim == nil {
-		return nil
-	}
-	times := []unix.Timespec{
+	return []unix.Timespec{
 		{Sec: int64(g.msg.GetAtim().GetTvSec()), Nsec: int64(g.msg.GetAtim().GetTvUsec()%1e6) * 1000},
 		{Sec: int64(g.msg.GetMtim().GetTvSec()), Nsec: int64(g.msg.GetMtim().GetTvUsec()%1e6) * 1000},
-	}
-	if err := unix.UtimesNanoAt(unix.AT_FDCWD, p, times, 0); err != nil {
-		return &os.PathError{Op: "set the times of", Path: g.file.Name(), Err: err}
-	}
-	return nil
+	}, true
 }
 
 func sealGhosts(r *Restorer, _ []*description) []error {
@@ -330,7 +529,7 @@ func sealGhosts(r *Restorer, _ []*description) []error {
 		if g.file == nil || g.sealed {
 			continue
 		}
-		errs = append(errs, g.attributes(true))
+		errs = append(errs, g.attributes(r, true))
 		if g.msg.GetMode()&unix.S_IFMT == unix.S_IFREG {
 			// A file open for writing cannot become the executable of a process.
 			errs = append(errs, g.file.Close())

@@ -17,7 +17,6 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fifo"
 	file_lock "github.com/checkpoint-restore/go-criu/v8/crit/images/file-lock"
-	"github.com/checkpoint-restore/go-criu/v8/crit/images/fown"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/ghost-file"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/memfd"
@@ -247,10 +246,6 @@ func TestPaths(t *testing.T) {
 	}
 }
 
-func noOwner() *fown.FownEntry {
-	return &fown.FownEntry{Uid: proto.Uint32(0), Euid: proto.Uint32(0), Signum: proto.Uint32(0), PidType: proto.Uint32(0), Pid: proto.Uint32(0)}
-}
-
 // Images that must be refused, each with a clear error.
 func TestCorruptImages(t *testing.T) {
 	reg := func(id uint32, name string) *fdinfo.FileEntry {
@@ -281,9 +276,11 @@ func TestCorruptImages(t *testing.T) {
 			"watches fd 8, which no process"},
 		{"memfd inode", entries{"files": {&fdinfo.FileEntry{Type: fdinfo.FdTypes_MEMFD.Enum(), Id: proto.Uint32(1), Memfd: &memfd.MemfdFileEntry{Id: proto.Uint32(1), InodeId: proto.Uint32(4), Flags: proto.Uint32(0), Pos: proto.Uint64(0), Fown: noOwner()}}}}, "has no memfd 4"},
 		{"ghost", entries{"remap-fpath": {&remap_file_path.RemapFilePathEntry{OrigId: proto.Uint32(1), RemapId: proto.Uint32(3), RemapType: remap_file_path.RemapType_GHOST.Enum()}}}, "whose image ghost-file-3 is missing"},
-		{"ghost device", entries{"remap-fpath": {&remap_file_path.RemapFilePathEntry{OrigId: proto.Uint32(1), RemapId: proto.Uint32(3), RemapType: remap_file_path.RemapType_GHOST.Enum()}},
-			"ghost-file-3": {&ghost_file.GhostFileEntry{Mode: proto.Uint32(unix.S_IFBLK)}}}, "are not carried"},
-		{"linked remap", entries{"remap-fpath": {&remap_file_path.RemapFilePathEntry{OrigId: proto.Uint32(1), RemapId: proto.Uint32(3), RemapType: remap_file_path.RemapType_LINKED.Enum()}}}, "only GHOST is carried"},
+		{"ghost of no type", entries{"remap-fpath": {&remap_file_path.RemapFilePathEntry{OrigId: proto.Uint32(1), RemapId: proto.Uint32(3), RemapType: remap_file_path.RemapType_GHOST.Enum()}},
+			"ghost-file-3": {&ghost_file.GhostFileEntry{Mode: proto.Uint32(0o050000)}}}, "are not carried"},
+		{"ghost symlink to nowhere", entries{"remap-fpath": {&remap_file_path.RemapFilePathEntry{OrigId: proto.Uint32(1), RemapId: proto.Uint32(3), RemapType: remap_file_path.RemapType_GHOST.Enum()}},
+			"ghost-file-3": {&ghost_file.GhostFileEntry{Mode: proto.Uint32(unix.S_IFLNK)}}}, "is no target of a symlink"},
+		{"linked remap", entries{"remap-fpath": {&remap_file_path.RemapFilePathEntry{OrigId: proto.Uint32(1), RemapId: proto.Uint32(3), RemapType: remap_file_path.RemapType_LINKED.Enum()}}}, "cannot be found under the name of file"},
 		{"pipe bytes", entries{"pipes-data": {&pipe_data.PipeDataEntry{PipeId: proto.Uint32(1), Bytes: proto.Uint32(5)}}}, "tells of 5 bytes, but there are 0"},
 		{"queue", entries{"sk-queues": {&sk_packet.SkPacketEntry{IdFor: proto.Uint32(1), Length: proto.Uint32(0)}}}, "which is no unix socket"},
 	} {

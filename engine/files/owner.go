@@ -16,8 +16,7 @@ import (
 // dumpOwner reads who gets the signals of a description (F_SETOWN, F_SETSIG).
 // The pid is translated into the innermost pid namespace of its bearer.
 func (d *Dumper) dumpOwner(o *object) (*fown.FownEntry, error) {
-	e := &fown.FownEntry{Uid: proto.Uint32(0), Euid: proto.Uint32(0), Signum: proto.Uint32(0),
-		PidType: proto.Uint32(0), Pid: proto.Uint32(0)}
+	e := noOwner()
 	if o.isPath() || o.first().fd < 0 {
 		return e, nil // no owner is possible, or nobody's description
 	}
@@ -85,6 +84,10 @@ func (d *Dumper) innerPid(ow sys.FileOwner) (int, ownerState) {
 		}
 	}
 	return 0, ownerOutside
+}
+
+func noOwner() *fown.FownEntry {
+	return &fown.FownEntry{Uid: proto.Uint32(0), Euid: proto.Uint32(0), Signum: proto.Uint32(0), PidType: proto.Uint32(0), Pid: proto.Uint32(0)}
 }
 
 func checkOwner(e *fown.FownEntry) error {

@@ -84,7 +84,31 @@ func (d *Dumper) locate(o *object) (string, where) {
 	if alt, ok := sibling(root+filepath.Dir(path), &o.stat); ok {
 		return filepath.Join(filepath.Dir(path), alt), atPath
 	}
+	if alt := d.alias(o); alt != "" && leads(root+alt, &o.stat) {
+		return alt, atPath
+	}
 	return path, unlinked
+}
+
+// alias is a path of o's file that the kernel happens to remember (d_find_alias).
+func (d *Dumper) alias(o *object) string {
+	if o.isPath() || o.first().fd < 0 || o.file == nil {
+		return "" // not a descriptor with which handles can be opened
+	}
+	h, _, err := unix.NameToHandleAt(int(o.file.Fd()), "", unix.AT_EMPTY_PATH)
+	if err != nil {
+		return ""
+	}
+	fd, err := unix.OpenByHandleAt(int(o.file.Fd()), h, unix.O_PATH|unix.O_CLOEXEC)
+	if err != nil {
+		return ""
+	}
+	defer func() { _ = unix.Close(fd) }()
+	link, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
+	if err != nil {
+		return ""
+	}
+	return link
 }
 
 // rootOf is the directory under which the paths of o's holder are looked up: that

@@ -1,8 +1,6 @@
 package files
 
 import (
-	"debug/elf"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -58,14 +56,15 @@ func dumpRegular(d *Dumper, o *object) error {
 	}
 	path, at := d.locate(o)
 	if at != atPath {
-		d.refuseLost(o)
-		return nil
-	}
-	if d.dry() && o.mapped() {
-		st.buildID = buildID(o.file)
+		return d.dumpLost(o, o.id)
 	}
 	o.path = path
-	o.entries = append(o.entries, d.regEntry(o, o.id, path))
+	e := d.regEntry(o, o.id, path)
+	if o.mapped() || d.opts.BuildIDs && !o.isPath() {
+		st.buildID = objectBuildID(o)
+		e.Reg.BuildId = buildIDWords(st.buildID)
+	}
+	o.entries = append(o.entries, e)
 	return nil
 }
 
@@ -73,7 +72,7 @@ func dumpRegular(d *Dumper, o *object) error {
 func (d *Dumper) refuseLost(o *object) {
 	if o.mode()&unix.S_IFMT == unix.S_IFREG && o.deleted() {
 		d.refuse(o, fmt.Sprintf("its name was removed, but it has %d other names that are not known", o.stat.Nlink),
-			"link it under its old name again (ln), or declare it external")
+			"dump with --link-remap, link it under its old name again (ln), or declare it external")
 		return
 	}
 	d.refuse(o, "another file stands at its path, or none", "a mount may hide it: unmount that, or declare the file external")
@@ -144,7 +143,7 @@ func (r *Restorer) openNamed(base *os.File, e *regfile.RegFileEntry) *os.File {
 	if err != nil || !want.Mode().IsRegular() && !want.IsDir() {
 		return nil
 	}
-	f, err := r.opts.Open(e.GetName(), reopenFlags(int(e.GetFlags()), want.IsDir())|unix.O_NOFOLLOW, 0)
+	f, err := r.opts.Open(r.nameOf(e), reopenFlags(int(e.GetFlags()), want.IsDir())|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return nil
 	}
@@ -172,31 +171,15 @@ func (r *Restorer) base(x *description, e *regfile.RegFileEntry) (in *Inherit, b
 	if e.GetFlags()&unix.O_PATH != 0 && (e.Mode == nil || e.GetMode()&unix.S_IFMT == unix.S_IFLNK) {
 		flags |= int(e.GetFlags()) & unix.O_NOFOLLOW
 	}
-	f, err := r.opts.Open(e.GetName(), flags, 0)
+	f, err := r.opts.Open(r.nameOf(e), flags, 0)
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := sameKind(f, e); err != nil {
+	if err := errors.Join(r.validate(f, e), r.noteLink(e, f)); err != nil {
 		_ = f.Close()
 		return nil, nil, err
 	}
 	return nil, f, nil
-}
-
-// sameKind compares what was opened with what was recorded.
-func sameKind(f *os.File, e *regfile.RegFileEntry) error {
-	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		return &os.PathError{Op: "fstat", Path: f.Name(), Err: err}
-	}
-	if e.Mode != nil && st.Mode&unix.S_IFMT != e.GetMode()&unix.S_IFMT {
-		return fmt.Errorf("%s is a %s here, expected a %s", f.Name(), modeKind(st.Mode), modeKind(e.GetMode()))
-	}
-	if st.Mode&unix.S_IFMT == unix.S_IFREG && e.Size != nil && !e.GetExt() &&
-		e.GetFlags()&unix.O_ACCMODE == unix.O_RDONLY && e.GetFlags()&unix.O_PATH == 0 && uint64(st.Size) < e.GetSize() {
-		return fmt.Errorf("%s has %d bytes here, expected at least %d: copy the file first", f.Name(), st.Size, e.GetSize())
-	}
-	return nil
 }
 
 // reopenRecorded opens base with the flags of the entry.
@@ -263,40 +246,4 @@ func setPosition(f *os.File, pos uint64) error {
 		return nil
 	}
 	return &os.PathError{Op: fmt.Sprintf("seek to %d in", pos), Path: f.Name(), Err: err}
-}
-
-// buildID reads the GNU build-id of an ELF file; other files have none.
-func buildID(f *os.File) string {
-	r, err := reopen(f, unix.O_RDONLY)
-	if err != nil {
-		return ""
-	}
-	defer func() { _ = r.Close() }()
-	ef, err := elf.NewFile(r)
-	if err != nil {
-		return ""
-	}
-	for _, p := range ef.Progs {
-		if p.Type != elf.PT_NOTE || p.Filesz > 1<<16 {
-			continue
-		}
-		b := make([]byte, p.Filesz)
-		if _, err := io.ReadFull(p.Open(), b); err != nil {
-			continue
-		}
-		for len(b) >= 12 {
-			bo := ef.ByteOrder
-			nameLen, descLen, typ := uint64(bo.Uint32(b)), uint64(bo.Uint32(b[4:])), bo.Uint32(b[8:])
-			nameEnd := 12 + (nameLen+3)&^3
-			end := nameEnd + (descLen+3)&^3
-			if end > uint64(len(b)) {
-				break
-			}
-			if typ == 3 && string(b[12:12+nameLen]) == "GNU\x00" { // NT_GNU_BUILD_ID
-				return hex.EncodeToString(b[nameEnd : nameEnd+descLen])
-			}
-			b = b[end:]
-		}
-	}
-	return ""
 }

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"godwit/engine/image"
+	"godwit/engine/plan"
 	"godwit/engine/ptrace"
 )
 
@@ -35,6 +36,7 @@ type RestoreOptions struct {
 	Open func(path string, flags int, mode uint32) (*os.File, error)
 	// TCPEstablished makes TCP connections again.
 	TCPEstablished bool
+	plan.FileRestoreOptions
 }
 
 // Inherit is an open file that the caller hands in. It stays the caller's.
@@ -87,7 +89,10 @@ type Restorer struct {
 	byIno  map[uint32]*description // unix sockets
 	tables map[uint32]*table
 	facts  map[uint32]*image.FileFacts
-	remaps map[uint32]uint32
+	remaps map[uint32]uint32 // to ghosts
+	linked map[uint32]uint32 // to entries of the files' other names
+	noted  map[uint32]bool
+	links  Links
 	ghosts map[uint32]*ghostFile
 	memfds map[uint32]*memfdFile
 	pipes  map[uint32]*queue
@@ -114,7 +119,7 @@ func NewRestorer(log hclog.Logger, set *image.Set, o RestoreOptions) (*Restorer,
 	r := &Restorer{
 		log: log.Named("files"), set: set, opts: o,
 		byID: map[uint32]*description{}, byIno: map[uint32]*description{}, tables: map[uint32]*table{}, facts: map[uint32]*image.FileFacts{},
-		remaps: map[uint32]uint32{}, ghosts: map[uint32]*ghostFile{}, memfds: map[uint32]*memfdFile{}, handed: map[string]*Inherit{},
+		remaps: map[uint32]uint32{}, linked: map[uint32]uint32{}, noted: map[uint32]bool{}, ghosts: map[uint32]*ghostFile{}, memfds: map[uint32]*memfdFile{}, handed: map[string]*Inherit{},
 		conns: map[*description]*connection{},
 		locks: map[uint32][]*fileLock{},
 	}
@@ -124,7 +129,7 @@ func NewRestorer(log hclog.Logger, set *image.Set, o RestoreOptions) (*Restorer,
 		}
 	}
 	var err error
-	for _, load := range []func() error{r.loadFiles, r.loadTables, r.loadLocks, r.loadGhosts, r.loadMemfds, r.loadSockQueues, r.matchInherit, r.loadConnections} {
+	for _, load := range []func() error{r.loadFiles, r.loadTables, r.loadLocks, r.loadGhosts, r.loadLinked, r.loadMemfds, r.loadSockQueues, r.matchInherit, r.loadConnections} {
 		if err := load(); err != nil {
 			return nil, err
 		}
@@ -570,6 +575,7 @@ func (r *Restorer) Calls(filesID uint32) ([]*ptrace.Call, error) {
 
 // Close closes everything that was made and not handed on. It may be called twice.
 func (r *Restorer) Close() error {
+	r.links.Close()
 	var errs []error
 	for _, x := range r.all {
 		if x.file != nil {

@@ -24,6 +24,8 @@ type Facts struct {
 
 	Tasks []TaskFacts `json:"tasks"`
 	Files []FileFacts `json:"files,omitempty"`
+	// Ghosts are the deleted files.
+	Ghosts []GhostFacts `json:"ghosts,omitempty"`
 	// Memory is of the processes whose mappings have something that VmaEntry has no field for.
 	Memory []MemoryFacts `json:"memory,omitempty"`
 	// SysV are the System V segments of shared memory; their contents are a
@@ -202,4 +204,15 @@ type SockGroup struct {
 type WatchFacts struct {
 	Number uint32 `json:"number"` // of the watch, or the place of the mark in its list
 	File   uint32 `json:"file"`
+}
+
+// GhostFacts belongs to a deleted file (ghost-file-ID.img).
+type GhostFacts struct {
+	ID uint32 `json:"id"`
+	// AtimeNS and MtimeNS are the times of the last access and modification,
+	// in ns since 1970.
+	AtimeNS int64 `json:"atime_ns"`
+	MtimeNS int64 `json:"mtime_ns"`
+	// Xattrs are the extended attributes by name.
+	Xattrs map[string][]byte `json:"xattrs,omitempty"`
 }

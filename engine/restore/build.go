@@ -19,6 +19,7 @@ import (
 	"godwit/engine/image"
 	"godwit/engine/mem"
 	"godwit/engine/ns"
+	"godwit/engine/plan"
 	"godwit/engine/procfs"
 	"godwit/engine/ptrace"
 	"godwit/engine/sys"
@@ -31,6 +32,7 @@ type Options struct {
 	Inherit         map[string]files.Inherit
 	NewPidNamespace bool
 	FileLocks       bool
+	Files           plan.FileRestoreOptions
 }
 
 // Tree is a rebuilt tree. None of its tasks has run yet; all are stopped with
@@ -44,7 +46,8 @@ type Tree struct {
 	ch     *channel
 	files  *files.Restorer
 	shmems map[uint32]*os.File
-	made   []int // System V segments that go with a Discard
+	links  *files.Links // names to remove once the tree runs
+	made   []int        // System V segments that go with a Discard
 	spare  uint64
 	// live are the threads that exist, by tid on this host, in order of birth.
 	live []int
@@ -172,7 +175,7 @@ func (t *Tree) sow() (err error) {
 }
 
 func (t *Tree) openFiles(set *image.Set) (err error) {
-	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, Inherit: t.o.Inherit, FileLocks: t.o.FileLocks}
+	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, Inherit: t.o.Inherit, FileLocks: t.o.FileLocks, FileRestoreOptions: t.o.Files}
 	fo.Pid = t.hostPid
 	if t.o.NewPidNamespace {
 		fo.Open = t.openInside
@@ -752,6 +755,7 @@ func (t *Tree) state(p *process) error {
 func (t *Tree) releaseFiles() error {
 	var err error
 	if t.files != nil {
+		t.links = t.files.TakeLinks()
 		err = t.files.Close()
 		t.files = nil
 	}
@@ -787,6 +791,9 @@ func (t *Tree) run(stopped bool) error {
 		return errors.New("the tree was let go or discarded already")
 	}
 	t.done = true
+	if lerr := t.links.Remove(); lerr != nil {
+		t.log.Warn("a name that the dump made for a file stays", "error", lerr)
+	}
 	err := t.tracer.Do(func() error {
 		var errs []error
 		if t.stub != nil {
@@ -842,5 +849,7 @@ func (t *Tree) Discard() error {
 		return errors.Join(errs...)
 	})
 	t.tracer.Close()
-	return errors.Join(err, t.discardSegments(), t.releaseFiles())
+	err = errors.Join(err, t.discardSegments(), t.releaseFiles())
+	t.links.Close()
+	return err
 }

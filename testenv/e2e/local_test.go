@@ -64,12 +64,13 @@ type object struct {
 
 // objects has the commands of selfcheck that need anything.
 var objects = map[string]object{
-	"external": {elsewhere: true},
-	"forker":   {elsewhere: true},
-	"hold":     {elsewhere: true},
-	"locks":    {options: []string{"--file-locks"}},
-	"mem":      {elsewhere: true},
-	"tcpconn":  {options: []string{"--tcp-established"}},
+	"external":  {elsewhere: true},
+	"forker":    {elsewhere: true},
+	"linkremap": {options: []string{"--link-remap"}},
+	"hold":      {elsewhere: true},
+	"locks":     {options: []string{"--file-locks"}},
+	"mem":       {elsewhere: true},
+	"tcpconn":   {options: []string{"--tcp-established"}},
 }
 
 // TestObjects dumps and restores a program for each kind of object that a
