@@ -23,6 +23,7 @@ type restoreFlags struct {
 	inherit        []string
 	pidfile        string
 	pidNamespace   string
+	timeNamespace  string
 	fileLocks      bool
 	leaveStopped   bool
 	files          fileFlags
@@ -60,6 +61,7 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 	fs.StringVar(&f.pidfile, "pidfile", "", "write the pid of the root into this file")
 	fs.BoolVarP(&f.leaveStopped, "leave-stopped", "s", false, "leave the tree stopped (SIGSTOP) until it gets SIGCONT")
 	fs.StringVar(&f.pidNamespace, "pid-namespace", "same", "same: the pids must be free here; new: in a pid namespace of its own")
+	fs.StringVar(&f.timeNamespace, "time-namespace", "auto", "auto: monotonic and boot-time clocks go on, in a time namespace where this host's are others; new: in any case, from where they stood at the dump; keep: this host's clocks")
 	fs.BoolVarP(&f.fileLocks, "file-locks", "l", false, "set file locks and leases again; images that have some need it")
 	fs.BoolVar(&f.tcpEstablished, "tcp-established", false, "make the TCP connections of the tree again")
 	f.files.add(fs, false)
@@ -123,6 +125,15 @@ func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logge
 		opts.NewPidNamespace = true
 	default:
 		return fmt.Errorf("--pid-namespace: %q is neither same nor new", f.pidNamespace)
+	}
+	switch f.timeNamespace {
+	case "auto", "":
+	case "new":
+		opts.TimeNamespace = engine.ClocksNew
+	case "keep":
+		opts.TimeNamespace = engine.ClocksKeep
+	default:
+		return fmt.Errorf("--time-namespace: %q is none of auto, new and keep", f.timeNamespace)
 	}
 	if err := f.checkDir(); err != nil {
 		return err

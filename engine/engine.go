@@ -20,6 +20,7 @@ import (
 
 	"godwit/engine/image"
 	"godwit/engine/plan"
+	"godwit/engine/restore"
 )
 
 // Engine makes dumps and restores on this host. Its methods may be called
@@ -76,9 +77,21 @@ type RestoreOptions struct {
 	// FileLocks sets file locks and leases again; without it images that
 	// have some are refused.
 	FileLocks bool
+	// TimeNamespace says what becomes of the clocks that count from boot.
+	TimeNamespace Clocks
 	// Host names this host in messages; empty means os.Hostname.
 	Host string
 }
+
+// Clocks says what becomes of CLOCK_MONOTONIC and CLOCK_BOOTTIME of a tree.
+type Clocks = restore.Clocks
+
+// Choices of Clocks.
+const (
+	ClocksAuto = restore.ClocksAuto
+	ClocksNew  = restore.ClocksNew
+	ClocksKeep = restore.ClocksKeep
+)
 
 // Inherit is what the caller hands in for one external key. The file stays the caller's.
 type Inherit struct {

@@ -247,7 +247,7 @@ func (e *Engine) Restore(ctx context.Context, src image.Source, o RestoreOptions
 	for k, v := range o.Inherit {
 		in[k] = files.Inherit{File: v.File, Forward: v.Forward}
 	}
-	t, err := restore.Restore(ctx, e.log, src, restore.Options{TCPEstablished: o.TCPEstablished, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, Files: o.Files})
+	t, err := restore.Restore(ctx, e.log, src, restore.Options{TCPEstablished: o.TCPEstablished, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, Files: o.Files, TimeNamespace: o.TimeNamespace})
 	if err != nil {
 		return nil, err
 	}

@@ -11,6 +11,7 @@ import (
 	fsimg "github.com/checkpoint-restore/go-criu/v8/crit/images/fs"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
+	timensimg "github.com/checkpoint-restore/go-criu/v8/crit/images/timens"
 	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
@@ -165,6 +166,9 @@ func (c *collector) images(ctx context.Context, t *freeze.Tree, sink image.Sink)
 		}
 		c.log.Debug("process dumped", "pid", p.pid, "pid_inside", p.vpid, "comm", p.comm, "threads", len(p.vtids), "mappings", len(p.vmas))
 	}
+	if err := put(image.TimensFile(c.procs[0].ids(c.own).GetTimeNsId()), image.MagicTimens, timens(facts)); err != nil {
+		return nil, err
+	}
 	if e := c.seccomp.Image(); e != nil {
 		if err := put(image.SeccompFile, image.MagicSeccomp, e); err != nil {
 			return nil, err
@@ -313,7 +317,32 @@ func (c *collector) facts() (*image.Facts, error) {
 		}
 		*to = ts.Nano()
 	}
-	return f, nil
+	return f, c.treeClocks(f)
+}
+
+// treeClocks makes clocks of this process those of the tree.
+func (c *collector) treeClocks(f *image.Facts) error {
+	tree, err := procfs.ReadTimeOffsets(c.procs[0].pid)
+	if err != nil {
+		return err
+	}
+	own, err := procfs.ReadTimeOffsets(os.Getpid())
+	if err != nil {
+		return err
+	}
+	f.MonotonicOffsetNS, f.BoottimeOffsetNS = tree.Monotonic, tree.Boottime
+	f.MonotonicNS += tree.Monotonic - own.Monotonic
+	f.BoottimeNS += tree.Boottime - own.Boottime
+	return nil
+}
+
+// timens is the image of the tree's clocks.
+func timens(f *image.Facts) *timensimg.TimensEntry {
+	at := func(ns int64) *timensimg.Timespec {
+		ns = max(ns, 0)
+		return &timensimg.Timespec{TvSec: proto.Uint64(uint64(ns / 1e9)), TvNsec: proto.Uint64(uint64(ns % 1e9))}
+	}
+	return &timensimg.TimensEntry{Monotonic: at(f.MonotonicNS), Boottime: at(f.BoottimeNS)}
 }
 
 // data streams the contents of memory, shared memory and deleted files.

@@ -11,7 +11,7 @@ import (
 )
 
 // carried are the kinds of namespaces that a tree may have of its own.
-const carried = ns.Uts | ns.Ipc
+const carried = ns.Uts | ns.Ipc | ns.Time
 
 // setOwn finds out which namespaces the tree has of its own.
 func (c *collector) setOwn(root *process) error {

@@ -17,10 +17,14 @@ type Facts struct {
 	Arch    string `json:"arch"` // GOARCH
 
 	VdsoSHA256 string `json:"vdso_sha256,omitempty"` // of the bytes of [vdso]
-	// MonotonicNS and BoottimeNS are the source's clocks at the freeze, ns.
+	// MonotonicNS and BoottimeNS are the tree's clocks at the freeze, ns.
 	MonotonicNS int64 `json:"monotonic_ns"`
 	BoottimeNS  int64 `json:"boottime_ns"`
 	RealtimeNS  int64 `json:"realtime_ns"`
+	// MonotonicOffsetNS and BoottimeOffsetNS say by how much the tree's clocks were
+	// ahead of those of its kernel: a time namespace.
+	MonotonicOffsetNS int64 `json:"monotonic_offset_ns,omitempty"`
+	BoottimeOffsetNS  int64 `json:"boottime_offset_ns,omitempty"`
 
 	Tasks []TaskFacts `json:"tasks"`
 	Files []FileFacts `json:"files,omitempty"`

@@ -81,6 +81,9 @@ func IDsFile(pid uint32) string { return fmt.Sprintf("ids-%d", pid) }
 // MMFile names the address space of a process.
 func MMFile(pid uint32) string { return fmt.Sprintf("mm-%d", pid) }
 
+// TimensFile names the clocks of a tree by the id of its time namespace.
+func TimensFile(id uint32) string { return fmt.Sprintf("timens-%d", id) }
+
 // FSFile names root, cwd and umask of a process.
 func FSFile(pid uint32) string { return fmt.Sprintf("fs-%d", pid) }
 
@@ -125,6 +128,7 @@ const (
 	MagicTtyInfo      = "TTY_INFO"
 	MagicTtyData      = "TTY_DATA"
 	MagicTCPStream    = "TCP_STREAM"
+	MagicTimens       = "TIMENS"
 	MagicUtsns        = "UTSNS"
 	MagicIPCVar       = "IPC_VAR"
 	MagicIPCSem       = "IPCNS_SEM"

@@ -6,8 +6,9 @@ import (
 	"godwit/engine/image"
 )
 
-// Restorable are the kinds of namespaces that can be made again.
-const Restorable = Uts | Ipc
+// Restorable are the kinds of namespaces that can be made again. One of clocks
+// is made, or not, as the clocks of the host want it.
+const Restorable = Uts | Ipc | Time
 
 // Restore fills the new namespaces in which a process of the tree lives.
 func Restore(set *image.Set, im Images, pid int) error {

@@ -33,6 +33,7 @@ type Options struct {
 	NewPidNamespace bool
 	FileLocks       bool
 	Files           plan.FileRestoreOptions
+	TimeNamespace   Clocks
 }
 
 // Tree is a rebuilt tree. None of its tasks has run yet; all are stopped with
@@ -171,7 +172,10 @@ func (t *Tree) sow() (err error) {
 	if t.spare, err = t.model.spare(taken); err != nil {
 		return err
 	}
-	return t.stub.prepare(t.spare)
+	if err := t.stub.prepare(t.spare); err != nil {
+		return err
+	}
+	return t.setClocks()
 }
 
 func (t *Tree) openFiles(set *image.Set) (err error) {

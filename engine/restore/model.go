@@ -66,7 +66,8 @@ type model struct {
 	byPid map[int]*process
 	ids   map[int]bool // every pid and tid
 
-	own      ns.Images                   // namespaces that the tree has for itself
+	own      ns.Images // namespaces that the tree has for itself
+	clocks   *clocks
 	segments map[uint32]*image.SysVFacts // System V shared memory by id
 }
 
@@ -129,6 +130,9 @@ func parse(set *image.Set) (*model, error) {
 		}
 		m.procs = append(m.procs, p)
 		m.byPid[p.vpid] = p
+	}
+	if m.clocks, err = readClocks(set, m.procs[0].ids.GetTimeNsId()); err != nil {
+		return nil, err
 	}
 	if err := m.chains(set); err != nil {
 		return nil, err

@@ -46,7 +46,7 @@ func (t *Tree) processes(set *image.Set) error {
 		// The stub is the init of the namespace and stays the root's parent.
 		flags, exitSignal = 0, uint64(unix.SIGCHLD)
 	}
-	flags |= uint64(t.model.own.Own)
+	flags |= uint64(t.model.own.Own &^ ns.Time) // setClocks
 	r, err := t.clone(t.stub.remote, flags, exitSignal, root.vpid)
 	if err != nil {
 		return fmt.Errorf("make %s: %w", root, err)

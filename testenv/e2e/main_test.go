@@ -238,6 +238,23 @@ func dumpRestore(ctx context.Context, t *testing.T, r *workloads.Run, n int, opt
 	}
 }
 
+// refusedEventually wants a dump of a tree that may not yet be as it will be to
+// be refused for a reason.
+func refusedEventually(ctx context.Context, t *testing.T, h *hosts.Host, pid int, want string) {
+	t.Helper()
+	for {
+		o := agentCmd(ctx, t, h, nil, "dump", "-t", strconv.Itoa(pid), "-D", newDir(t), "-R")
+		if o.code == 1 && strings.Contains(o.stderr, want) {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("exit code %d, %q; want 1 and %q", o.code, o.stderr, want)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
 // key is the external key of a descriptor.
 func key(t *testing.T, h *hosts.Host, pid, fd int) string {
 	t.Helper()

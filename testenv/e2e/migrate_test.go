@@ -24,7 +24,12 @@ import (
 // newFleet makes alpha, beta and a hub with the real programs on them.
 func newFleet(ctx context.Context, t *testing.T, agentArgs ...string) (*fleet.Fleet, *hosts.Host, *hosts.Host) {
 	t.Helper()
-	e := newHosts(t, "alpha", "beta", "hub")
+	return fleetOf(ctx, t, newHosts(t, "alpha", "beta", "hub"), agentArgs...)
+}
+
+// fleetOf is newFleet on hosts that are there.
+func fleetOf(ctx context.Context, t *testing.T, e *hosts.Env, agentArgs ...string) (*fleet.Fleet, *hosts.Host, *hosts.Host) {
+	t.Helper()
 	f, err := fleet.Start(ctx, e, binaries, newDir(t), "hub", []string{"alpha", "beta"}, agentArgs...)
 	if err != nil {
 		t.Fatal(err)

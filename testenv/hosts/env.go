@@ -29,6 +29,7 @@ type Env struct {
 	exe  string
 	work chan func() // run by the keeper thread
 
+	clocks []time.Duration // by host; none: all have the machine's
 	mu     sync.Mutex
 	hosts  map[string]*Host
 	names  []string
@@ -40,7 +41,14 @@ type Env struct {
 // it must exist and stays.
 //
 // Errors: not root, "ip" missing, or a namespace that this machine does not allow.
-func New(dir string, names ...string) (*Env, error) {
+func New(dir string, names ...string) (*Env, error) { return NewAt(dir, nil, names...) }
+
+// NewAt is New with hosts whose clocks that count from boot are ahead of the
+// machine's by what clocks say, in the order of names.
+func NewAt(dir string, clocks []time.Duration, names ...string) (*Env, error) {
+	if clocks != nil && len(clocks) != len(names) {
+		return nil, fmt.Errorf("%d clocks for %d hosts", len(clocks), len(names))
+	}
 	if os.Geteuid() != 0 {
 		return nil, errors.New("making hosts out of namespaces needs root")
 	}
@@ -60,7 +68,7 @@ func New(dir string, names ...string) (*Env, error) {
 	if dir, err = filepath.Abs(dir); err != nil {
 		return nil, err
 	}
-	e := &Env{dir: dir, exe: exe, work: make(chan func()), hosts: map[string]*Host{}, names: names}
+	e := &Env{dir: dir, exe: exe, work: make(chan func()), hosts: map[string]*Host{}, names: names, clocks: clocks}
 	up := make(chan error, 1)
 	go e.keep(up)
 	if err := <-up; err != nil {
@@ -183,7 +191,15 @@ func (e *Env) add(i int, name string) error {
 			Setsid:     true, // Ctrl-C is for the program, which then ends the hosts
 		},
 	}
-	if err := e.keeper(h.init.Start); err != nil {
+	err = e.keeper(func() error {
+		if e.clocks != nil {
+			if err := ownClocks(e.clocks[i]); err != nil {
+				return err
+			}
+		}
+		return h.init.Start()
+	})
+	if err != nil {
 		return errors.Join(err, lifeW.Close(), readyW.Close(), goW.Close())
 	}
 	_ = readyW.Close()

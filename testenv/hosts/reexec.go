@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -210,6 +211,16 @@ func enter(pid int) error {
 		return fmt.Errorf("open init of the host, pid %d: %w", pid, err)
 	}
 	defer func() { _ = unix.Close(fd) }()
+	ahead, err := clocksOf(pid)
+	if err != nil {
+		return err
+	}
+	if ahead != 0 {
+		// A program with threads cannot join a time namespace, but make an equal one.
+		if err := ownClocks(ahead); err != nil {
+			return err
+		}
+	}
 	// A mount namespace can only be joined by a thread that shares its
 	// directory with no other: setns(2).
 	if err := unix.Unshare(unix.CLONE_FS); err != nil {
@@ -220,6 +231,34 @@ func enter(pid int) error {
 		return fmt.Errorf("enter the host of pid %d: %w", pid, err)
 	}
 	return nil
+}
+
+// ownClocks has children of the calling thread be born with clocks that are
+// ahead of the machine's (time_namespaces(7)).
+func ownClocks(ahead time.Duration) error {
+	if err := unix.Unshare(unix.CLONE_NEWTIME); err != nil {
+		return fmt.Errorf("make a time namespace: %w", err)
+	}
+	sec, nsec := ahead/time.Second, ahead%time.Second
+	text := fmt.Sprintf("monotonic %d %d\nboottime %d %d\n", sec, nsec, sec, nsec)
+	// The file is one of processes, but found under the number of any thread.
+	return os.WriteFile(fmt.Sprintf("/proc/%d/timens_offsets", unix.Gettid()), []byte(text), 0)
+}
+
+// clocksOf tells by how much the clocks of a process are ahead of the machine's.
+func clocksOf(pid int) (time.Duration, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/timens_offsets", pid))
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	var sec, nsec int64
+	if _, err := fmt.Sscanf(string(b), "monotonic %d %d", &sec, &nsec); err != nil {
+		return 0, fmt.Errorf("clocks of pid %d: %w", pid, err)
+	}
+	return time.Duration(sec)*time.Second + time.Duration(nsec), nil
 }
 
 // runEnter runs argv[2:] inside the host of init argv[1], hands signals on and
