@@ -94,7 +94,7 @@ operator must look. dump and restore use 0 and 1 as CRIU does.`,
 	root.SetFlagErrorFunc(usageError)
 	root.Flags().BoolP("version", "V", false, "print the release and the version of CRIU's images that it makes")
 	root.SetVersionTemplate("Version: {{.Version}}\nImages: CRIU 4.2\n")
-	root.AddCommand(cmdRun(), cmdDump(), cmdRestore(), cmdCheck(), cmdInspect(), cmdVersion())
+	root.AddCommand(cmdRun(), cmdDump(), cmdPreDump(), cmdRestore(), cmdCheck(), cmdInspect(), cmdVersion())
 	for _, c := range root.Commands() {
 		c.Args = usageArgs(c.Args)
 		if c.Flags().Lookup("no-default-config") != nil {
@@ -110,7 +110,7 @@ func usageError(cmd *cobra.Command, err error) error {
 	if f, ok := errors.AsType[foreignError](err); ok {
 		err = f // what the flag parser says around it does not fit
 	}
-	if cmd.Name() == "dump" || cmd.Name() == "restore" {
+	if cmd.Name() == "dump" || cmd.Name() == "pre-dump" || cmd.Name() == "restore" {
 		code = wire.ExitFailed
 	}
 	return &exitError{code: code, err: fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}

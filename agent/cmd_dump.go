@@ -27,6 +27,7 @@ type dumpFlags struct {
 	timeout        int
 	fileLocks      bool
 	files          fileFlags
+	incremental
 }
 
 func cmdDump() *cobra.Command {
@@ -53,8 +54,15 @@ Exit codes: 0 done; 1 failed or refused, the tree runs on.`,
 			return localError(f.logged(runDump(cmd.Context(), engine.New(log), f, log)))
 		},
 	}
+	f.addDump(cmd)
+	return cmd
+}
+
+// addDump adds the options of dump and pre-dump.
+func (f *dumpFlags) addDump(cmd *cobra.Command) {
 	f.add(cmd)
 	fs := cmd.Flags()
+	f.addOptions(fs)
 	fs.IntVarP(&f.tree, "tree", "t", 0, "pid of the tree's root")
 	fs.BoolVarP(&f.leaveRunning, "leave-running", "R", false, "let the tree run on after the dump")
 	fs.BoolVarP(&f.leaveStopped, "leave-stopped", "s", false, "leave the tree stopped (SIGSTOP) after the dump")
@@ -67,7 +75,6 @@ Exit codes: 0 done; 1 failed or refused, the tree runs on.`,
 	foreignFlags(fs,
 		"address",
 		"allow-uprobes",
-		"auto-dedup",
 		"cgroup-dump-controller",
 		"cgroup-props",
 		"cgroup-props-file",
@@ -92,8 +99,6 @@ Exit codes: 0 done; 1 failed or refused, the tree runs on.`,
 		"network-lock",
 		"page-server",
 		"port",
-		"pre-dump-mode",
-		"prev-images-dir",
 		"ps-socket",
 		"restore-sibling,S",
 		"root,r",
@@ -103,12 +108,10 @@ Exit codes: 0 done; 1 failed or refused, the tree runs on.`,
 		"stream",
 		"tcp-close",
 		"tls",
-		"track-mem",
 		"unprivileged",
 		"veth-pair",
 		"weak-sysctls",
 	)
-	return cmd
 }
 
 // localMemory bounds the Go memory of the local commands, bytes.
@@ -126,21 +129,28 @@ func localError(err error) error {
 	return &exitError{code: 1, err: err}
 }
 
-// runDump dumps the tree of f.tree into f.imagesDir. On an error the tree runs
-// as before and the directory holds none of its images.
-func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (err error) {
+// options are what the options say to the engine.
+func (f *dumpFlags) options() (engine.DumpOptions, error) {
 	if f.tree <= 0 {
-		return errors.New("no tree is named: give the pid of its root with --tree")
+		return engine.DumpOptions{}, errors.New("no tree is named: give the pid of its root with --tree")
 	}
 	limit, err := parseSize(f.ghostLimit)
 	if err != nil {
-		return fmt.Errorf("--ghost-limit: %w", err)
+		return engine.DumpOptions{}, fmt.Errorf("--ghost-limit: %w", err)
 	}
 	if f.timeout < 0 {
-		return fmt.Errorf("--timeout: %d seconds are negative", f.timeout)
+		return engine.DumpOptions{}, fmt.Errorf("--timeout: %d seconds are negative", f.timeout)
 	}
 	opts := engine.DumpOptions{TCPEstablished: f.tcpEstablished, External: f.external, GhostLimit: limit, FileLocks: f.fileLocks, Timeout: time.Duration(f.timeout) * time.Second}
-	if opts.Files, err = f.files.dump(f.leaveRunning || f.leaveStopped); err != nil {
+	opts.Files, err = f.files.dump(f.leaveRunning || f.leaveStopped)
+	return opts, err
+}
+
+// runDump dumps the tree of f.tree into f.imagesDir. On an error the tree runs
+// as before and the directory holds none of its images.
+func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (err error) {
+	opts, err := f.options()
+	if err != nil {
 		return err
 	}
 	if err := f.actions().run(ctx, stagePreDump, 0); err != nil {
@@ -154,6 +164,9 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 	sink, err := image.NewDirSink(f.imagesDir)
 	if err != nil {
 		return fmt.Errorf("dump pid %d: %w", f.tree, err)
+	}
+	if err := f.build(sink); err != nil {
+		return fmt.Errorf("dump pid %d, nothing of it was touched: %w", f.tree, errors.Join(err, sink.Withdraw()))
 	}
 	complete := false
 	defer func() {
@@ -174,7 +187,7 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 			if frozen == 0 {
 				frozen = time.Since(stats.FrozenAt)
 			}
-			f.putStats(statsDumpFile, dumpStats(stats, frozen, commit))
+			f.putStats(statsDumpFile, dumpStats(stats, sink, frozen, commit))
 		}
 	}()
 	var thawErr error
@@ -205,6 +218,7 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 		thawErr = tree.Thaw()
 	}
 	complete = true // what fails from here on must not remove the images
+	f.finish(sink, log)
 	if f.leaveStopped && !f.leaveRunning {
 		thawErr = tree.ThawStopped()
 	}

@@ -41,7 +41,7 @@ func (f *localFlags) add(cmd *cobra.Command) {
 	fs.BoolVar(&f.stats, "display-stats", false, "print statistics at the end; they are in stats-dump or stats-restore anyway")
 	// What follows asks for what is done in any case.
 	fs.BoolVarP(&f.shellJob, "shell-job", "j", false, "accepted: a tree whose session leader is outside of it is carried anyway")
-	if cmd.Name() == "dump" {
+	if cmd.Name() != "restore" {
 		fs.BoolVar(&f.fiemap, "ghost-fiemap", false, "accepted: holes of deleted files are found without reading them anyway")
 	}
 	f.config.add(cmd)
@@ -78,7 +78,7 @@ func (f *localFlags) logger(stderr io.Writer) (log hclog.Logger, closeLog func()
 	}
 	out, closeLog := stderr, func() {}
 	if f.logFile != "" {
-		if f.workDir == "" && f.cmd != nil && f.cmd.Name() == "dump" {
+		if f.workDir == "" && f.cmd != nil && f.cmd.Name() != "restore" {
 			// As the dump itself would, a moment later.
 			if err := os.Mkdir(f.imagesDir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 				return nil, nil, fmt.Errorf("make the images' directory for the log file: %w", err)

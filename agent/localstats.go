@@ -25,11 +25,12 @@ const (
 // first stopped task until the tree ran on or was gone, commit that of bringing the images to
 // the disk. Memory is read and given to the images in one go, which is
 // memdump_time; what is left for memwrite_time is commit.
-func dumpStats(s engine.DumpStats, frozen, commit time.Duration) *stats.StatsEntry {
+func dumpStats(s engine.DumpStats, sink *image.DirSink, frozen, commit time.Duration) *stats.StatsEntry {
+	memory, shmem := sink.Skipped()
 	return &stats.StatsEntry{Dump: &stats.DumpStatsEntry{
 		FreezingTime: micros(s.FreezeDur), FrozenTime: micros(frozen), MemdumpTime: micros(s.DataDur), MemwriteTime: micros(commit),
-		PagesScanned: proto.Uint64(s.Scanned), PagesSkippedParent: proto.Uint64(0), PagesWritten: proto.Uint64(s.Pages - s.ShmemPages),
-		PagesLazy: proto.Uint64(0), ShpagesWritten: proto.Uint64(s.ShmemPages),
+		PagesScanned: proto.Uint64(s.Scanned), PagesSkippedParent: proto.Uint64(memory), PagesWritten: proto.Uint64(s.Pages - s.ShmemPages - memory),
+		PagesLazy: proto.Uint64(0), ShpagesSkippedParent: proto.Uint64(shmem), ShpagesWritten: proto.Uint64(s.ShmemPages - shmem),
 	}}
 }
 
@@ -73,7 +74,8 @@ func displayStats(w io.Writer, e *stats.StatsEntry) error {
 		rows = []row{
 			{"Freezing time", uint64(d.GetFreezingTime()), " us"}, {"Frozen time", uint64(d.GetFrozenTime()), " us"},
 			{"Memory dump time", uint64(d.GetMemdumpTime()), " us"}, {"Memory write time", uint64(d.GetMemwriteTime()), " us"},
-			{"Memory pages scanned", d.GetPagesScanned(), ""}, {"Memory pages written", d.GetPagesWritten(), ""},
+			{"Memory pages scanned", d.GetPagesScanned(), ""}, {"Memory pages skipped from parent", d.GetPagesSkippedParent(), ""},
+			{"Memory pages written", d.GetPagesWritten(), ""},
 			{"Shared memory pages written", d.GetShpagesWritten(), ""},
 		}
 	} else {

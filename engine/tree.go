@@ -94,6 +94,22 @@ func sameTrouble(a, b refuse.Problem) bool {
 		strings.Map(digits, a.Reason) == strings.Map(digits, b.Reason)
 }
 
+// PreDump gives the memory of the running tree below pid to a sink of its own
+// (image.DirSink.PreDump), for a dump that builds on it. The tree runs on
+// meanwhile. mode is the way of reading that CRIU's inventory names: 1 splice, 2
+// read, which makes no difference here. What cannot be carried is for Plan to tell.
+func (e *Engine) PreDump(ctx context.Context, pid int, o DumpOptions, mode uint32, sink image.Sink) (DumpStats, error) {
+	if err := e.source(pid); err != nil {
+		return DumpStats{}, err
+	}
+	d, err := o.internal()
+	if err != nil {
+		return DumpStats{}, err
+	}
+	s, err := dump.PreDump(ctx, e.log, pid, d, mode, sink)
+	return DumpStats{Processes: s.Processes, Pages: s.Pages, ShmemPages: s.ShmemPages, Bytes: s.Bytes, DataDur: s.DataDur}, err
+}
+
 // source refuses pids that cannot be the root of a dump.
 func (e *Engine) source(pid int) error {
 	switch {

@@ -373,15 +373,12 @@ func (c *collector) data(ctx context.Context, sink image.Sink, st *Stats) error 
 			return err
 		}
 	}
-	for _, s := range c.shmems {
-		n, err := mem.DumpFile(ctx, s.file, s.size, true, sink, image.DataID{Kind: image.Shmem, ID: s.id})
-		st.Bytes += n
-		st.Pages += n / arch.PageSize
-		st.ShmemPages += n / arch.PageSize
-		c.log.Debug("shared memory dumped", "shmid", s.id, "size_bytes", s.size, "bytes", n)
-		if err != nil {
-			return err
-		}
+	n, err := c.sharedMemory(ctx, sink)
+	st.Bytes += n * arch.PageSize
+	st.Pages += n
+	st.ShmemPages += n
+	if err != nil {
+		return err
 	}
 	for _, d := range c.files.Data() {
 		whole := d.ID.Kind == image.Shmem
@@ -399,4 +396,17 @@ func (c *collector) data(ctx context.Context, sink image.Sink, st *Stats) error 
 	st.DataDur = time.Since(start)
 	c.log.Debug("data sent", "pages", st.Pages, "bytes", st.Bytes, "duration_ms", st.DataDur.Milliseconds())
 	return nil
+}
+
+// sharedMemory streams the contents of shared memory that is mapped.
+func (c *collector) sharedMemory(ctx context.Context, sink image.Sink) (pages uint64, err error) {
+	for _, s := range c.shmems {
+		n, err := mem.DumpFile(ctx, s.file, s.size, true, sink, image.DataID{Kind: image.Shmem, ID: s.id})
+		pages += n / arch.PageSize
+		c.log.Debug("shared memory dumped", "shmid", s.id, "size_bytes", s.size, "bytes", n)
+		if err != nil {
+			return pages, err
+		}
+	}
+	return pages, nil
 }

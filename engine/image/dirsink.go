@@ -77,8 +77,9 @@ type outSet struct {
 	list  *outFile // pages: the list; ghost: the file itself
 	pages *outFile // nil for a ghost
 	next  uint64   // first offset that may come
-	// A run of adjacent pages that is not in the list yet.
+	// A run of adjacent pages that is not in the list yet, with its flags.
 	runStart, runPages uint64
+	runFlags           uint32
 }
 
 // DirSink writes a dump into a directory, as CRIU would. A directory holds a
@@ -92,14 +93,21 @@ type DirSink struct {
 	d       *os.File // holds the lock
 	madeDir bool
 
-	facts *Facts
-	meta  map[string]*outFile
-	sets  map[DataID]*outSet
-	open  []*outSet // the last used last
-	pages uint32    // last id of a pages image
-	made  []string  // names of files that exist because of this sink
-	sums  map[string]fileSum
+	facts     *Facts
+	meta      map[string]*outFile
+	sets      map[DataID]*outSet
+	open      []*outSet // the last used last
+	lastPages uint32    // id of a pages image
+	made      []string  // names of files that exist because of this sink
+	sums      map[string]fileSum
 
+	parents chain  // nil: no dump before
+	compare []byte // pages of a dump before
+	dedup   bool
+	stale   []stale
+	skipped [2]uint64 // pages of memory and shared memory
+
+	partial      bool // PreDump
 	sealed, over bool
 	committed    bool
 	err          error // of the first failure, which all later calls repeat
@@ -154,6 +162,10 @@ func (s *DirSink) claim(d *os.File) error {
 	}
 	return nil
 }
+
+// PreDump says that what comes is memory alone, of processes of which nothing else
+// is told: a dump that others build on.
+func (s *DirSink) PreDump() { s.partial = true }
 
 // Dir is the directory.
 func (s *DirSink) Dir() string { return s.dir }
@@ -396,7 +408,7 @@ func (s *DirSink) data(id DataID, off uint64, p []byte) error {
 	}
 	set := s.sets[id]
 	if set == nil {
-		if id.Kind != Shmem {
+		if id.Kind != Shmem && !(s.partial && id.Kind == Memory) {
 			return fmt.Errorf("data of %s, of which no entry tells", id)
 		}
 		s.expect(id)
@@ -426,17 +438,29 @@ func (s *DirSink) data(id DataID, off uint64, p []byte) error {
 	if off%PageSize != 0 || n%PageSize != 0 {
 		return fmt.Errorf("data of %s at %#x, %d bytes, is no whole pages", id, off, n)
 	}
-	pages := n / PageSize
+	if s.parents != nil {
+		return s.incremental(set, off, p)
+	}
+	return s.pages(set, off, p, pagePresent)
+}
+
+// pages puts pages into the list of a set, and into its pages image unless the
+// dump before has them.
+func (s *DirSink) pages(set *outSet, off uint64, p []byte, flags uint32) error {
+	pages := uint64(len(p)) / PageSize
 	// Room for the 32 bits of compat_nr_pages.
-	if set.runPages > 0 && off == set.next && set.runPages+pages < 1<<32 {
+	if set.runPages > 0 && off == set.next && flags == set.runFlags && set.runPages+pages < 1<<32 {
 		set.runPages += pages
 	} else {
 		if err := s.endRun(set); err != nil {
 			return err
 		}
-		set.runStart, set.runPages = off, pages
+		set.runStart, set.runPages, set.runFlags = off, pages, flags
 	}
-	set.next = off + n
+	set.next = off + uint64(len(p))
+	if flags&pagePresent == 0 {
+		return nil
+	}
 	return s.put(set.pages, p)
 }
 
@@ -462,14 +486,14 @@ func (s *DirSink) use(set *outSet) error {
 	if set.list != nil {
 		return nil
 	}
-	s.pages++
-	set.pages = &outFile{name: PagesFile(s.pages) + Extension, limit: dataBuffer}
+	s.lastPages++
+	set.pages = &outFile{name: PagesFile(s.lastPages) + Extension, limit: dataBuffer}
 	set.list = &outFile{name: dataFile(set.id) + Extension, limit: listBuffer}
 	b, err := AppendHead(nil, MagicPagemap)
 	if err != nil {
 		return err
 	}
-	if b, err = AppendMessage(b, &pagemap.PagemapHead{PagesId: proto.Uint32(s.pages)}); err != nil {
+	if b, err = AppendMessage(b, &pagemap.PagemapHead{PagesId: proto.Uint32(s.lastPages)}); err != nil {
 		return err
 	}
 	return s.put(set.list, b)
@@ -480,12 +504,7 @@ func (s *DirSink) endRun(set *outSet) error {
 	if set.runPages == 0 {
 		return nil
 	}
-	b, err := AppendMessage(nil, &pagemap.PagemapEntry{
-		Vaddr:         proto.Uint64(set.runStart),
-		CompatNrPages: proto.Uint32(uint32(set.runPages)),
-		NrPages:       proto.Uint64(set.runPages),
-		Flags:         proto.Uint32(pagePresent),
-	})
+	b, err := AppendMessage(nil, pagemapEntry(set.runStart, set.runPages, set.runFlags))
 	if err != nil {
 		return err
 	}
@@ -512,6 +531,9 @@ func (s *DirSink) Commit() error {
 		return err
 	}
 	s.over, s.committed = true, true
+	if !s.dedup {
+		s.parents.close()
+	}
 	_ = s.d.Close() // gives the lock back; nothing is written through it
 	return nil
 }
@@ -551,11 +573,11 @@ func (s *DirSink) commit() error {
 	inv := s.meta[InventoryFile]
 	s.sums[inv.name] = fileSum{Size: int64(len(inv.buf)), CRC: crc32.Checksum(inv.buf, castagnoli)}
 	if s.facts != nil {
-		b, err := json.MarshalIndent(factsFile{s.facts, s.sums}, "", " ")
+		b, err := marshalFacts(s.facts, s.sums)
 		if err != nil {
-			return fmt.Errorf("encode %s: %w", FactsFile, err)
+			return err
 		}
-		o := &outFile{name: FactsFile, buf: append(b, '\n')}
+		o := &outFile{name: FactsFile, buf: b}
 		if err := s.close(o); err != nil {
 			return err
 		}
@@ -567,6 +589,14 @@ func (s *DirSink) commit() error {
 		return &os.PathError{Op: "syncfs", Path: s.dir, Err: err}
 	}
 	return s.publish(inv)
+}
+
+func marshalFacts(f *Facts, sums map[string]fileSum) ([]byte, error) {
+	b, err := json.MarshalIndent(factsFile{f, sums}, "", " ")
+	if err != nil {
+		return nil, fmt.Errorf("encode %s: %w", FactsFile, err)
+	}
+	return append(b, '\n'), nil
 }
 
 // publish writes the inventory, which makes the directory a dump, in one step.
@@ -610,6 +640,7 @@ func (s *DirSink) Abort() error {
 			}
 		}
 	}
+	s.parents.close()
 	err := s.remove()
 	_ = s.d.Close()
 	return err

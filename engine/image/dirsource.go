@@ -36,13 +36,19 @@ type DirSource struct {
 	cur  *inSet
 	buf  []byte
 	err  error // of Next, which repeats it
+
+	parents chain // the dumps that it builds on
 }
 
 // OpenDir reads the metadata of the dump in dir. Anything wrong with it is an
 // error that names the file and the offset.
 func OpenDir(dir string) (*DirSource, error) {
 	s := &DirSource{dir: dir, set: NewSet(), buf: make([]byte, maxPiece)}
-	if err := s.load(); err != nil {
+	err := s.load()
+	if err == nil {
+		s.parents, err = openChain(dir)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("open images in %s: %w", dir, err)
 	}
 	return s, nil
@@ -262,6 +268,7 @@ func (s *DirSource) Close() error {
 		s.cur.close()
 		s.cur = nil
 	}
+	s.parents.close()
 	if s.err == nil {
 		s.err = fmt.Errorf("images in %s: %w", s.dir, os.ErrClosed)
 	}
@@ -328,10 +335,12 @@ type inSet struct {
 	data *reader // pages: the pages; ghost: the file itself
 	ours bool    // made by a DirSink: nothing may be left over
 
-	cur   run    // what is left of the run that is being read
-	low   uint64 // lowest offset that may come
-	whole bool   // a ghost without chunks
-	limit uint64 // size of a ghost, MaxUint64: unknown
+	cur       run  // what is left of the run that is being read
+	elsewhere bool // cur is in the dump before
+	parents   chain
+	low       uint64 // lowest offset that may come
+	whole     bool   // a ghost without chunks
+	limit     uint64 // size of a ghost, MaxUint64: unknown
 
 	inputs []*input
 }
@@ -348,7 +357,7 @@ func (s *DirSource) openSet(id DataID) (*inSet, error) {
 			return nil, err
 		}
 	}
-	set := &inSet{id: id, list: newReader(name, in, in.size), inputs: []*input{in}, ours: s.sums != nil}
+	set := &inSet{id: id, list: newReader(name, in, in.size), inputs: []*input{in}, ours: s.sums != nil, parents: s.parents}
 	pagesID, err := set.start()
 	if err == nil && id.Kind != Ghost {
 		pages := PagesFile(pagesID)
@@ -417,6 +426,13 @@ func (s *inSet) next(buf []byte) (uint64, []byte, error) {
 		}
 	}
 	n := min(s.cur.len, uint64(len(buf)))
+	if s.elsewhere {
+		got, err := s.parents.read(s.id, s.cur.off, buf[:n])
+		off := s.cur.off
+		s.cur.off += uint64(got)
+		s.cur.len -= uint64(got)
+		return off, buf[:got], err
+	}
 	at := s.data.off
 	if n > s.data.left() {
 		return 0, nil, s.data.fail(at, "the file ends where %s at %#x, %d bytes, should be", s.id, s.cur.off, s.cur.len)
@@ -431,9 +447,7 @@ func (s *inSet) next(buf []byte) (uint64, []byte, error) {
 }
 
 func (s *inSet) nextPages() error {
-	at := s.list.off
-	e := &pagemap.PagemapEntry{}
-	more, err := s.list.message(e)
+	r, more, err := s.entry()
 	if err != nil {
 		return err
 	}
@@ -443,29 +457,7 @@ func (s *inSet) nextPages() error {
 		}
 		return io.EOF
 	}
-	n := uint64(e.GetCompatNrPages())
-	if e.NrPages != nil { // CRIU 4.0 has 64 bits
-		n = e.GetNrPages()
-	}
-	vaddr, flags := e.GetVaddr(), e.GetFlags()
-	switch {
-	case e.GetInParent() || flags&pageInParent != 0:
-		return s.list.fail(at, "pages at %#x are in the dump before this one: incremental dumps are not carried", vaddr)
-	case vaddr%PageSize != 0:
-		return s.list.fail(at, "address %#x is not that of a page", vaddr)
-	case n == 0 || n > (math.MaxUint64-vaddr)/PageSize:
-		return s.list.fail(at, "%d pages at %#x", n, vaddr)
-	case vaddr < s.low:
-		return s.list.fail(at, "pages at %#x come after pages up to %#x", vaddr, s.low)
-	case flags&pageLazy != 0 && flags&pagePresent == 0:
-		return s.list.fail(at, "pages at %#x were left with the source of a lazy dump", vaddr)
-	}
-	s.low = vaddr + n*PageSize
-	// Without flags an old list means present pages; flags of which none says
-	// where the pages are mean a hole.
-	if e.Flags == nil || flags&pagePresent != 0 {
-		s.cur = run{vaddr, n * PageSize}
-	}
+	s.cur, s.elsewhere = run{r.off, r.len}, r.inParent
 	return nil
 }
 

@@ -16,6 +16,10 @@ type Facts struct {
 	Kernel  string `json:"kernel"`
 	Arch    string `json:"arch"` // GOARCH
 
+	// Spoiled: pages of this dump were given up in favour of one that builds on
+	// it (--auto-dedup), so that it cannot be restored itself.
+	Spoiled bool `json:"spoiled,omitempty"`
+
 	VdsoSHA256 string `json:"vdso_sha256,omitempty"` // of the bytes of [vdso]
 	// MonotonicNS and BoottimeNS are the tree's clocks at the freeze, ns.
 	MonotonicNS int64 `json:"monotonic_ns"`

@@ -20,8 +20,11 @@ import (
 // once, in bytes.
 const ChunkSize = 256 << 10
 
-// Reader takes the contents of one stopped process.
+// Reader takes the contents of one process.
 type Reader struct {
+	// Running says that the process runs meanwhile: what goes away is left out.
+	Running bool
+
 	pid     int
 	pagemap *os.File
 	mem     *os.File
@@ -98,7 +101,17 @@ func (r *Reader) dumpVMA(ctx context.Context, v *VMA, sink image.Sink, id image.
 				}
 				b := r.buf[:min(run.End-a, ChunkSize)]
 				if err := r.read(v, a, b); err != nil {
-					return pages, err
+					if !r.Running {
+						return pages, err
+					}
+					if len(b) > arch.PageSize {
+						b = b[:arch.PageSize]
+						err = r.read(v, a, b)
+					}
+					if err != nil {
+						a += uint64(len(b))
+						continue
+					}
 				}
 				if err := sink.Data(id, a, b); err != nil {
 					return pages, err

@@ -90,8 +90,13 @@ func parse(set *image.Set) (*model, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(items) == 0 {
+	switch {
+	case len(items) == 0 && inv.PreDumpMode != nil:
+		return nil, errors.New("the images are of a pre-dump, which holds memory alone: restore the dump that was made after it")
+	case len(items) == 0:
 		return nil, errors.New("images hold no process")
+	case set.Facts != nil && set.Facts.Spoiled:
+		return nil, errors.New("pages of these images were given up in favour of a later dump (--auto-dedup): restore that one")
 	}
 	m := &model{byPid: map[int]*process{}, ids: map[int]bool{}}
 	tasks := map[uint32]*image.TaskFacts{}

@@ -27,11 +27,18 @@ var rawImage = regexp.MustCompile("^(pages|tmpfs-dev|ifaddr|route6?|rule)-")
 // decodeImages reads every image of a dump with go-criu's own decoder.
 func decodeImages(t *testing.T, dir string) {
 	t.Helper()
+	if n := decodeAll(t, dir); n < 5 {
+		t.Errorf("only %d images in %s", n, dir)
+	}
+}
+
+// decodeAll decodes the images in a directory and counts them.
+func decodeAll(t *testing.T, dir string) (decoded int) {
+	t.Helper()
 	names, err := filepath.Glob(filepath.Join(dir, "*.img"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	decoded := 0
 	for _, name := range names {
 		if rawImage.MatchString(filepath.Base(name)) {
 			continue
@@ -50,9 +57,7 @@ func decodeImages(t *testing.T, dir string) {
 		}
 		decoded++
 	}
-	if decoded < 5 {
-		t.Errorf("only %d images in %s", decoded, dir)
-	}
+	return decoded
 }
 
 // object is what a command of selfcheck needs besides dump and restore.

@@ -1,0 +1,77 @@
+package dump
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
+	"github.com/hashicorp/go-hclog"
+	"google.golang.org/protobuf/proto"
+
+	"godwit/engine/arch"
+	"godwit/engine/image"
+	"godwit/engine/mem"
+	"godwit/engine/procfs"
+)
+
+// PreDump gives the memory of a running tree to the sink, which must know that
+// nothing else comes (image.DirSink.PreDump). The tree is not stopped for it: a page
+// that changes meanwhile differs from what a later dump finds, which compares
+// all of them.
+// mode is CRIU's pre_dump_mode. What cannot be carried is for Preflight to tell.
+func PreDump(ctx context.Context, log hclog.Logger, pid int, o Options, mode uint32, sink image.Sink) (st Stats, err error) {
+	procs, err := find(pid)
+	if err != nil {
+		return st, err
+	}
+	c := newCollector(log, o, pid, nil)
+	defer func() { err = errors.Join(err, c.close()) }()
+	if err := c.collect(procs, true); err != nil {
+		return st, err
+	}
+	facts, err := c.facts()
+	if err != nil {
+		return st, err
+	}
+	inv := &inventory.InventoryEntry{
+		ImgVersion: proto.Uint32(imgVersion), FdinfoPerId: proto.Bool(true), NsPerId: proto.Bool(true), Lsmtype: inventory.Lsmtype_NO_LSM.Enum(),
+		DumpUptime: proto.Uint64(uint64(facts.BoottimeNS) / 1000), PreDumpMode: proto.Uint32(mode),
+	}
+	if err := errors.Join(sink.Facts(facts), sink.Entry(image.Entry{File: image.InventoryFile, Magic: image.MagicInventory, Msg: inv}), sink.Sealed()); err != nil {
+		return st, err
+	}
+	start := time.Now()
+	for _, p := range c.procs {
+		if p.zombie {
+			continue
+		}
+		n, err := preDump(ctx, p, sink)
+		if procfs.Gone(err) && p != c.procs[0] {
+			continue
+		}
+		if err != nil {
+			return st, fmt.Errorf("read memory of pid %d (%s): %w", p.pid, p.comm, err)
+		}
+		st.Processes++
+		st.Pages += n
+		st.Bytes += n * arch.PageSize
+	}
+	n, err := c.sharedMemory(ctx, sink)
+	st.Pages += n
+	st.ShmemPages += n
+	st.Bytes += n * arch.PageSize
+	st.DataDur = time.Since(start)
+	return st, err
+}
+
+func preDump(ctx context.Context, p *process, sink image.Sink) (pages uint64, err error) {
+	r, err := mem.NewReader(p.pid)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, r.Close()) }()
+	r.Running = true
+	return r.Dump(ctx, p.vmas, sink, image.DataID{Kind: image.Memory, ID: uint32(p.vpid)})
+}
