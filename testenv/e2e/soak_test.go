@@ -66,8 +66,8 @@ func TestSoak(t *testing.T) {
 	for begin := time.Now(); time.Since(begin) < length; cycles++ {
 		for len(running) < 6 {
 			c := cmds[random.IntN(len(cmds))]
-			if slices.ContainsFunc(running, func(s *soaked) bool { return s.name == c }) {
-				continue // two of a kind want the same ports
+			if slices.ContainsFunc(running, func(s *soaked) bool { return rivals(s.name, c) }) {
+				continue
 			}
 			r := selfcheck(ctx, t, h, newDir(t), c, objects[c].args...)
 			running = append(running, &soaked{c, r, objects[c].options, openFiles(t, h, r.Pid)})
@@ -102,6 +102,11 @@ func TestSoak(t *testing.T) {
 		time.Sleep(20 * time.Millisecond)
 	}
 	t.Errorf("left over (+) or missing (-) in the end:\n%s", diff)
+}
+
+// rivals says whether two programs want the same of a host: ports, huge pages.
+func rivals(a, b string) bool {
+	return a == b || strings.HasPrefix(a, "huge") && strings.HasPrefix(b, "huge")
 }
 
 func openFiles(t *testing.T, h *hosts.Host, pid int) int {
