@@ -476,7 +476,7 @@ func (c *collector) paths(p *process) error {
 // readLimits notes the highest hard limits: raising one above the agent's own
 // needs CAP_SYS_RESOURCE. /proc/PID/limits lists resources in the kernel's order.
 func (c *collector) readLimits(p *process) error {
-	b, err := os.ReadFile(procfs.Path(p.pid, "limits"))
+	b, err := procfs.ReadAll(procfs.Path(p.pid, "limits"))
 	if err != nil {
 		return err
 	}

@@ -81,7 +81,7 @@ func ParseMemInfo(b []byte) (MemInfo, error) {
 func ReadMemInfo() (MemInfo, error) { return read("/proc/meminfo", ParseMemInfo) }
 
 func word(path string) (string, error) {
-	b, err := readAll(path)
+	b, err := ReadAll(path)
 	if err != nil {
 		return "", err
 	}

@@ -55,7 +55,7 @@ func Comm(pid int) (string, error) { return comm(Path(pid, "comm")) }
 func TaskComm(pid, tid int) (string, error) { return comm(TaskPath(pid, tid, "comm")) }
 
 func comm(path string) (string, error) {
-	b, err := readAll(path)
+	b, err := ReadAll(path)
 	if err != nil {
 		return "", err
 	}
@@ -73,7 +73,7 @@ func ParseCmdline(b []byte) []string {
 
 // Cmdline reads the arguments of a process; nil for a zombie or a kernel thread.
 func Cmdline(pid int) ([]string, error) {
-	b, err := readAll(Path(pid, "cmdline"))
+	b, err := ReadAll(Path(pid, "cmdline"))
 	if err != nil {
 		return nil, err
 	}

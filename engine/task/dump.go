@@ -433,7 +433,7 @@ func credsToImage(st *procfs.Status) *creds.CredsEntry {
 }
 
 func readText(path string) (string, error) {
-	b, err := os.ReadFile(path)
+	b, err := procfs.ReadAll(path)
 	if err != nil {
 		return "", err
 	}
