@@ -75,7 +75,7 @@ func init() {
 		kindEventfd, kindTimerfd, kindSignalfd, kindEventpoll, kindPidfd,
 		kindMemfd,
 		kindPipe, kindFifo,
-		kindUnix, kindInet,
+		kindUnix, kindInet, kindNetlink,
 		kindGhost, kindDevice, kindRegular,
 		kindInotify, // its seal comes last: by then nothing more happens to files
 	}

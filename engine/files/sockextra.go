@@ -155,6 +155,11 @@ var sockOptions = func() []sockOption {
 	}
 	add(unix.IPPROTO_UDPLITE, 4, sockType.udplite,
 		o(udpliteSendCoverage, "UDPLITE_SEND_CSCOV"), o(udpliteRecvCoverage, "UDPLITE_RECV_CSCOV"))
+	add(unix.SOL_NETLINK, 4, func(k sockType) bool { return k.family == unix.AF_NETLINK },
+		o(unix.NETLINK_PKTINFO, "NETLINK_PKTINFO"), o(unix.NETLINK_BROADCAST_ERROR, "NETLINK_BROADCAST_ERROR"),
+		o(unix.NETLINK_NO_ENOBUFS, "NETLINK_NO_ENOBUFS"), o(unix.NETLINK_LISTEN_ALL_NSID, "NETLINK_LISTEN_ALL_NSID"),
+		o(unix.NETLINK_CAP_ACK, "NETLINK_CAP_ACK"), o(unix.NETLINK_EXT_ACK, "NETLINK_EXT_ACK"),
+		o(unix.NETLINK_GET_STRICT_CHK, "NETLINK_GET_STRICT_CHK"))
 	// The last one: a locked filter cannot be set again.
 	add(unix.SOL_SOCKET, 4, any4, o(unix.SO_LOCK_FILTER, "SO_LOCK_FILTER"))
 	return out

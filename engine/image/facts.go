@@ -184,6 +184,8 @@ type FileFacts struct {
 type SockFacts struct {
 	// UID owns the socket: firewalls and SO_REUSEPORT look at it; 0: root.
 	UID uint32 `json:"uid,omitempty"`
+	// Type is SOCK_DGRAM of a netlink socket that is not SOCK_RAW.
+	Type int `json:"type,omitempty"`
 	// Options are those that differ from a fresh socket's.
 	Options []SockOption `json:"options,omitempty"`
 	// Groups are the multicast groups that it has joined.

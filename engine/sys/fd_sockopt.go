@@ -8,14 +8,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// GetSockopt reads an option into b and tells how many bytes it has.
+// GetSockopt reads an option into b and tells how many bytes it filled.
 func GetSockopt(fd, level, opt int, b []byte) (int, error) {
+	n, err := GetSockoptSize(fd, level, opt, b)
+	return min(n, len(b)), err
+}
+
+// GetSockoptSize reads an option into b and tells how many bytes it has, which may
+// be more than there was room for.
+func GetSockoptSize(fd, level, opt int, b []byte) (int, error) {
 	n := uint32(len(b))
 	if _, _, e := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(opt),
 		uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(unsafe.Pointer(&n)), 0); e != 0 {
 		return 0, os.NewSyscallError("getsockopt", e)
 	}
-	return int(min(n, uint32(len(b)))), nil
+	return int(n), nil
 }
 
 // SetSockopt sets an option to the bytes of b.

@@ -3,7 +3,6 @@
 #include "selfcheck.h"
 #include <arpa/inet.h>
 #include <linux/io_uring.h>
-#include <linux/netlink.h>
 #include <net/ethernet.h>
 #include <sys/inotify.h>
 #include <sys/mman.h>
@@ -31,7 +30,6 @@ COMMAND(hold) {
 	const char *k = arg_values[0];
 	int fd;
 	if (strcmp(k, "inotify") == 0) fd = inotify_init1(0);
-	else if (strcmp(k, "netlink") == 0) fd = socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE);
 	else if (strcmp(k, "packet") == 0) fd = socket(AF_PACKET, SOCK_RAW, htons(ETH_P_ALL));
 	else if (strcmp(k, "pidfd") == 0) fd = syscall(SYS_pidfd_open, 1, 0);
 	else if (strcmp(k, "pty") == 0) fd = posix_openpt(O_RDWR | O_NOCTTY);
