@@ -157,6 +157,7 @@ type Dumper struct {
 	netns   inodeID
 	fresh   map[sockType][][]byte // options of new sockets
 	joined  *[]procfs.MulticastGroup
+	packets map[uint32]packetDiag // by inode
 	data    []Data
 	buf     []byte // for what is queued in sockets
 	refusal refuse.Refusal

@@ -75,7 +75,7 @@ func init() {
 		kindEventfd, kindTimerfd, kindSignalfd, kindEventpoll, kindPidfd,
 		kindMemfd,
 		kindPipe, kindFifo,
-		kindUnix, kindInet, kindNetlink,
+		kindUnix, kindInet, kindNetlink, kindPacket,
 		kindGhost, kindDevice, kindRegular,
 		kindInotify, // its seal comes last: by then nothing more happens to files
 	}

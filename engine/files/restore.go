@@ -188,6 +188,8 @@ func entryParts(e *fdinfo.FileEntry) (id uint32, owner *fown.FownEntry, flags ui
 		c, ok = e.GetIsk(), e.Isk != nil
 	case fdinfo.FdTypes_NETLINKSK:
 		c, ok = e.GetNlsk(), e.Nlsk != nil
+	case fdinfo.FdTypes_PACKETSK:
+		c, ok = e.GetPsk(), e.Psk != nil
 	case fdinfo.FdTypes_MEMFD:
 		c, ok = e.GetMemfd(), e.Memfd != nil
 	case fdinfo.FdTypes_INOTIFY:

@@ -160,6 +160,9 @@ var sockOptions = func() []sockOption {
 		o(unix.NETLINK_NO_ENOBUFS, "NETLINK_NO_ENOBUFS"), o(unix.NETLINK_LISTEN_ALL_NSID, "NETLINK_LISTEN_ALL_NSID"),
 		o(unix.NETLINK_CAP_ACK, "NETLINK_CAP_ACK"), o(unix.NETLINK_EXT_ACK, "NETLINK_EXT_ACK"),
 		o(unix.NETLINK_GET_STRICT_CHK, "NETLINK_GET_STRICT_CHK"))
+	add(unix.SOL_PACKET, 4, func(k sockType) bool { return k.family == unix.AF_PACKET },
+		o(unix.PACKET_TX_HAS_OFF, "PACKET_TX_HAS_OFF"), o(unix.PACKET_QDISC_BYPASS, "PACKET_QDISC_BYPASS"),
+		o(unix.PACKET_IGNORE_OUTGOING, "PACKET_IGNORE_OUTGOING"), o(24, "PACKET_VNET_HDR_SZ"))
 	// The last one: a locked filter cannot be set again.
 	add(unix.SOL_SOCKET, 4, any4, o(unix.SO_LOCK_FILTER, "SO_LOCK_FILTER"))
 	return out

@@ -188,6 +188,8 @@ type SockFacts struct {
 	Type int `json:"type,omitempty"`
 	// Options are those that differ from a fresh socket's.
 	Options []SockOption `json:"options,omitempty"`
+	// Interfaces are the names of the network interfaces whose indexes are in the entry.
+	Interfaces map[uint32]string `json:"interfaces,omitempty"`
 	// Groups are the multicast groups that it has joined.
 	Groups []SockGroup `json:"groups,omitempty"`
 }

@@ -3,7 +3,6 @@
 #include "selfcheck.h"
 #include <arpa/inet.h>
 #include <linux/io_uring.h>
-#include <net/ethernet.h>
 #include <sys/inotify.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -30,7 +29,7 @@ COMMAND(hold) {
 	const char *k = arg_values[0];
 	int fd;
 	if (strcmp(k, "inotify") == 0) fd = inotify_init1(0);
-	else if (strcmp(k, "packet") == 0) fd = socket(AF_PACKET, SOCK_RAW, htons(ETH_P_ALL));
+	else if (strcmp(k, "vsock") == 0) fd = socket(AF_VSOCK, SOCK_STREAM, 0);
 	else if (strcmp(k, "pidfd") == 0) fd = syscall(SYS_pidfd_open, 1, 0);
 	else if (strcmp(k, "pty") == 0) fd = posix_openpt(O_RDWR | O_NOCTTY);
 	else if (strcmp(k, "namespace") == 0) fd = open("/proc/self/ns/net", O_RDONLY);
