@@ -27,16 +27,29 @@ func TestMigratePrograms(t *testing.T) {
 	ctx := deadline(t, 10*time.Minute)
 	f, alpha, beta := newFleet(ctx, t)
 	to := []*hosts.Host{beta, alpha}
-	for _, program := range []string{"nginx", "node", "java", "redis", "xz", "make", "bash"} {
-		t.Run(program, func(t *testing.T) {
+	tenTimes := func(name string, start func(ctx context.Context, t *testing.T) *workloads.Run) {
+		t.Run(name, func(t *testing.T) {
 			ctx := deadline(t, 2*time.Minute)
-			r := drive(ctx, t, alpha, program, newDir(t))
+			r := start(ctx, t)
 			for i := range 10 {
 				migrate(ctx, t, f, r, to[i%2])
 			}
 			stop(ctx, t, r)
 		})
 	}
+	for _, program := range []string{"nginx", "node", "java", "redis", "xz", "make", "bash", "python"} {
+		tenTimes(program, func(ctx context.Context, t *testing.T) *workloads.Run {
+			return drive(ctx, t, alpha, program, newDir(t))
+		})
+	}
+	tenTimes("pycheck", func(ctx context.Context, t *testing.T) *workloads.Run {
+		p := filepath.Join(newDir(t), "pycheck")
+		return start(ctx, t, alpha, p, "/usr/bin/python3", programs.Pycheck, p, "32")
+	})
+	tenTimes("gocheck", func(ctx context.Context, t *testing.T) *workloads.Run {
+		p := filepath.Join(newDir(t), "gocheck")
+		return start(ctx, t, alpha, p, programs.Gocheck, p, "0.0.0.0:8080", "32")
+	})
 	// The files of the database are each host's own: what has been written so far
 	// is copied while a transaction is open, as a storage that replicates would;
 	// inode numbers are the same too, by which sqlite knows its database.

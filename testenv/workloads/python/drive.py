@@ -441,6 +441,92 @@ done
         ended(self.p)
 
 
+class python(Work):
+    """An asyncio server with clients, timers, threads of a pool and processes."""
+
+    def begin(self):
+        script = write("loop.py", """
+import asyncio, hashlib, sys, time
+served, ticks, late = 0, 0, 0
+async def serve(r, w):
+    global served
+    while line := await r.readline():
+        w.write(hashlib.sha256(line).hexdigest().encode() + b"\\n")
+        await w.drain()
+        served += 1
+    w.close()
+async def client(i):
+    r, w = await asyncio.open_connection("127.0.0.1", 8094)
+    n = 0
+    while True:
+        line = f"{i} {n}\\n".encode()
+        w.write(line)
+        got = await asyncio.wait_for(r.readline(), 30)
+        assert got.decode().strip() == hashlib.sha256(line).hexdigest(), (i, n, got)
+        n += 1
+        await asyncio.sleep(0.002)
+async def tick():
+    global ticks
+    while True:
+        before = time.monotonic()
+        await asyncio.sleep(0.01)
+        assert time.monotonic() - before >= 0.0099
+        ticks += 1
+async def pool():
+    loop = asyncio.get_running_loop()
+    want = hashlib.pbkdf2_hmac("sha256", b"godwit", b"salt", 500)
+    while True:
+        got = await loop.run_in_executor(None, hashlib.pbkdf2_hmac, "sha256", b"godwit", b"salt", 500)
+        assert got == want
+async def cat():
+    p = await asyncio.create_subprocess_exec("cat", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
+    n = 0
+    while True:
+        p.stdin.write(f"{n}\\n".encode())
+        got = await asyncio.wait_for(p.stdout.readline(), 30)
+        assert int(got) == n, (got, n)
+        n += 1
+        await asyncio.sleep(0.001)
+async def short():
+    while True:
+        p = await asyncio.create_subprocess_exec("sh", "-c", "exit 7")
+        assert await p.wait() == 7
+async def ask():
+    r = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(r), sys.stdin)
+    while await r.readline():
+        print(served, ticks, flush=True)
+async def main():
+    server = await asyncio.start_server(serve, "127.0.0.1", 8094)
+    work = [asyncio.ensure_future(c) for c in [*map(client, range(20)), tick(), pool(), cat(), short()]]
+    asked = asyncio.ensure_future(ask())
+    done, _ = await asyncio.wait([*work, asked], return_when=asyncio.FIRST_COMPLETED)
+    for d in done:
+        d.result()
+    assert asked in done
+    sys.stdout.flush()
+    import os
+    os._exit(0)
+asyncio.run(main())
+""")
+        self.p = spawn(["python3", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.last = (-1, -1)
+        self.threads = [self.step]
+
+    def step(self):
+        self.p.stdin.write(b"?\n")
+        self.p.stdin.flush()
+        got = tuple(map(int, self.p.stdout.readline().split()))
+        check(len(got) == 2 and got[0] >= self.last[0] and got[1] >= self.last[1], f"{got} after {self.last}")
+        self.last = got
+        time.sleep(0.01)
+
+    def end(self):
+        check(min(self.last) > 0, f"it did {self.last}")
+        self.p.stdin.close()
+        ended(self.p)
+
+
 def guarded(step):
     def run():
         try:
@@ -456,7 +542,7 @@ def repeat(step):
 
 
 os.makedirs(work, exist_ok=True)
-if not shutil.which({"sqlite": "sqlite3", "redis": "redis-server"}.get(program, program)):
+if not shutil.which({"sqlite": "sqlite3", "redis": "redis-server", "python": "python3"}.get(program, program)):
     fail(f"{program} is not installed")
 signal.signal(signal.SIGTERM, lambda *_: stopping.set())
 log = os.open(f"{prefix}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
