@@ -19,6 +19,9 @@ import (
 type dumpFlags struct {
 	localFlags
 	tcpEstablished bool
+	tcpClose       bool
+	skipInFlight   bool
+	networkLock    string
 	tree           int
 	leaveRunning   bool
 	leaveStopped   bool
@@ -70,7 +73,10 @@ func (f *dumpFlags) addDump(cmd *cobra.Command) {
 	fs.StringVar(&f.ghostLimit, "ghost-limit", "", "largest size of a deleted file that is carried, with K, M or G (default 1G)")
 	fs.IntVar(&f.timeout, "timeout", 0, "seconds within which all tasks have to stop (default 10)")
 	fs.BoolVarP(&f.fileLocks, "file-locks", "l", false, "carry file locks and leases")
-	fs.BoolVar(&f.tcpEstablished, "tcp-established", false, "carry TCP connections of which both ends are in the tree")
+	fs.BoolVar(&f.tcpEstablished, "tcp-established", false, "carry TCP connections; the network is locked for those that lead out of the tree, from the dump to the restore")
+	fs.BoolVar(&f.tcpClose, "tcp-close", false, "let TCP connections come back closed; restore so, too")
+	fs.BoolVar(&f.skipInFlight, "skip-in-flight", false, "leave TCP connections behind that wait to be accepted")
+	fs.StringVar(&f.networkLock, "network-lock", "nftables", "how the network is locked: nftables, or skip if it is locked by other means")
 	f.files.add(fs, true)
 	foreignFlags(fs,
 		"address",
@@ -96,17 +102,14 @@ func (f *dumpFlags) addDump(cmd *cobra.Command) {
 		"lsm-profile",
 		"manage-cgroups",
 		"mntns-compat-mode",
-		"network-lock",
 		"page-server",
 		"port",
 		"ps-socket",
 		"restore-sibling,S",
 		"root,r",
-		"skip-in-flight",
 		"skip-mnt",
 		"status-fd",
 		"stream",
-		"tcp-close",
 		"tls",
 		"unprivileged",
 		"veth-pair",
@@ -141,7 +144,14 @@ func (f *dumpFlags) options() (engine.DumpOptions, error) {
 	if f.timeout < 0 {
 		return engine.DumpOptions{}, fmt.Errorf("--timeout: %d seconds are negative", f.timeout)
 	}
-	opts := engine.DumpOptions{TCPEstablished: f.tcpEstablished, External: f.external, GhostLimit: limit, FileLocks: f.fileLocks, Timeout: time.Duration(f.timeout) * time.Second}
+	lock, err := parseNetworkLock(f.networkLock)
+	if err != nil {
+		return engine.DumpOptions{}, err
+	}
+	if f.leaveRunning || f.leaveStopped {
+		lock = engine.LockSkip // its connections go on
+	}
+	opts := engine.DumpOptions{TCPEstablished: f.tcpEstablished, TCPClose: f.tcpClose, SkipInFlight: f.skipInFlight, NetworkLock: lock, External: f.external, GhostLimit: limit, FileLocks: f.fileLocks, Timeout: time.Duration(f.timeout) * time.Second}
 	opts.Files, err = f.files.dump(f.leaveRunning || f.leaveStopped)
 	return opts, err
 }
@@ -232,6 +242,20 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 		return fmt.Errorf("dump pid %d: the images are complete, but the tree could not be killed and must not run beside a restored one: %w", f.tree, err)
 	}
 	return nil
+}
+
+// parseNetworkLock reads a value of --network-lock; empty is the default.
+func parseNetworkLock(s string) (engine.NetworkLock, error) {
+	switch l := engine.NetworkLock(s); l {
+	case engine.LockNone:
+		return engine.LockNftables, nil
+	case engine.LockNftables, engine.LockSkip:
+		return l, nil
+	}
+	if s == "iptables" {
+		return "", errors.New("--network-lock iptables is not supported in this version: nftables, the default, does the same")
+	}
+	return "", fmt.Errorf("--network-lock: %q is neither nftables nor skip", s)
 }
 
 // parseSize reads a number of bytes with an optional K, M or G (powers of

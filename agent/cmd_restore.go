@@ -19,6 +19,8 @@ import (
 type restoreFlags struct {
 	localFlags
 	tcpEstablished bool
+	tcpClose       bool
+	networkLock    string
 	detached       bool
 	inherit        []string
 	pidfile        string
@@ -63,7 +65,9 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 	fs.StringVar(&f.pidNamespace, "pid-namespace", "same", "same: the pids must be free here; new: in a pid namespace of its own")
 	fs.StringVar(&f.timeNamespace, "time-namespace", "auto", "auto: monotonic and boot-time clocks go on, in a time namespace where this host's are others; new: in any case, from where they stood at the dump; keep: this host's clocks")
 	fs.BoolVarP(&f.fileLocks, "file-locks", "l", false, "set file locks and leases again; images that have some need it")
-	fs.BoolVar(&f.tcpEstablished, "tcp-established", false, "make the TCP connections of the tree again")
+	fs.BoolVar(&f.tcpEstablished, "tcp-established", false, "make the TCP connections of the tree again, and unlock the network")
+	fs.BoolVar(&f.tcpClose, "tcp-close", false, "make sockets that had a TCP connection again as if it had ended")
+	fs.StringVar(&f.networkLock, "network-lock", "nftables", "how the network was locked: nftables, or skip to leave it as it is")
 	f.files.add(fs, false)
 	foreignFlags(fs,
 		"address",
@@ -91,7 +95,6 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 		"lsm-profile",
 		"manage-cgroups",
 		"mntns-compat-mode",
-		"network-lock",
 		"page-server",
 		"port",
 		"ps-socket",
@@ -100,7 +103,6 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 		"skip-mnt",
 		"status-fd",
 		"stream",
-		"tcp-close",
 		"timeout",
 		"tls",
 		"tree,t",
@@ -114,8 +116,11 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 // runRestore rebuilds the tree and, unless f.detached, waits for its root,
 // whose status other than 0 is an *exitError.
 func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logger) error {
-	opts := engine.RestoreOptions{TCPEstablished: f.tcpEstablished, FileLocks: f.fileLocks}
-	var err error
+	lock, err := parseNetworkLock(f.networkLock)
+	if err != nil {
+		return err
+	}
+	opts := engine.RestoreOptions{TCPEstablished: f.tcpEstablished, TCPClose: f.tcpClose, NetworkLock: lock, FileLocks: f.fileLocks}
 	if opts.Files, err = f.files.restore(); err != nil {
 		return err
 	}

@@ -40,9 +40,19 @@ func New(log hclog.Logger) *Engine {
 
 // DumpOptions says how a tree is dumped.
 type DumpOptions struct {
-	// TCPEstablished carries TCP connections of which both ends are in the
-	// tree; without it they are refused.
+	// TCPEstablished carries TCP connections; without it they are refused. Those
+	// whose other end is outside the tree need NetworkLock, too.
 	TCPEstablished bool
+	// TCPClose lets TCP connections come back closed; nothing else of them is
+	// carried, and they end when the tree is killed.
+	TCPClose bool
+	// SkipInFlight leaves TCP connections behind that wait to be accepted; without
+	// it they are refused.
+	SkipInFlight bool
+	// NetworkLock says how TCP connections that lead out of the tree are kept from
+	// ending between dump and restore: LockNone refuses them. A tree that runs on
+	// needs LockSkip.
+	NetworkLock NetworkLock
 	// External are keys of files that the destination provides: file[mnt:ino],
 	// both hexadecimal. A key that matches nothing is a refusal.
 	External []string
@@ -62,11 +72,27 @@ type DumpOptions struct {
 	Elsewhere bool
 }
 
+// NetworkLock is a way to lock the network for TCP connections.
+type NetworkLock string
+
+// The ways.
+const (
+	LockNone     NetworkLock = ""
+	LockNftables NetworkLock = "nftables" // a table of nftables, from the dump to the restore
+	LockSkip     NetworkLock = "skip"     // the caller has locked the network
+)
+
 // RestoreOptions says how and where a tree is rebuilt.
 type RestoreOptions struct {
 	// TCPEstablished makes TCP connections again; without it images with
 	// connections are refused.
 	TCPEstablished bool
+	// TCPClose makes sockets that had a TCP connection again as if it had ended.
+	TCPClose bool
+	// NetworkLock is LockNftables to end the lock of the dump, if any, when the tree
+	// is let go, LockSkip to leave it alone; with LockNone images whose connections
+	// lead out of the tree are refused.
+	NetworkLock NetworkLock
 	// Inherit maps an external key to an open file that backs it.
 	Inherit map[string]Inherit
 	// Files says how files are found again.

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"os"
@@ -31,8 +32,17 @@ const (
 )
 
 func (o DumpOptions) internal() (dump.Options, error) {
-	d := dump.Options{TCPEstablished: o.TCPEstablished, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, Elsewhere: o.Elsewhere, Host: o.Host}
+	d := dump.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, SkipInFlight: o.SkipInFlight, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, Elsewhere: o.Elsewhere, Host: o.Host}
 	d.Files = o.Files
+	switch o.NetworkLock {
+	case LockNone:
+	case LockSkip:
+		d.NetworkLock = files.LockSkip
+	case LockNftables:
+		d.NetworkLock = newRunID()
+	default:
+		return d, fmt.Errorf("%q is no way to lock the network; there are %s and %s", o.NetworkLock, LockNftables, LockSkip)
+	}
 	if d.GhostLimit == 0 {
 		d.GhostLimit = defaultGhostLimit
 	}
@@ -43,6 +53,15 @@ func (o DumpOptions) internal() (dump.Options, error) {
 		}
 	}
 	return d, nil
+}
+
+// newRunID makes a random id (RFC 9562, version 4), which is what CRIU names its
+// locks by.
+func newRunID() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // never fails
+	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
 // Plan looks at the running tree below pid and says what it holds and needs.
@@ -231,6 +250,9 @@ func (f *frozen) ThawStopped() error {
 // Kill ends the tree. Its TCP connections close without a word.
 func (f *frozen) Kill() error {
 	defer f.conns.Close()
+	if err := f.conns.Keep(); err != nil {
+		return fmt.Errorf("keep the network locked: %w", err)
+	}
 	if err := f.conns.Silence(); err != nil {
 		// They close as when a program ends, and a restore on this host may have to
 		// wait for their addresses.
@@ -263,7 +285,7 @@ func (e *Engine) Restore(ctx context.Context, src image.Source, o RestoreOptions
 	for k, v := range o.Inherit {
 		in[k] = files.Inherit{File: v.File, Forward: v.Forward}
 	}
-	t, err := restore.Restore(ctx, e.log, src, restore.Options{TCPEstablished: o.TCPEstablished, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, Files: o.Files, TimeNamespace: o.TimeNamespace})
+	t, err := restore.Restore(ctx, e.log, src, restore.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, TCPOutside: o.NetworkLock != LockNone, LockSkip: o.NetworkLock == LockSkip, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, Files: o.Files, TimeNamespace: o.TimeNamespace})
 	if err != nil {
 		return nil, err
 	}

@@ -35,7 +35,7 @@ var allowed = map[string][]string{
 // only what stands below it.
 var layers = [][]string{
 	{"engine/arch", "engine/sys", "engine/refuse"},
-	{"engine/image", "engine/plan", "engine/procfs", "engine/ptrace"},
+	{"engine/image", "engine/plan", "engine/netlock", "engine/procfs", "engine/ptrace"},
 	{"engine/task", "engine/mem", "engine/files", "engine/sockets", "engine/ns"},
 	{"engine/freeze"},
 	{"engine/dump", "engine/restore"},

@@ -32,6 +32,9 @@ import (
 // Options says how a tree is read.
 type Options struct {
 	TCPEstablished bool     // carried, not refused
+	TCPClose       bool     // comes back closed
+	SkipInFlight   bool     // left behind, not refused
+	NetworkLock    string   // as files.Options has it
 	External       []string // keys of external files
 	GhostLimit     uint64   // bytes
 	FileLocks      bool     // carried, not refused
@@ -82,7 +85,7 @@ type collector struct {
 func newCollector(log hclog.Logger, o Options, root int, emit func(image.Entry) error) *collector {
 	return &collector{
 		log: log, o: o,
-		files:   files.NewDumper(log, files.Options{TCPEstablished: o.TCPEstablished, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, FileOptions: o.Files}, emit),
+		files:   files.NewDumper(log, files.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, SkipInFlight: o.SkipInFlight, NetworkLock: o.NetworkLock, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, FileOptions: o.Files}, emit),
 		refusal: refuse.Refusal{Doing: fmt.Sprintf("dump of pid %d", root)},
 		shmems:  map[uint32]*shmem{}, segments: map[uint32]*segment{},
 		limits: map[int]plan.Rlimit{},

@@ -178,6 +178,7 @@ func (c *collector) images(ctx context.Context, t *freeze.Tree, sink image.Sink)
 		ImgVersion: proto.Uint32(imgVersion), FdinfoPerId: proto.Bool(true), NsPerId: proto.Bool(true),
 		RootIds: c.procs[0].ids(0), Lsmtype: inventory.Lsmtype_NO_LSM.Enum(), DumpUptime: proto.Uint64(uint64(facts.BoottimeNS) / 1000),
 	}
+	c.files.NoteLock(inv)
 	return facts, put(image.InventoryFile, image.MagicInventory, inv)
 }
 

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"godwit/engine/image"
+	"godwit/engine/netlock"
 	"godwit/engine/plan"
 	"godwit/engine/procfs"
 	"godwit/engine/refuse"
@@ -29,8 +30,16 @@ type Options struct {
 	// GhostLimit is the largest allocated size, in bytes, of a deleted file
 	// that travels with its data; 0 means 1 GiB.
 	GhostLimit uint64
-	// TCPEstablished carries TCP connections of which both ends are in the tree.
+	// TCPEstablished carries TCP connections: those of which both ends are in the
+	// tree, and the others as NetworkLock says.
 	TCPEstablished bool
+	// TCPClose lets all TCP connections come back closed.
+	TCPClose bool
+	// SkipInFlight leaves connections behind that wait to be accepted.
+	SkipInFlight bool
+	// NetworkLock is the id of the lock (netlock.New) under which connections that
+	// lead out of the tree are carried, or LockSkip; empty refuses them.
+	NetworkLock string
 	// FileLocks carries file locks; without it they are refused.
 	FileLocks bool
 	plan.FileOptions
@@ -140,7 +149,9 @@ type Dumper struct {
 	fds     map[uint32][]fdSlot
 	pidfds  map[int]int
 	objects []*object
-	conns   []conn                 // both ends of TCP connections, after Finish
+	conns   []conn                 // ends of TCP connections, after Finish
+	lock    *netlock.Lock          // of connections that lead out of the tree
+	lockID  string                 // of lock, if there was one
 	groups  map[groupKey][]*object // each sorted by kcmp's order
 	paths   map[pathKey]*object
 	locks   []heldLock

@@ -67,11 +67,12 @@ const (
 type inetState struct {
 	e     *sk_inet.InetSkEntry
 	muted bool // while its stream is read
+	leads bool // its other end is outside the tree
 }
 
-// connected says whether it is one end of a TCP connection.
+// connected says whether it is one end of a TCP connection, or about to be.
 func (s *inetState) connected() bool {
-	return s.e.GetType() == unix.SOCK_STREAM && hasPeer(s.e.GetState())
+	return s.e.GetType() == unix.SOCK_STREAM && connected(s.e.GetState())
 }
 
 // port is the address that must be free on the destination. A connection needs
@@ -191,16 +192,16 @@ func (d *Dumper) dumpTCP(o *object, fd int, e *sk_inet.InetSkEntry) error {
 			// For a listener these are the queue of accept(2) and its limit
 			// (net/ipv4/tcp.c tcp_get_info).
 			e.Backlog = proto.Uint32(info.Sacked)
-			if info.Unacked > 0 {
-				d.refuse(o, fmt.Sprintf("%d connections wait to be accepted", info.Unacked), "retry when the program has accepted them")
+			if info.Unacked > 0 && !d.opts.SkipInFlight {
+				d.refuse(o, fmt.Sprintf("%d connections wait to be accepted", info.Unacked), "retry when the program has accepted them, or leave them behind with --skip-in-flight")
 			}
 		}
-	case info != nil && d.opts.TCPEstablished && e.GetProto() == unix.IPPROTO_TCP && hasPeer(uint32(info.State)):
+	case info != nil && (d.opts.TCPEstablished || d.opts.TCPClose) && e.GetProto() == unix.IPPROTO_TCP && connected(uint32(info.State)):
 		if err := d.dumpConnection(o, fd, e, info.State); err != nil {
 			return err
 		}
 	case info != nil && info.State != stateClose:
-		d.refuse(o, fmt.Sprintf("the TCP connection is in state %s", tcpState(info.State)), "let the program or its peer end it first; dump and restore carry connections within the tree with --tcp-established")
+		d.refuse(o, fmt.Sprintf("the TCP connection is in state %s", tcpState(info.State)), "let the program or its peer end it first; dump and restore carry connections with --tcp-established and close them with --tcp-close")
 	default:
 		// A connection that is over is CLOSE, too, but its readers get end of file.
 		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN | unix.POLLRDHUP}}
@@ -210,6 +211,7 @@ func (d *Dumper) dumpTCP(o *object, fd int, e *sk_inet.InetSkEntry) error {
 			}
 		}
 	}
+	d.dumpTCPOptions(o, fd, e)
 	e.TcpOpts = &tcp_stream.TcpOptsEntry{}
 	for _, x := range tcpOpts {
 		n, ok, err := getOpt(fd, unix.SOL_TCP, x.opt)
@@ -435,7 +437,7 @@ func checkInet(r *Restorer, x *description) error {
 	}
 	stream := e.GetType() == unix.SOCK_STREAM
 	switch s := e.GetState(); {
-	case stream && s != stateListen && s != stateClose && !hasPeer(s):
+	case stream && s != stateListen && s != stateClose && !connected(s):
 		return fmt.Errorf("TCP sockets in state %s are not carried", tcpState(uint8(min(s, 255))))
 	case !stream && s != stateEstablished && s != stateClose:
 		return fmt.Errorf("a %s socket cannot be in state %d", protoName(e), s)
@@ -443,7 +445,7 @@ func checkInet(r *Restorer, x *description) error {
 	if err := checkSockOpts(e.GetOpts()); err != nil {
 		return err
 	}
-	if stream && hasPeer(e.GetState()) {
+	if stream && connected(e.GetState()) {
 		return r.checkConnection(x)
 	}
 	return checkRawOpts(e)
@@ -523,8 +525,8 @@ func openInet(r *Restorer, x *description) error {
 			return err
 		}
 	}
-	if tcpEnded(e) {
-		// The call says that it is not connected, and does it all the same.
+	if tcpEnded(e) || e.GetType() == unix.SOCK_STREAM && connected(e.GetState()) && c == nil {
+		// With --tcp-close every connection has ended. The call says that it is not connected, and does it all the same.
 		if err := unix.Shutdown(fd, unix.SHUT_RDWR); err != nil && !errors.Is(err, unix.ENOTCONN) {
 			return os.NewSyscallError("shutdown", err)
 		}

@@ -36,6 +36,12 @@ type RestoreOptions struct {
 	Open func(path string, flags int, mode uint32) (*os.File, error)
 	// TCPEstablished makes TCP connections again.
 	TCPEstablished bool
+	// TCPClose makes sockets that had a TCP connection again as if it had ended.
+	TCPClose bool
+	// TCPOutside makes those again, too, that lead out of the tree.
+	TCPOutside bool
+	// LockSkip leaves the network lock of the dump to the caller.
+	LockSkip bool
 	plan.FileRestoreOptions
 }
 
@@ -101,6 +107,8 @@ type Restorer struct {
 	locks  map[uint32][]*fileLock       // by table
 	handed map[string]*Inherit          // by the name in the image
 	conns  map[*description]*connection // TCP, by their ends
+	tcps   map[tcpPair]bool             // TCP connections of this host
+	lockID string                       // of the dump's network lock; empty: none
 }
 
 // maxFD bounds descriptor numbers; the kernel's own bound is lower.

@@ -33,6 +33,10 @@ func (k sockType) udp() bool {
 
 func (k sockType) udplite() bool { return k.udp() && k.protocol == unix.IPPROTO_UDPLITE }
 
+func (k sockType) tcp() bool {
+	return k.inet() && k.typ == unix.SOCK_STREAM && k.protocol == unix.IPPROTO_TCP
+}
+
 // groups says whether such sockets can join multicast groups.
 func (k sockType) groups() bool { return k.inet() && k.typ != unix.SOCK_STREAM }
 
@@ -163,6 +167,9 @@ var sockOptions = func() []sockOption {
 	add(unix.SOL_PACKET, 4, func(k sockType) bool { return k.family == unix.AF_PACKET },
 		o(unix.PACKET_TX_HAS_OFF, "PACKET_TX_HAS_OFF"), o(unix.PACKET_QDISC_BYPASS, "PACKET_QDISC_BYPASS"),
 		o(unix.PACKET_IGNORE_OUTGOING, "PACKET_IGNORE_OUTGOING"), o(24, "PACKET_VNET_HDR_SZ"))
+	add(unix.SOL_TCP, 4, sockType.tcp, tcpOptions...)
+	// dumpTCPOptions says when these have a value.
+	add(unix.SOL_TCP, 4, func(sockType) bool { return false }, tcpStateOptions...)
 	// The last one: a locked filter cannot be set again.
 	add(unix.SOL_SOCKET, 4, any4, o(unix.SO_LOCK_FILTER, "SO_LOCK_FILTER"))
 	return out

@@ -13,10 +13,13 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"godwit/engine/image"
+	"godwit/engine/netlock"
 	"godwit/engine/sys"
 )
 
-// TCP connections are carried when both of their ends are in the tree.
+// TCP connections are carried when both of their ends are in the tree, and, if the
+// caller sees to it that nothing of theirs passes until the restore
+// (Options.NetworkLock), when the other end is outside (tcpoutside.go).
 //
 // Dump: nothing of the tree runs, but the kernel goes on to deliver, acknowledge
 // and send again. So both ends are muted first: what arrives is dropped, as if
@@ -25,7 +28,7 @@ import (
 // read. At once the ends are as they were; what was dropped meanwhile is sent
 // again by the kernel.
 //
-// Restore: both ends are made in repair mode, which connects them without a
+// Restore of both ends: they are made in repair mode, which connects them without a
 // packet. An end's receive queue is put back as it was; of a send queue only
 // what the other end has not received. Once repair mode is off, that is sent in
 // the ordinary way, and so is the end of the stream by an end that was shut
@@ -33,6 +36,7 @@ import (
 
 // States of TCP connections besides those in inetsk.go (include/net/tcp_states.h).
 const (
+	stateSynSent   = 2
 	stateFinWait1  = 4
 	stateFinWait2  = 5
 	stateCloseWait = 8
@@ -74,6 +78,12 @@ func finReceived(state uint32) bool {
 	return state == stateCloseWait || state == stateLastAck || state == stateClosing
 }
 
+// finWaits says whether an end in this state has ended its stream and the other
+// has not acknowledged that: the end is the last of the send queue.
+func finWaits(state uint32) bool {
+	return state == stateFinWait1 || state == stateLastAck || state == stateClosing
+}
+
 func streamImage(ino uint32) string { return fmt.Sprintf("tcp-stream-%x", ino) }
 
 // tcpPair names a connection as one of its ends sees it.
@@ -95,6 +105,9 @@ func pairOf(e *sk_inet.InetSkEntry) tcpPair {
 // both ends are known.
 func (d *Dumper) dumpConnection(o *object, fd int, e *sk_inet.InetSkEntry, state uint8) error {
 	e.State = proto.Uint32(uint32(state))
+	if state == stateSynSent {
+		return d.dumpConnecting(o, e)
+	}
 	peer, err := unix.Getpeername(fd)
 	if errors.Is(err, unix.ENOTCONN) {
 		d.refuse(o, "the TCP connection is just ending", "retry in a moment")
@@ -105,6 +118,9 @@ func (d *Dumper) dumpConnection(o *object, fd int, e *sk_inet.InetSkEntry, state
 	}
 	if e.DstAddr, *e.DstPort, _, err = sockaddrWords(peer); err != nil {
 		return err
+	}
+	if d.opts.TCPClose {
+		return nil // it comes back closed, whatever it was
 	}
 	if s, err := unix.GetsockoptString(fd, unix.SOL_TCP, unix.TCP_ULP); err == nil && s != "" {
 		d.refuse(o, fmt.Sprintf("the TCP connection is run by %q in the kernel", s), "let the program end it first")
@@ -156,6 +172,9 @@ func tcpEnded(e *sk_inet.InetSkEntry) bool {
 
 // finishInets pairs the ends of connections and reads their streams.
 func finishInets(d *Dumper, os []*object) error {
+	if d.opts.TCPClose {
+		return nil
+	}
 	ends := map[tcpPair]*object{}
 	for _, o := range os {
 		if s, ok := o.state.(*inetState); ok && !o.refused && s.connected() {
@@ -168,9 +187,10 @@ func finishInets(d *Dumper, os []*object) error {
 		if !ok || o.refused || !s.connected() {
 			continue
 		}
-		if ends[pairOf(s.e).reverse()] == nil {
+		s.leads = s.e.GetState() == stateSynSent || ends[pairOf(s.e).reverse()] == nil
+		if s.leads && d.opts.NetworkLock == "" {
 			d.refuse(o, fmt.Sprintf("the other end of the TCP connection, %s, is not in the tree", addrPort(s.e.GetDstAddr(), s.e.GetDstPort(), "")),
-				"only connections within the tree are carried in this version: let the program or its peer end it first, or include the peer in the tree")
+				"a migration carries only connections within the tree: let the program or its peer end it first, or include the peer in the tree")
 			continue
 		}
 		if x, ok := d.outside(socketLink(o)); ok {
@@ -179,8 +199,12 @@ func finishInets(d *Dumper, os []*object) error {
 		}
 		list = append(list, o)
 	}
+	d.probeLock(list)
 	if d.dry() || len(d.refusal.Problems) > 0 {
 		return nil
+	}
+	if err := d.lockNetwork(list); err != nil {
+		return err
 	}
 	if err := d.dumpStreams(list); err != nil {
 		return err
@@ -200,21 +224,33 @@ type conn struct {
 
 // Connections are the TCP connections of a dumped tree, for the moment in which
 // it is killed.
-type Connections struct{ ends []conn }
+type Connections struct {
+	ends []conn
+	lock *netlock.Lock // of those that lead out of the tree; nil: none
+}
 
 // TakeConnections hands the connections over, after Finish; nil if there are none.
 func (d *Dumper) TakeConnections() *Connections {
-	if len(d.conns) == 0 {
+	if len(d.conns) == 0 && d.lock == nil {
 		return nil
 	}
-	c := &Connections{ends: d.conns}
-	d.conns = nil
+	c := &Connections{ends: d.conns, lock: d.lock}
+	d.conns, d.lock = nil, nil
 	return c
+}
+
+// Keep makes the network lock last until the restore.
+func (c *Connections) Keep() error {
+	if c == nil {
+		return nil
+	}
+	return c.lock.Keep()
 }
 
 // Silence makes all ends close without a packet: an ordinary close leaves the
 // addresses taken for a minute (FIN_WAIT2, TIME_WAIT), in which the tree could
-// not be restored on this host. Preconditions: the tree is stopped.
+// not be restored on this host, and ends connections that lead out of the tree.
+// Preconditions: the tree is stopped.
 func (c *Connections) Silence() error {
 	if c == nil {
 		return nil
@@ -227,27 +263,29 @@ func (c *Connections) Silence() error {
 	return nil
 }
 
-// Voice takes Silence back.
+// Voice takes Keep and Silence back.
 func (c *Connections) Voice() error {
 	if c == nil {
 		return nil
 	}
-	return c.voice(c.ends)
+	return errors.Join(c.voice(c.ends), c.lock.Forsake())
 }
 
 func (*Connections) voice(ends []conn) error {
 	var errs []error
 	for _, x := range ends {
-		errs = append(errs, repairOff(int(x.file.Fd()), x.opts))
+		errs = append(errs, repairOff(int(x.file.Fd()), unix.TCP_REPAIR_OFF_NO_WP, x.opts))
 	}
 	return errors.Join(errs...)
 }
 
-// Close lets go of the connections; it may be called twice.
+// Close lets go of the connections; it may be called twice. A network lock that
+// was not kept ends.
 func (c *Connections) Close() {
 	if c == nil {
 		return
 	}
+	_ = c.lock.Close()
 	for _, x := range c.ends {
 		release(x.file)
 	}
@@ -272,7 +310,7 @@ func (d *Dumper) dumpStreams(list []*object) (err error) {
 		}
 	}
 	for _, o := range list {
-		e, queues, err := readStream(int(o.file.Fd()), o.state.(*inetState).e)
+		e, queues, err := readStill(int(o.file.Fd()), o.state.(*inetState).e)
 		if err != nil {
 			return fmt.Errorf("read the stream of %s: %w", o.link, err)
 		}
@@ -290,7 +328,7 @@ func unmute(o *object, s *inetState) error {
 	s.muted = false
 	var errs []error
 	if n, err := unix.GetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR); err == nil && n != 0 {
-		errs = append(errs, repairOff(fd, s.e.GetOpts()))
+		errs = append(errs, repairOff(fd, unix.TCP_REPAIR_OFF_NO_WP, s.e.GetOpts()))
 	}
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DETACH_FILTER, 0); err != nil && !errors.Is(err, unix.ENOENT) {
 		errs = append(errs, os.NewSyscallError("setsockopt SO_DETACH_FILTER", err))
@@ -301,9 +339,10 @@ func unmute(o *object, s *inetState) error {
 	return nil
 }
 
-func repairOff(fd int, opts *sk_opts.SkOptsEntry) error {
-	// Without a window probe: the windows are right.
-	if err := unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR, unix.TCP_REPAIR_OFF_NO_WP); err != nil {
+// repairOff ends repair mode; how is TCP_REPAIR_OFF, which probes the other end's
+// window, or TCP_REPAIR_OFF_NO_WP.
+func repairOff(fd, how int, opts *sk_opts.SkOptsEntry) error {
+	if err := unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR, how); err != nil {
 		return os.NewSyscallError("setsockopt TCP_REPAIR", err)
 	}
 	return setIfOther(fd, unix.SO_REUSEADDR, btoi(opts.GetReuseaddr()))
@@ -315,6 +354,30 @@ func repairOn(fd int) error {
 
 func repairQueue(fd, queue int) error {
 	return os.NewSyscallError("setsockopt TCP_REPAIR_QUEUE", unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR_QUEUE, queue))
+}
+
+// stillTries is how often a stream is read that changes meanwhile: a packet may
+// have been on its way through the kernel when the connection was muted.
+const stillTries = 5
+
+// readStill reads a stream until it is twice the same.
+func readStill(fd int, e *sk_inet.InetSkEntry) (*tcp_stream.TcpStreamEntry, []byte, error) {
+	last, queues, err := readStream(fd, e)
+	for range stillTries {
+		if err != nil {
+			return nil, nil, err
+		}
+		again, q, err := readStream(fd, e)
+		if err != nil {
+			return nil, nil, err
+		}
+		again.Timestamp = last.Timestamp // a clock
+		if proto.Equal(last, again) {
+			return last, queues, nil
+		}
+		last, queues = again, q
+	}
+	return nil, nil, fmt.Errorf("it goes on to change although it is muted: %w", unix.EAGAIN)
 }
 
 // readStream reads a muted connection: what was negotiated, sequence numbers and
@@ -356,7 +419,7 @@ func readStream(fd int, e *sk_inet.InetSkEntry) (*tcp_stream.TcpStreamEntry, []b
 		fin   bool // takes one of the bytes that are counted
 	}{
 		{repairRecvQueue, unix.TIOCINQ, &s.InqLen, &s.InqSeq, false},
-		{repairSendQueue, unix.TIOCOUTQ, &s.OutqLen, &s.OutqSeq, e.GetState() == stateFinWait1 || e.GetState() == stateLastAck || e.GetState() == stateClosing},
+		{repairSendQueue, unix.TIOCOUTQ, &s.OutqLen, &s.OutqSeq, finWaits(e.GetState())},
 	} {
 		b, seq, err := peekQueue(fd, q.queue, q.count, q.fin)
 		if err != nil {
@@ -368,6 +431,9 @@ func readStream(fd int, e *sk_inet.InetSkEntry) (*tcp_stream.TcpStreamEntry, []b
 	unsent, err := unix.IoctlGetInt(fd, unix.SIOCOUTQNSD)
 	if err != nil {
 		return nil, nil, os.NewSyscallError("ioctl SIOCOUTQNSD", err)
+	}
+	if unsent > 0 && finWaits(e.GetState()) {
+		unsent-- // the end of the stream, which comes last, is counted
 	}
 	s.UnsqLen = proto.Uint32(min(uint32(unsent), s.GetOutqLen()))
 	return s, queues, repairQueue(fd, repairNoQueue)
@@ -405,8 +471,9 @@ type connection struct {
 	x       *description
 	e       *sk_inet.InetSkEntry
 	s       *tcp_stream.TcpStreamEntry
-	in, out []byte // its queues
-	peer    *connection
+	in, out []byte      // its queues
+	peer    *connection // nil: outside
+	file    *os.File    // from release on
 }
 
 // inEnd and outEnd are the sequence numbers behind the data of the queues.
@@ -432,7 +499,7 @@ func (r *Restorer) loadConnections() error {
 	ends := map[tcpPair]*connection{}
 	for _, x := range r.all {
 		e := x.entry.GetIsk()
-		if e == nil || e.GetType() != unix.SOCK_STREAM || !hasPeer(e.GetState()) || !r.opts.TCPEstablished {
+		if e == nil || e.GetType() != unix.SOCK_STREAM || !connected(e.GetState()) || !r.opts.TCPEstablished || r.opts.TCPClose {
 			continue
 		}
 		if r.handed[fmt.Sprintf("socket:[%d]", e.GetIno())] != nil {
@@ -453,6 +520,9 @@ func (r *Restorer) loadConnections() error {
 		if s.GetSndWscale() > 14 || s.GetRcvWscale() > 14 || s.GetMssClamp() > 65535 {
 			return fmt.Errorf("image %s: window scales %d and %d or segment size %d are out of range", img, s.GetSndWscale(), s.GetRcvWscale(), s.GetMssClamp())
 		}
+		if s.GetUnsqLen() > s.GetOutqLen() {
+			return fmt.Errorf("image %s: %d bytes of %d are not sent yet", img, s.GetUnsqLen(), s.GetOutqLen())
+		}
 		c := &connection{x: x, e: e, s: s, in: es[0].Extra[:s.GetInqLen()], out: es[0].Extra[s.GetInqLen():]}
 		p := pairOf(e)
 		if ends[p] != nil {
@@ -462,35 +532,49 @@ func (r *Restorer) loadConnections() error {
 		r.conns[x] = c
 	}
 	for p, c := range ends {
-		c.peer = ends[p.reverse()]
+		if o := ends[p.reverse()]; o != nil && hasPeer(c.e.GetState()) && hasPeer(o.e.GetState()) {
+			c.peer = o
+		}
 	}
-	return nil
+	return r.loadLock()
 }
 
 // checkConnection validates one end.
 func (r *Restorer) checkConnection(x *description) error {
+	if r.opts.TCPClose {
+		return nil
+	}
 	if !r.opts.TCPEstablished {
-		return errors.New("it is a TCP connection: restore with --tcp-established, as it was dumped")
+		return errors.New("it is a TCP connection: restore with --tcp-established, as it was dumped, or with --tcp-close, which closes it")
 	}
 	c := r.conns[x]
 	switch {
 	case c == nil: // handed in
 		return nil
-	case c.peer == nil:
-		return fmt.Errorf("the other end of the TCP connection, %s, is not in the images or was handed in", addrPort(c.e.GetDstAddr(), c.e.GetDstPort(), ""))
 	case x.entry.GetIsk().GetProto() != unix.IPPROTO_TCP:
 		return fmt.Errorf("connections of protocol %d are not carried", x.entry.GetIsk().GetProto())
+	case len(c.e.GetDstAddr()) == 0 || len(c.e.GetSrcAddr()) == 0:
+		return errors.New("it is a TCP connection without an address")
+	case c.peer == nil:
+		return r.checkOutside(c)
 	}
 	return c.trim()
 }
 
 // connect puts a bound socket in repair mode into its connection, with what is
-// to be received.
+// to be received; of one that leads out of the tree also with what was sent.
 func (c *connection) connect(fd int) error {
+	if c.e.GetState() == stateSynSent {
+		return c.prepareSyn(fd)
+	}
+	sendSeq := c.outEnd() - uint32(len(c.out))
+	if c.peer != nil {
+		sendSeq = c.peer.inEnd()
+	}
 	for _, q := range []struct {
 		queue int
 		seq   uint32
-	}{{repairRecvQueue, c.inEnd() - uint32(len(c.in))}, {repairSendQueue, c.peer.inEnd()}} {
+	}{{repairRecvQueue, c.inEnd() - uint32(len(c.in))}, {repairSendQueue, sendSeq}} {
 		if err := repairQueue(fd, q.queue); err != nil {
 			return err
 		}
@@ -509,6 +593,27 @@ func (c *connection) connect(fd int) error {
 		}
 		return fmt.Errorf("connect tcp %s to %s: %w", addrPort(c.e.GetSrcAddr(), c.e.GetSrcPort(), ""), addrPort(c.e.GetDstAddr(), c.e.GetDstPort(), ""), err)
 	}
+	if err := c.negotiated(fd); err != nil {
+		return err
+	}
+	if err := repairQueue(fd, repairRecvQueue); err != nil {
+		return err
+	}
+	if err := c.grown(fd, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF, len(c.in), func() error { return sendStream(fd, c.in) }); err != nil {
+		return fmt.Errorf("put %d bytes back that wait to be received: %w", len(c.in), err)
+	}
+	if c.peer == nil {
+		return c.connectOutside(fd)
+	}
+	if err := repairQueue(fd, repairNoQueue); err != nil {
+		return err
+	}
+	max := max(c.s.GetMaxWindow(), c.peer.window())
+	return sys.SetTCPWindow(fd, sys.TCPWindow{SndWl1: c.inEnd(), SndWnd: c.peer.window(), MaxWindow: max, RcvWnd: c.window(), RcvWup: c.inEnd()})
+}
+
+// negotiated sets what the two ends agreed upon when they connected.
+func (c *connection) negotiated(fd int) error {
 	opts := []unix.TCPRepairOpt{{Code: tcpOptMSS, Val: c.s.GetMssClamp()}}
 	mask := c.s.GetOptMask()
 	if mask&sys.TCPOptWscale != 0 {
@@ -524,21 +629,9 @@ func (c *connection) connect(fd int) error {
 		return err
 	}
 	if mask&sys.TCPOptTimestamps != 0 && c.s.Timestamp != nil {
-		if err := sys.SetTCPNumber(fd, unix.TCP_TIMESTAMP, c.s.GetTimestamp()); err != nil {
-			return err
-		}
+		return sys.SetTCPNumber(fd, unix.TCP_TIMESTAMP, c.s.GetTimestamp())
 	}
-	if err := repairQueue(fd, repairRecvQueue); err != nil {
-		return err
-	}
-	if err := c.grown(fd, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF, len(c.in), func() error { return sendStream(fd, c.in) }); err != nil {
-		return fmt.Errorf("put %d bytes back that wait to be received: %w", len(c.in), err)
-	}
-	if err := repairQueue(fd, repairNoQueue); err != nil {
-		return err
-	}
-	max := max(c.s.GetMaxWindow(), c.peer.window())
-	return sys.SetTCPWindow(fd, sys.TCPWindow{SndWl1: c.inEnd(), SndWnd: c.peer.window(), MaxWindow: max, RcvWnd: c.window(), RcvWup: c.inEnd()})
+	return nil
 }
 
 // window is how many bytes, behind those it has, an end has said it will take.
@@ -590,41 +683,48 @@ func sendStream(fd int, b []byte) error {
 	return nil
 }
 
-// sealInets lets connections go: no repair mode any more, then what was yet to
-// be sent, then the ends of streams.
+// sealInets lets connections within the tree go: no repair mode any more, then
+// what was yet to be sent, then the ends of streams.
 func sealInets(r *Restorer, xs []*description) []error {
 	var errs []error
 	each := func(f func(c *connection, fd int) error) {
 		for _, x := range xs {
-			if c := r.conns[x]; c != nil && len(errs) == 0 {
+			if c := r.conns[x]; c != nil && c.peer != nil && len(errs) == 0 {
 				if err := f(c, int(x.file.Fd())); err != nil {
 					errs = append(errs, fmt.Errorf("%s: %w", r.who(x), err))
 				}
 			}
 		}
 	}
-	each(func(c *connection, fd int) error { return repairOff(fd, c.e.GetOpts()) })
-	each(func(c *connection, fd int) error {
-		if err := c.grown(fd, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF, len(c.out), func() error { return sendStream(fd, c.out) }); err != nil {
-			return fmt.Errorf("put %d bytes back that wait to be sent: %w", len(c.out), err)
-		}
-		return nil
-	})
-	each(func(c *connection, fd int) error {
-		how := c.e.GetShutdown()
-		if finSent(c.e.GetState()) {
-			how |= sk_opts.SkShutdown_WRITE
-		}
-		for bit, arg := range map[sk_opts.SkShutdown]int{sk_opts.SkShutdown_WRITE: unix.SHUT_WR, sk_opts.SkShutdown_READ: unix.SHUT_RD} {
-			if how&bit == 0 {
-				continue
-			}
-			// Of a connection that thereby is over there is nothing more to shut.
-			if err := unix.Shutdown(fd, arg); err != nil && !errors.Is(err, unix.ENOTCONN) {
-				return os.NewSyscallError("shutdown", err)
-			}
-		}
-		return nil
-	})
+	// Without a window probe: the windows are right.
+	each(func(c *connection, fd int) error { return repairOff(fd, unix.TCP_REPAIR_OFF_NO_WP, c.e.GetOpts()) })
+	each(func(c *connection, fd int) error { return c.sendRest(fd, c.out) })
+	each((*connection).shut)
 	return errs
+}
+
+// sendRest sends what the program has sent and the kernel had not.
+func (c *connection) sendRest(fd int, b []byte) error {
+	if err := c.grown(fd, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF, len(b), func() error { return sendStream(fd, b) }); err != nil {
+		return fmt.Errorf("put %d bytes back that wait to be sent: %w", len(b), err)
+	}
+	return nil
+}
+
+// shut ends what the program has ended.
+func (c *connection) shut(fd int) error {
+	how := c.e.GetShutdown()
+	if finSent(c.e.GetState()) {
+		how |= sk_opts.SkShutdown_WRITE
+	}
+	for bit, arg := range map[sk_opts.SkShutdown]int{sk_opts.SkShutdown_WRITE: unix.SHUT_WR, sk_opts.SkShutdown_READ: unix.SHUT_RD} {
+		if how&bit == 0 {
+			continue
+		}
+		// Of a connection that thereby is over there is nothing more to shut.
+		if err := unix.Shutdown(fd, arg); err != nil && !errors.Is(err, unix.ENOTCONN) {
+			return os.NewSyscallError("shutdown", err)
+		}
+	}
+	return nil
 }

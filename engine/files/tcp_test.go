@@ -342,7 +342,8 @@ func TestTCPCorrupt(t *testing.T) {
 		{"length", func(s *image.Set) { *stream(s).InqLen = 7 }, "tells of 7 and 3 bytes, but there are 5"},
 		{"scale", func(s *image.Set) { *stream(s).SndWscale = 15 }, "out of range"},
 		{"other end", func(s *image.Set) { *socket(s).DstPort = 5 }, "the other end of the TCP connection, 127.0.0.1:5, is not in the images"},
-		{"state", func(s *image.Set) { *socket(s).State = 2 }, "in state SYN_SENT are not carried"},
+		{"state", func(s *image.Set) { *socket(s).State = 3 }, "in state SYN_RECV are not carried"},
+		{"asked for", func(s *image.Set) { *socket(s).State = 2 }, "is not in the images"},
 		{"protocol", func(s *image.Set) { *socket(s).Proto = unix.IPPROTO_MPTCP }, "connections of protocol 262 are not carried"},
 	} {
 		t.Run(x.name, func(t *testing.T) {

@@ -29,6 +29,9 @@ import (
 // Options says how a tree is rebuilt.
 type Options struct {
 	TCPEstablished  bool
+	TCPClose        bool
+	TCPOutside      bool
+	LockSkip        bool
 	Inherit         map[string]files.Inherit
 	NewPidNamespace bool
 	FileLocks       bool
@@ -39,17 +42,18 @@ type Options struct {
 // Tree is a rebuilt tree. None of its tasks has run yet; all are stopped with
 // their final registers.
 type Tree struct {
-	log    hclog.Logger
-	o      Options
-	tracer *ptrace.Tracer
-	model  *model
-	stub   *stub
-	ch     *channel
-	files  *files.Restorer
-	shmems map[uint32]*os.File
-	links  *files.Links // names to remove once the tree runs
-	made   []int        // System V segments that go with a Discard
-	spare  uint64
+	log     hclog.Logger
+	o       Options
+	tracer  *ptrace.Tracer
+	model   *model
+	stub    *stub
+	ch      *channel
+	files   *files.Restorer
+	landing *files.Landing // TCP connections that lead out of the tree
+	shmems  map[uint32]*os.File
+	links   *files.Links // names to remove once the tree runs
+	made    []int        // System V segments that go with a Discard
+	spare   uint64
 	// live are the threads that exist, by tid on this host, in order of birth.
 	live []int
 	pids []int
@@ -122,6 +126,7 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 	if err := t.tracer.Do(func() error { return t.complete(ctx) }); err != nil {
 		return nil, err
 	}
+	t.landing = t.files.TakeLanding()
 	t.st.RestoreDur = time.Since(start)
 	log.Debug("tree stands", "duration_ms", t.st.RestoreDur.Milliseconds())
 	return t, t.releaseFiles()
@@ -179,7 +184,7 @@ func (t *Tree) sow() (err error) {
 }
 
 func (t *Tree) openFiles(set *image.Set) (err error) {
-	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, Inherit: t.o.Inherit, FileLocks: t.o.FileLocks, FileRestoreOptions: t.o.Files}
+	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, TCPClose: t.o.TCPClose, TCPOutside: t.o.TCPOutside, LockSkip: t.o.LockSkip, Inherit: t.o.Inherit, FileLocks: t.o.FileLocks, FileRestoreOptions: t.o.Files}
 	fo.Pid = t.hostPid
 	if t.o.NewPidNamespace {
 		fo.Open = t.openInside
@@ -794,6 +799,9 @@ func (t *Tree) run(stopped bool) error {
 	if t.done {
 		return errors.New("the tree was let go or discarded already")
 	}
+	if err := t.landing.Release(t.log); err != nil {
+		return err
+	}
 	t.done = true
 	if lerr := t.links.Remove(); lerr != nil {
 		t.log.Warn("a name that the dump made for a file stays", "error", lerr)
@@ -853,6 +861,7 @@ func (t *Tree) Discard() error {
 		return errors.Join(errs...)
 	})
 	t.tracer.Close()
+	t.landing.Close()
 	err = errors.Join(err, t.discardSegments(), t.releaseFiles())
 	t.links.Close()
 	return err

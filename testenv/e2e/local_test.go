@@ -76,6 +76,8 @@ var objects = map[string]object{
 	"locks":     {options: []string{"--file-locks"}},
 	"mem":       {elsewhere: true},
 	"tcpconn":   {options: []string{"--tcp-established"}},
+	"tcpout":    {elsewhere: true},
+	"tcppeer":   {elsewhere: true},
 }
 
 // TestObjects dumps and restores a program for each kind of object that a
