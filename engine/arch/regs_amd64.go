@@ -63,6 +63,11 @@ func (r *Regs) SetPC(pc uint64) { r.Rip = pc }
 // Native tells whether the task runs 64-bit code.
 func (r *Regs) Native() bool { return r.Cs == 0x33 }
 
+// MakesTask tells whether a system call makes a process or thread.
+func MakesTask(nr uint64) bool {
+	return nr == unix.SYS_VFORK || nr == unix.SYS_CLONE || nr == unix.SYS_CLONE3
+}
+
 // IOPL tells whether the task may use I/O instructions (iopl(2)).
 func (r *Regs) IOPL() bool { return r.Eflags&(3<<12) != 0 }
 

@@ -5,6 +5,7 @@ package dump
 
 import (
 	"cmp"
+	"context"
 	"debug/elf"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
@@ -50,6 +52,7 @@ type process struct {
 	zombie                       bool
 	tids, vtids                  []int // the leader first
 	status                       procfs.Status
+	vfork                        int // a thread that waits for a child made by vfork
 
 	vmas            []*mem.VMA
 	exe, cwd, root  uint32 // file ids
@@ -137,6 +140,23 @@ func find(root int) ([]*process, error) {
 	return out, nil
 }
 
+// vforkWait is how long a preflight waits for a vfork in progress to end.
+const vforkWait = time.Second
+
+// findQuiet is find that waits until no process is in a vfork, if that does not
+// last.
+func findQuiet(ctx context.Context, root int) ([]*process, error) {
+	for until := time.Now().Add(vforkWait); ; time.Sleep(2 * time.Millisecond) {
+		procs, err := find(root)
+		if err != nil || time.Now().After(until) || ctx.Err() != nil {
+			return procs, err
+		}
+		if !slices.ContainsFunc(procs, func(p *process) bool { return p.vfork != 0 }) {
+			return procs, nil
+		}
+	}
+}
+
 func readProcess(pid int) (*process, error) {
 	st, err := procfs.ReadStatus(pid)
 	if err != nil {
@@ -166,6 +186,9 @@ func readProcess(pid int) (*process, error) {
 		}
 		if err != nil {
 			return nil, err
+		}
+		if ts.State == 'D' && procfs.InVfork(pid, tid) {
+			p.vfork = tid
 		}
 		p.tids = append(p.tids, tid)
 		p.vtids = append(p.vtids, last(ts.NSpid))
@@ -225,8 +248,7 @@ func (c *collector) collectInside(running bool) error {
 }
 
 // kernelObjects numbers address spaces, file tables, fs and signal handler
-// structures, and refuses those that different processes share, which clone
-// allows and no ordinary program does.
+// structures, and refuses what different processes cannot share again.
 func (c *collector) kernelObjects() error {
 	var alive []*process
 	for _, p := range c.procs {
@@ -239,11 +261,13 @@ func (c *collector) kernelObjects() error {
 		name  string
 		id    func(*process) *uint32
 		first uint32
+		// shared: those of different processes that are the same are carried.
+		shared bool
 	}{
-		{sys.KcmpVM, "address space", func(p *process) *uint32 { return &p.vmID }, 1},
-		{sys.KcmpFiles, "descriptor table", func(p *process) *uint32 { return &p.filesID }, 1},
-		{sys.KcmpFS, "working directory", func(p *process) *uint32 { return &p.fsID }, 1},
-		{sys.KcmpSighand, "signal handlers", func(p *process) *uint32 { return &p.sig }, 1},
+		{sys.KcmpVM, "address space", func(p *process) *uint32 { return &p.vmID }, 1, false},
+		{sys.KcmpFiles, "descriptor table", func(p *process) *uint32 { return &p.filesID }, 1, true},
+		{sys.KcmpFS, "working directory", func(p *process) *uint32 { return &p.fsID }, 1, true},
+		{sys.KcmpSighand, "signal handlers", func(p *process) *uint32 { return &p.sig }, 1, false},
 	} {
 		sorted := slices.Clone(alive)
 		var err error
@@ -272,15 +296,45 @@ func (c *collector) kernelObjects() error {
 		n := k.first
 		for i, p := range sorted {
 			*k.id(p) = n
-			if i+1 < len(sorted) {
-				if r, err := sys.KcmpTask(p.pid, sorted[i+1].pid, k.typ); err == nil && r == sys.Equal {
-					c.refuse(sorted[i+1], "", fmt.Sprintf("shares its %s with pid %d (%s), as after vfork or clone", k.name, p.pid, p.comm), "wait until a vfork has ended")
-				}
+			if i+1 == len(sorted) {
+				break
 			}
-			n++
+			next := sorted[i+1]
+			if r, err := sys.KcmpTask(p.pid, next.pid, k.typ); err != nil || r != sys.Equal {
+				n++
+				continue
+			}
+			switch {
+			case k.shared:
+			case p.vfork != 0 || next.vfork != 0:
+				c.refuse(next, "", fmt.Sprintf("shares its %s with pid %d (%s): a vfork that does not end", k.name, p.pid, p.comm), "wait until it has ended")
+			default:
+				c.refuse(next, "", fmt.Sprintf("shares its %s with pid %d (%s), as after clone with CLONE_VM, which cannot be carried", k.name, p.pid, p.comm), "")
+			}
+		}
+		if k.shared {
+			c.shareable(k.name, k.id)
 		}
 	}
 	return nil
+}
+
+// shareable refuses objects that cannot be shared again in the same way.
+func (c *collector) shareable(name string, id func(*process) *uint32) {
+	index := map[int]int{}
+	parent, ids := make([]int, len(c.procs)), make([]uint32, len(c.procs))
+	for i, p := range c.procs {
+		index[p.pid] = i
+		if parent[i] = -1; i > 0 {
+			parent[i] = index[p.ppid]
+		}
+		ids[i] = *id(p)
+	}
+	_, _, err := task.Share(parent, ids)
+	var bad *task.SharingError
+	if errors.As(err, &bad) {
+		c.refuse(c.procs[bad.Process], "", "stands between processes that share a "+name+" with each other, and other ones that share another; that cannot be carried", "")
+	}
 }
 
 func (c *collector) process(p *process) error {

@@ -52,7 +52,7 @@ const imgVersion = 2
 // cannot be carried, as a *refuse.Refusal, comes the plan for the rest. Nothing
 // of the tree is touched.
 func Preflight(ctx context.Context, log hclog.Logger, pid int, o Options) (_ *plan.Plan, err error) {
-	procs, err := find(pid)
+	procs, err := findQuiet(ctx, pid)
 	if err != nil {
 		return nil, err
 	}
@@ -158,6 +158,13 @@ func (c *collector) images(ctx context.Context, t *freeze.Tree, sink image.Sink)
 		if p.zombie {
 			if err := put(image.CoreFile(uint32(p.vpid)), image.MagicCore, task.DeadCore(p.comm, t.Procs[i].ExitCode)); err != nil {
 				return nil, err
+			}
+			stat, err := procfs.ReadStat(p.pid)
+			if err != nil {
+				return nil, fmt.Errorf("read state of pid %d (%s): %w", p.pid, p.comm, err)
+			}
+			if sig := task.ExitSignal(&stat); sig != nil {
+				facts.Tasks = append(facts.Tasks, image.TaskFacts{TID: uint32(p.vpid), ExitSignal: sig})
 			}
 			continue
 		}

@@ -7,6 +7,9 @@ import "godwit/engine/plan"
 func Support() []plan.Support {
 	return []plan.Support{
 		{Kind: "trees of processes and threads, with their pids"},
+		{Kind: "descriptors and directories that processes share (CLONE_FILES, CLONE_FS)"},
+		{Kind: "children whose end is told by another signal than SIGCHLD, or by none"},
+		{Kind: "vfork in progress", Note: "is waited for, one second before anything is touched"},
 		{Kind: "zombies that their parents have not reaped"},
 		{Kind: "processes that a signal stopped", Note: "are stopped again; --leave-stopped stops any tree"},
 		{Kind: "sessions and process groups", Note: "a session whose leader is outside of the tree becomes the restorer's"},

@@ -77,8 +77,41 @@ func (t *Tree) Threads() int {
 	return n
 }
 
+// vforkError says that a thread cannot stop: it waits for a child that is
+// stopped itself.
+type vforkError struct {
+	pid, tid int
+	comm     string
+}
+
+func (e *vforkError) Error() string {
+	return fmt.Sprintf("task %d of pid %d (%s) waits for a child that it made by vfork", e.tid, e.pid, e.comm)
+}
+
 // Freeze stops the tree below pid. If it fails, whatever was stopped runs on.
+// While a vfork is in progress the tree is let go for a moment, again and again.
 func Freeze(ctx context.Context, pid int, timeout time.Duration) (*Tree, error) {
+	for until := time.Now().Add(timeout); ; {
+		t, err := freeze(ctx, pid, time.Until(until))
+		var v *vforkError
+		if !errors.As(err, &v) {
+			return t, err
+		}
+		if ctx.Err() != nil || time.Now().After(until) {
+			return nil, errors.Join(fmt.Errorf("%w, which did not end within %s", err, timeout), ctx.Err())
+		}
+		time.Sleep(vforkPause)
+	}
+}
+
+const (
+	// vforkPatience is how long a thread may take to stop before it is taken for
+	// one that waits for its child.
+	vforkPatience = 3 * time.Millisecond
+	vforkPause    = 5 * time.Millisecond
+)
+
+func freeze(ctx context.Context, pid int, timeout time.Duration) (*Tree, error) {
 	t := &Tree{Tracer: ptrace.NewTracer(), FrozenAt: time.Now()}
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("not all tasks stopped within %s", timeout))
 	defer cancel()
@@ -264,7 +297,7 @@ func (s *seizer) seize(p *Proc, tid int) (bool, error) {
 // signal of the group stop that it takes part in, 0 for none.
 func (s *seizer) awaitStop(p *Proc, tid int) (stop unix.Signal, alive bool, err error) {
 	pause := 20 * time.Microsecond
-	for {
+	for told := time.Now(); ; {
 		st, ok, err := ptrace.TryWait(tid)
 		switch {
 		case errors.Is(err, unix.ECHILD):
@@ -275,6 +308,9 @@ func (s *seizer) awaitStop(p *Proc, tid int) (stop unix.Signal, alive bool, err 
 			if cause := context.Cause(s.ctx); cause != nil {
 				// It stays seized and runs on; ending the tracer's thread lets it go.
 				return 0, false, fmt.Errorf("task %d of pid %d (%s) does not stop (%s): %w", tid, p.Pid, p.Comm, waitingIn(p.Pid, tid), cause)
+			}
+			if time.Since(told) > vforkPatience && procfs.InVfork(p.Pid, tid) {
+				return 0, false, &vforkError{pid: p.Pid, tid: tid, comm: p.Comm}
 			}
 			time.Sleep(pause)
 			pause = min(pause*2, 2*time.Millisecond)

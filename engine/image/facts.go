@@ -76,6 +76,8 @@ type TaskFacts struct {
 
 	// What follows belongs to a process and is in the facts of its first thread.
 
+	// ExitSignal is what its parent gets at its end, 0 for nothing; none means SIGCHLD.
+	ExitSignal *uint32 `json:"exit_signal,omitempty"`
 	// CoredumpFilter is /proc/PID/coredump_filter.
 	CoredumpFilter *uint32 `json:"coredump_filter,omitempty"`
 	// Autogroup is the niceness of its session (sched(7)).

@@ -660,6 +660,11 @@ func (t *Tree) complete(ctx context.Context) error {
 		if p.zombie {
 			continue
 		}
+		if err := t.place(p); err != nil {
+			return fmt.Errorf("descriptors of %s: %w", p, err)
+		}
+	}
+	for _, p := range t.model.tables() {
 		if err := t.descriptors(p); err != nil {
 			return fmt.Errorf("descriptors of %s: %w", p, err)
 		}
@@ -670,13 +675,7 @@ func (t *Tree) complete(ctx context.Context) error {
 	if err := t.stops(); err != nil {
 		return err
 	}
-	for _, p := range t.model.procs {
-		if p.zombie {
-			continue
-		}
-		if err := ctx.Err(); err != nil {
-			return err
-		}
+	for _, p := range t.model.tables() {
 		calls, err := t.files.Calls(p.filesID)
 		if err != nil {
 			return fmt.Errorf("descriptors of %s: %w", p, err)
@@ -684,7 +683,16 @@ func (t *Tree) complete(ctx context.Context) error {
 		if err := p.remote().Run(calls...); err != nil {
 			return fmt.Errorf("descriptors of %s: %w", p, err)
 		}
-		if calls, err = mem.LastCalls(p.vmas, p.memory, p.core().GetTc().GetMembarrierRegistrationMask()); err != nil {
+	}
+	for _, p := range t.model.procs {
+		if p.zombie {
+			continue
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		calls, err := mem.LastCalls(p.vmas, p.memory, p.core().GetTc().GetMembarrierRegistrationMask())
+		if err != nil {
 			return fmt.Errorf("images of %s: %w", p, err)
 		}
 		if err := p.remote().Run(calls...); err != nil {

@@ -9,9 +9,38 @@ import (
 	"godwit/engine/ptrace"
 )
 
-// descriptors fills the descriptor table of a process and sets its program,
-// root and working directory. It comes after all data: a program whose file was
-// deleted cannot be set while that file is still being written.
+// place sets the program, root and working directory of a process. It comes after
+// all data: a program whose file was deleted cannot be set while that file is
+// still being written.
+func (t *Tree) place(p *process) error {
+	dirs, err := t.directories(p)
+	if err != nil {
+		return err
+	}
+	exe, err := t.files.File(p.mm.GetExeFileId())
+	if err != nil {
+		return fmt.Errorf("program: %w", err)
+	}
+	nums, err := t.ch.give(p.remote(), append([]*os.File{exe}, dirs...))
+	if err != nil {
+		return err
+	}
+	calls := []*ptrace.Call{mmMap(p, nums[0])}
+	add := func(what string, nr uintptr, args ...ptrace.Arg) {
+		calls = append(calls, ptrace.NewCall(what, nr, args...))
+	}
+	if len(nums) == 3 {
+		add("enter root directory", unix.SYS_FCHDIR, ptrace.Int(nums[2]))
+		add("change root directory", unix.SYS_CHROOT, ptrace.Str("."))
+	}
+	add("enter working directory", unix.SYS_FCHDIR, ptrace.Int(nums[1]))
+	for _, n := range nums {
+		add("close", unix.SYS_CLOSE, ptrace.Int(n))
+	}
+	return p.remote().Run(calls...)
+}
+
+// descriptors fills the descriptor table of a process, and of those that share it.
 func (t *Tree) descriptors(p *process) error {
 	r := p.remote()
 	list, err := t.files.Descriptors(p.filesID)
@@ -55,24 +84,6 @@ func (t *Tree) descriptors(p *process) error {
 			moved = append(moved, int(d.Ret))
 		}
 	}
-	dirs, err := t.directories(p)
-	if err != nil {
-		return err
-	}
-	exe, err := t.files.File(p.mm.GetExeFileId())
-	if err != nil {
-		return fmt.Errorf("program: %w", err)
-	}
-	nums, err := t.ch.give(r, append([]*os.File{exe}, dirs...))
-	if err != nil {
-		return err
-	}
-	calls = append(calls, mmMap(p, nums[0]))
-	if len(nums) == 3 {
-		add("enter root directory", unix.SYS_FCHDIR, ptrace.Int(nums[2]))
-		add("change root directory", unix.SYS_CHROOT, ptrace.Str("."))
-	}
-	add("enter working directory", unix.SYS_FCHDIR, ptrace.Int(nums[1]))
 	add("close descriptors of the stub", unix.SYS_CLOSE_RANGE, ptrace.Int(0), ptrace.Int(high-1), ptrace.Int(0))
 	for i, d := range list {
 		flags := 0

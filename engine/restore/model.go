@@ -13,6 +13,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/mm"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/seccomp"
+	"golang.org/x/sys/unix"
 
 	"godwit/engine/arch"
 	"godwit/engine/image"
@@ -42,10 +43,13 @@ type process struct {
 	zombie          bool
 
 	filesID uint32
-	ids     *criu_core.TaskKobjIdsEntry
-	mm      *mm.MmEntry
-	vmas    []*mem.VMA
-	memory  *image.MemoryFacts // nil: none
+	// with are the flags of what it is cloned sharing with its parent, leave those
+	// of what it gets for itself once all processes are there.
+	with, leave uint64
+	ids         *criu_core.TaskKobjIdsEntry
+	mm          *mm.MmEntry
+	vmas        []*mem.VMA
+	memory      *image.MemoryFacts // nil: none
 
 	attached []*mem.Attachment // among vmas
 	fs       *fsimg.FsEntry
@@ -142,6 +146,9 @@ func parse(set *image.Set) (*model, error) {
 	if err := m.chains(set); err != nil {
 		return nil, err
 	}
+	if err := m.sharing(); err != nil {
+		return nil, err
+	}
 	if err := m.namespaces(inv); err != nil {
 		return nil, err
 	}
@@ -150,6 +157,56 @@ func parse(set *image.Set) (*model, error) {
 		return nil, err
 	}
 	return m, m.checkSegments(facts)
+}
+
+// tables gives one process for each table of descriptors, the first that has it.
+func (m *model) tables() (out []*process) {
+	seen := map[uint32]bool{}
+	for _, p := range m.procs {
+		if !p.zombie && !seen[p.filesID] {
+			seen[p.filesID] = true
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// sharing finds out what processes share with each other.
+func (m *model) sharing() error {
+	index := map[*process]int{nil: -1}
+	parent := make([]int, len(m.procs))
+	for i, p := range m.procs {
+		index[p], parent[i] = i, index[p.parent]
+	}
+	for _, k := range []struct {
+		flag uint64
+		id   func(*process) uint32
+	}{
+		{unix.CLONE_FILES, func(p *process) uint32 { return p.filesID }},
+		{unix.CLONE_FS, func(p *process) uint32 { return p.ids.GetFsId() }},
+	} {
+		ids := make([]uint32, len(m.procs))
+		for i, p := range m.procs {
+			ids[i] = k.id(p)
+		}
+		with, leave, err := task.Share(parent, ids)
+		var bad *task.SharingError
+		if errors.As(err, &bad) {
+			return fmt.Errorf("%s stands between processes that share descriptors or directories in a way that cannot be made again", m.procs[bad.Process])
+		}
+		if err != nil {
+			return err
+		}
+		for i, p := range m.procs {
+			if with[i] {
+				p.with |= k.flag
+			}
+			if leave[i] {
+				p.leave |= k.flag
+			}
+		}
+	}
+	return nil
 }
 
 func (m *model) process(set *image.Set, it *pstree.PstreeEntry, facts map[uint32]*image.TaskFacts) (*process, error) {

@@ -72,8 +72,21 @@ func (t *Tree) processes(set *image.Set) error {
 			return fmt.Errorf("%s belongs to a session (%d) that its place in the tree does not lead to", p, p.sid)
 		}
 		t.pids = append(t.pids, p.remote().Tid)
+		if p.leave != 0 {
+			if err := p.remote().Run(ptrace.NewCall("share no longer", unix.SYS_UNSHARE, ptrace.Int(p.leave))); err != nil {
+				return fmt.Errorf("%s: %w", p, err)
+			}
+		}
 	}
 	return nil
+}
+
+// exitSignal is what the parent of a process gets when it ends.
+func (p *process) exitSignal() uint64 {
+	if f := p.leader().facts; f != nil && f.ExitSignal != nil {
+		return uint64(*f.ExitSignal)
+	}
+	return uint64(unix.SIGCHLD)
 }
 
 // grow makes the descendants of p, which exists: first those that were born
@@ -113,7 +126,7 @@ func (t *Tree) grow(p *process, r *ptrace.Remote) error {
 
 func (t *Tree) child(p, c *process) error {
 	c.curSid = p.curSid
-	r, err := t.clone(p.remote(), 0, uint64(unix.SIGCHLD), c.vpid)
+	r, err := t.clone(p.remote(), c.with, c.exitSignal(), c.vpid)
 	if err != nil {
 		return fmt.Errorf("make %s: %w", c, err)
 	}
@@ -127,14 +140,14 @@ func (t *Tree) child(p, c *process) error {
 func (t *Tree) stepchild(p, c *process) error {
 	for _, s := range p.children {
 		// One that is to be a zombie has not exited yet.
-		if s.remote() != nil && s.curSid == c.sid {
+		if s.remote() != nil && s.curSid == c.sid && s.with&c.with == c.with && s.exitSignal() == c.exitSignal() {
 			return t.sibling(s.remote(), c)
 		}
 	}
 	if t.model.ids[c.sid] {
 		return fmt.Errorf("%s is in the session of pid %d, which is no ancestor's and no sibling's; such a tree cannot be rebuilt", c, c.sid)
 	}
-	h, err := t.clone(p.remote(), 0, uint64(unix.SIGCHLD), c.sid)
+	h, err := t.clone(p.remote(), c.with, c.exitSignal(), c.sid)
 	if err != nil {
 		return fmt.Errorf("begin session %d of %s: %w", c.sid, c, err)
 	}
@@ -142,7 +155,7 @@ func (t *Tree) stepchild(p, c *process) error {
 		return err
 	}
 	for _, s := range p.children {
-		if s.remote() == nil && s.sid == c.sid {
+		if s.remote() == nil && s.sid == c.sid && c.with&s.with == s.with && s.exitSignal() == c.exitSignal() {
 			if err := t.sibling(h, s); err != nil {
 				return err
 			}
@@ -153,7 +166,7 @@ func (t *Tree) stepchild(p, c *process) error {
 
 func (t *Tree) sibling(r *ptrace.Remote, c *process) error {
 	c.curSid = c.sid
-	n, err := t.clone(r, unix.CLONE_PARENT, 0, c.vpid)
+	n, err := t.clone(r, unix.CLONE_PARENT|c.with, 0, c.vpid)
 	if err != nil {
 		return fmt.Errorf("make %s: %w", c, err)
 	}

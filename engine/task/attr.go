@@ -160,6 +160,14 @@ func (d *Dumped) addProcessFacts(s Source, l *leaderCalls) error {
 	return err
 }
 
+// ExitSignal is what the parent of a process gets at its end, nil for SIGCHLD.
+func ExitSignal(stat *procfs.Stat) *uint32 {
+	if stat.ExitSignal == int(unix.SIGCHLD) || stat.ExitSignal < 0 {
+		return nil
+	}
+	return proto.Uint32(uint32(stat.ExitSignal))
+}
+
 // autogroup reads the niceness of the session of a process; 0 where sessions have none.
 func autogroup(pid int) (int32, error) {
 	text, err := readText(procfs.Path(pid, "autogroup"))
@@ -446,6 +454,8 @@ func CheckFacts(f *image.TaskFacts) error {
 	switch {
 	case f == nil:
 		return nil
+	case f.ExitSignal != nil && *f.ExitSignal > Signals:
+		return fmt.Errorf("signal %d at its end", *f.ExitSignal)
 	case !validLDT(f.LDT):
 		return fmt.Errorf("local descriptor table of %d bytes", len(f.LDT))
 	case len(f.Speculation) > speculations:

@@ -347,6 +347,7 @@ func (d *Dumped) addLeader(s Source, st *procfs.Status, stat *procfs.Stat, l *le
 		}
 	}
 	d.Core.Tc = tc
+	d.Facts.ExitSignal = ExitSignal(stat)
 	if err := d.addProcessFacts(s, l); err != nil {
 		return err
 	}
