@@ -163,9 +163,9 @@ func (c *collector) images(ctx context.Context, t *freeze.Tree, sink image.Sink)
 			if err != nil {
 				return nil, fmt.Errorf("read state of pid %d (%s): %w", p.pid, p.comm, err)
 			}
-			if sig := task.ExitSignal(&stat); sig != nil {
-				facts.Tasks = append(facts.Tasks, image.TaskFacts{TID: uint32(p.vpid), ExitSignal: sig})
-			}
+			facts.Tasks = append(facts.Tasks, image.TaskFacts{
+				TID: uint32(p.vpid), ExitSignal: task.ExitSignal(&stat), Owner: &image.OwnerFacts{UID: p.status.Uid, GID: p.status.Gid},
+			})
 			continue
 		}
 		if err := c.processImages(t, t.Procs[i], p, facts, put); err != nil {
@@ -284,10 +284,8 @@ func (c *collector) readTasks(t *freeze.Tree, fp *freeze.Proc, p *process) (out 
 			}
 			if i == 0 {
 				lead, area = b, b.Area
-				if state, err = mem.ReadState(&b.Remote, fp.Pid, p.status.VmLck); err != nil {
-					return err
-				}
 			}
+			// The actions of signals come first: the end of a batch may change one.
 			d, derr := task.Dump(task.Source{
 				Pid: fp.Pid, Tid: th.Tid, VTid: th.VTid, Leader: i == 0,
 				Regs: th.Regs, Rseq: th.Rseq, Mask: b.Mask(), SUD: b.SUD(), Remote: &b.Remote, Filters: &c.seccomp,
@@ -295,6 +293,9 @@ func (c *collector) readTasks(t *freeze.Tree, fp *freeze.Proc, p *process) (out 
 			if i > 0 {
 				derr = errors.Join(derr, b.Return(true))
 				th.Resend = th.Resend || b.Stopped
+			}
+			if derr == nil && i == 0 {
+				state, derr = mem.ReadState(&b.Remote, fp.Pid, p.status.VmLck)
 			}
 			if derr != nil {
 				return derr

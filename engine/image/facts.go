@@ -76,6 +76,8 @@ type TaskFacts struct {
 
 	// What follows belongs to a process and is in the facts of its first thread.
 
+	// Owner is who a process that has ended was.
+	Owner *OwnerFacts `json:"owner,omitempty"`
 	// ExitSignal is what its parent gets at its end, 0 for nothing; none means SIGCHLD.
 	ExitSignal *uint32 `json:"exit_signal,omitempty"`
 	// CoredumpFilter is /proc/PID/coredump_filter.
@@ -104,6 +106,12 @@ type DispatchFacts struct {
 	Selector uint64 `json:"selector,omitempty"`
 	Offset   uint64 `json:"offset,omitempty"`
 	Len      uint64 `json:"len,omitempty"`
+}
+
+// OwnerFacts are ids of users and groups: real, effective, saved, file system.
+type OwnerFacts struct {
+	UID [4]uint32 `json:"uid"`
+	GID [4]uint32 `json:"gid"`
 }
 
 // NUMAFacts is a memory policy.

@@ -14,6 +14,7 @@ import (
 	"godwit/engine/procfs"
 	"godwit/engine/ptrace"
 	"godwit/engine/sys"
+	"godwit/engine/task"
 )
 
 // TakenError says that a pid which a tree needs belongs to somebody else.
@@ -295,6 +296,9 @@ func (t *Tree) exit(p *process) error {
 	r := p.remote()
 	status := unix.WaitStatus(p.core().GetTc().GetExitCode())
 	calls := []*ptrace.Call{ptrace.NewCall("set name", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_NAME), ptrace.Str(p.comm()))}
+	if f := p.leader().facts; f != nil && f.Owner != nil {
+		calls = append(calls, task.OwnerCalls(f.Owner)...)
+	}
 	if !status.Signaled() {
 		calls = append(calls, ptrace.NewCall("exit", unix.SYS_EXIT_GROUP, ptrace.Int(status.ExitStatus())))
 		err := r.Run(calls...)

@@ -273,6 +273,16 @@ const (
 	secKeepCaps      = 1 << 4
 )
 
+// OwnerCalls make a process that is about to end the one of a user.
+func OwnerCalls(o *image.OwnerFacts) []*ptrace.Call {
+	return []*ptrace.Call{
+		ptrace.NewCall("set group ids", unix.SYS_SETRESGID, ptrace.Int(o.GID[0]), ptrace.Int(o.GID[1]), ptrace.Int(o.GID[2])),
+		ptrace.NewCall("set file system group", unix.SYS_SETFSGID, ptrace.Int(o.GID[3])),
+		ptrace.NewCall("set user ids", unix.SYS_SETRESUID, ptrace.Int(o.UID[0]), ptrace.Int(o.UID[1]), ptrace.Int(o.UID[2])),
+		ptrace.NewCall("set file system user", unix.SYS_SETFSUID, ptrace.Int(o.UID[3])),
+	}
+}
+
 func credCalls(c *creds.CredsEntry, cur *procfs.Status) ([]*ptrace.Call, error) {
 	if c == nil {
 		return nil, fmt.Errorf("image holds no credentials")
