@@ -117,8 +117,12 @@ func (f *dumpFlags) addDump(cmd *cobra.Command) {
 	)
 }
 
-// localMemory bounds the Go memory of the local commands, bytes.
-const localMemory = 96 << 20
+// localMemory bounds the Go memory of the local commands, bytes; each open file
+// description of a tree comes on top.
+const (
+	localMemory       = 96 << 20
+	descriptionMemory = 2 << 10
+)
 
 // localError gives the errors of dump and restore CRIU's exit code, whatever
 // they are.
@@ -171,6 +175,7 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 		return err
 	}
 	logPlan(log, p)
+	boundMemory(localMemory + int64(p.OpenFiles)*descriptionMemory)
 	sink, err := image.NewDirSink(f.imagesDir)
 	if err != nil {
 		return fmt.Errorf("dump pid %d: %w", f.tree, err)

@@ -20,7 +20,6 @@ import (
 	"godwit/engine/plan"
 	"godwit/engine/procfs"
 	"godwit/engine/refuse"
-	"godwit/engine/sys"
 )
 
 // Options says how files are dumped.
@@ -81,6 +80,7 @@ func (h holder) String() string {
 type object struct {
 	id      uint32
 	file    *os.File // a duplicate; nil after release
+	parked  bool     // it can be taken again
 	stat    unix.Stat_t
 	link    string // text of /proc/PID/fd/N
 	flags   int    // F_GETFL
@@ -149,10 +149,13 @@ type Dumper struct {
 	fds     map[uint32][]fdSlot
 	pidfds  map[int]int
 	objects []*object
-	conns   []conn                 // ends of TCP connections, after Finish
-	lock    *netlock.Lock          // of connections that lead out of the tree
-	lockID  string                 // of lock, if there was one
-	groups  map[groupKey][]*object // each sorted by kcmp's order
+	conns   []conn        // ends of TCP connections, after Finish
+	lock    *netlock.Lock // of connections that lead out of the tree
+	lockID  string        // of lock, if there was one
+	groups  map[groupKey]*orderedObjects
+	budget  int // of descriptors that may be held
+	holding int
+	texts   map[string]string
 	paths   map[pathKey]*object
 	locks   []heldLock
 	lockIDs map[lockID]bool
@@ -203,7 +206,7 @@ func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumpe
 	d := &Dumper{
 		log: log.Named("files"), opts: o, emit: emit, lockIDs: map[lockID]bool{},
 		inside: map[int]bool{}, vpids: map[int]bool{}, tables: map[uint32]*Proc{}, fds: map[uint32][]fdSlot{}, pidfds: map[int]int{},
-		groups: map[groupKey][]*object{}, paths: map[pathKey]*object{}, shmids: map[inodeID]uint32{},
+		groups: map[groupKey]*orderedObjects{}, budget: fdBudget(), texts: map[string]string{}, paths: map[pathKey]*object{}, shmids: map[inodeID]uint32{},
 		remapOf: map[inodeID]*linkRemap{},
 		memfds:  map[inodeID]*memfdInode{}, ghosts: map[inodeID]*ghost{}, mntns: map[int]bool{},
 	}
@@ -322,17 +325,32 @@ func (d *Dumper) addFD(p *Proc, pidfd, fd int) (fdSlot, error) {
 	if o.link, err = procfs.FdLink(p.Pid, fd); err != nil {
 		return fdSlot{}, err
 	}
+	o.link = d.intern(o.link)
 	slot := fdSlot{fd: fd, cloexec: o.info.Flags&unix.O_CLOEXEC != 0}
 	slot.obj, err = d.identify(o)
 	if err != nil {
 		return fdSlot{}, err
 	}
 	d.noteLocks(slot.obj, o.first(), o.info.Locks)
-	keep = slot.obj == o
-	if !keep {
+	if keep = slot.obj == o; keep {
+		d.holding++
+		d.park(o)
+	} else {
 		slot.obj.holders = append(slot.obj.holders, o.holders...)
 	}
 	return slot, nil
+}
+
+// intern gives one string for all equal ones.
+func (d *Dumper) intern(s string) string {
+	if !strings.HasPrefix(s, "anon_inode:") {
+		return s
+	}
+	if t, ok := d.texts[s]; ok {
+		return t
+	}
+	d.texts[s] = s
+	return s
 }
 
 // identify finds the object that is the same description as o, or takes o up as
@@ -340,31 +358,20 @@ func (d *Dumper) addFD(p *Proc, pidfd, fd int) (fdSlot, error) {
 func (d *Dumper) identify(o *object) (*object, error) {
 	k := groupKey{dev: uint64(o.stat.Dev), ino: o.stat.Ino, typ: o.mode() & unix.S_IFMT, flags: o.flags, pos: o.info.Pos}
 	g := d.groups[k]
-	var cmpErr error
-	h := o.first()
-	i, found := slices.BinarySearchFunc(g, h, func(have *object, h holder) int {
-		hh := have.first()
-		ord, err := sys.KcmpFile(hh.proc.Pid, hh.fd, h.proc.Pid, h.fd)
-		switch {
-		case err != nil:
-			cmpErr = err
-			return 1
-		case ord == sys.Less:
-			return -1
-		case ord == sys.Equal:
-			return 0
-		}
-		return 1
-	})
-	if cmpErr != nil && !d.dry() {
-		return nil, cmpErr
+	if g == nil {
+		g = &orderedObjects{}
+		d.groups[k] = g
 	}
-	if found && cmpErr == nil {
-		return g[i], nil
+	found, add, err := g.find(o.first())
+	if err != nil && !d.dry() {
+		return nil, err
+	}
+	if found != nil {
+		return found, nil
 	}
 	o.id = d.newID()
 	d.objects = append(d.objects, o)
-	d.groups[k] = slices.Insert(g, i, o)
+	add(o)
 	d.match(o)
 	return o, nil
 }
@@ -471,6 +478,11 @@ func (d *Dumper) Finish() error {
 	}
 	for _, k := range kinds {
 		if os := byKind[k]; len(os) > 0 && k.finish != nil {
+			if k != kindPipe { // which takes one pipe after the other
+				if err := d.need(os...); err != nil && !d.dry() {
+					return fmt.Errorf("dump %ss: %w", k.name, err)
+				}
+			}
 			if err := k.finish(d, os); err != nil {
 				return fmt.Errorf("dump %ss: %w", k.name, err)
 			}
@@ -487,6 +499,10 @@ func (d *Dumper) Finish() error {
 }
 
 func (d *Dumper) dumpObject(o *object) error {
+	if err := d.need(o); err != nil {
+		return err
+	}
+	defer d.park(o)
 	for _, k := range kinds {
 		if k.takes(d, o) {
 			o.kind = k
@@ -502,7 +518,11 @@ func (d *Dumper) dumpObject(o *object) error {
 	if o.fown, err = d.dumpOwner(o); err != nil {
 		return err
 	}
-	return o.kind.dump(d, o)
+	err = o.kind.dump(d, o)
+	if d.dry() && o.kind.finish == nil {
+		o.entries = nil // nobody wants them
+	}
+	return err
 }
 
 func (d *Dumper) emitEntries() error {

@@ -64,6 +64,8 @@ type kind struct {
 	open func(r *Restorer, xs []*description) []error
 	// seal, if set, does what must wait until all data is in place.
 	seal func(r *Restorer, xs []*description) []error
+	// last, if set, does what must wait until processes have all their files.
+	last func(r *Restorer, xs []*description) []error
 }
 
 // kinds is the table of everything that can be carried, most particular first.
@@ -77,6 +79,6 @@ func init() {
 		kindPipe, kindFifo,
 		kindUnix, kindInet, kindNetlink, kindPacket,
 		kindGhost, kindDevice, kindRegular,
-		kindInotify, // its seal comes last: by then nothing more happens to files
+		kindInotify,
 	}
 }

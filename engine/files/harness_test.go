@@ -259,18 +259,19 @@ func restore(t *testing.T, d *dumped, o RestoreOptions) *restored {
 			t.Fatal(err)
 		}
 	}
-	if err := r.Seal(); err != nil {
+	if err := errors.Join(r.Seal(), r.Last()); err != nil {
 		t.Fatal(err)
 	}
 	out := &restored{t: t, Restorer: r, tables: map[uint32]map[int]*os.File{}}
 	for id := range r.tables {
-		ds, err := r.Descriptors(id)
+		ds := r.Descriptors(id)
+		fs, err := r.Hold(id, ds)
 		if err != nil {
 			t.Fatal(err)
 		}
 		out.tables[id] = map[int]*os.File{}
-		for _, d := range ds {
-			out.tables[id][d.FD] = d.File
+		for i, d := range ds {
+			out.tables[id][d.FD] = fs[i]
 		}
 	}
 	return out

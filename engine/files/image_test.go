@@ -106,7 +106,7 @@ func TestThroughDirectory(t *testing.T) {
 				check(err)
 			}
 			check(r.Seal())
-			ds, err := r.Descriptors(1)
+			ds, err := r.Descriptors(1), error(nil)
 			check(err)
 			for name, fd := range c.fds {
 				if !slices.ContainsFunc(ds, func(d Descriptor) bool { return d.FD == fd }) {

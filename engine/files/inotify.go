@@ -27,7 +27,7 @@ var kindInotify = &kind{
 	dump:  dumpInotify,
 	check: checkInotify,
 	open:  openEach(openInotify),
-	seal:  openEach(watchInotify),
+	last:  openEach(watchInotify),
 }
 
 // inotifyKept are the bits of a mask that stay with a watch: events,

@@ -16,20 +16,22 @@ import (
 // dumpOwner reads who gets the signals of a description (F_SETOWN, F_SETSIG).
 // The pid is translated into the innermost pid namespace of its bearer.
 func (d *Dumper) dumpOwner(o *object) (*fown.FownEntry, error) {
-	e := noOwner()
 	if o.isPath() || o.first().fd < 0 {
-		return e, nil // no owner is possible, or nobody's description
+		return noOwner(), nil // no owner is possible, or nobody's description
 	}
 	fd := int(o.file.Fd())
 	sig, err := sys.GetFileSignal(fd)
 	if err != nil {
 		return nil, err
 	}
-	e.Signum = proto.Uint32(uint32(sig))
 	ow, err := sys.GetFileOwner(fd)
 	if err != nil {
 		return nil, err
 	}
+	if ow.Pid == 0 && sig == 0 {
+		return noOwner(), nil
+	}
+	e := &fown.FownEntry{Uid: proto.Uint32(0), Euid: proto.Uint32(0), Signum: proto.Uint32(uint32(sig)), PidType: proto.Uint32(0), Pid: proto.Uint32(0)}
 	if ow.Pid == 0 {
 		return e, nil
 	}
@@ -86,9 +88,10 @@ func (d *Dumper) innerPid(ow sys.FileOwner) (int, ownerState) {
 	return 0, ownerOutside
 }
 
-func noOwner() *fown.FownEntry {
-	return &fown.FownEntry{Uid: proto.Uint32(0), Euid: proto.Uint32(0), Signum: proto.Uint32(0), PidType: proto.Uint32(0), Pid: proto.Uint32(0)}
-}
+// noOwner is that of most files. It must not be changed.
+func noOwner() *fown.FownEntry { return nobody }
+
+var nobody = &fown.FownEntry{Uid: proto.Uint32(0), Euid: proto.Uint32(0), Signum: proto.Uint32(0), PidType: proto.Uint32(0), Pid: proto.Uint32(0)}
 
 func checkOwner(e *fown.FownEntry) error {
 	if e == nil {

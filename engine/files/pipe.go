@@ -28,7 +28,10 @@ var kindPipe = &kind{
 	open:   openPipes,
 }
 
-func dumpPipe(_ *Dumper, o *object) error {
+func dumpPipe(d *Dumper, o *object) error {
+	if d.dry() {
+		return nil
+	}
 	o.entries = append(o.entries, &fdinfo.FileEntry{Type: fdinfo.FdTypes_PIPE.Enum(), Id: proto.Uint32(o.id), Pipe: &pipe.PipeEntry{
 		Id: proto.Uint32(o.id), PipeId: proto.Uint32(uint32(o.stat.Ino)), Flags: proto.Uint32(uint32(o.flags)), Fown: o.fown,
 	}})
@@ -56,8 +59,14 @@ func finishPipes(d *Dumper, os []*object) error {
 		if d.dry() {
 			continue
 		}
+		if err := d.need(ends...); err != nil {
+			return err
+		}
 		if err := d.dumpQueue(pipesImage, pipesMagic, uint32(ino), ends); err != nil {
 			return fmt.Errorf("%s: %w", ends[0].link, err)
+		}
+		for _, o := range ends {
+			d.park(o)
 		}
 	}
 	return nil

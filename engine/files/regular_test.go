@@ -70,7 +70,7 @@ func TestRegular(t *testing.T) {
 			t.Errorf("%s and %s are one description: %v, want %v", x.a, x.b, ord == sys.Equal, x.same)
 		}
 	}
-	ds, err := r.Descriptors(1)
+	ds, err := r.Descriptors(1), error(nil)
 	if err != nil {
 		t.Fatal(err)
 	}

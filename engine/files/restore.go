@@ -57,7 +57,8 @@ type Inherit struct {
 type Descriptor struct {
 	FD      int
 	Cloexec bool
-	File    *os.File // the Restorer's; the same for descriptors that share a description
+	x       *description
+	spare   bool // of use for Calls only
 }
 
 // place is one descriptor of a table.
@@ -74,6 +75,9 @@ type description struct {
 	part  *description // whose REG entry this only is
 	at    []place
 	file  *os.File
+	// isLate: it is made when a process gets it, which then is placed.
+	isLate bool
+	placed processFD
 }
 
 // table is one table of descriptors.
@@ -98,17 +102,22 @@ type Restorer struct {
 	remaps map[uint32]uint32 // to ghosts
 	linked map[uint32]uint32 // to entries of the files' other names
 	noted  map[uint32]bool
-	links  Links
-	ghosts map[uint32]*ghostFile
-	memfds map[uint32]*memfdFile
-	pipes  map[uint32]*queue
-	fifos  map[uint32]*queue
-	queues map[uint32][]message
-	locks  map[uint32][]*fileLock       // by table
-	handed map[string]*Inherit          // by the name in the image
-	conns  map[*description]*connection // TCP, by their ends
-	tcps   map[tcpPair]bool             // TCP connections of this host
-	lockID string                       // of the dump's network lock; empty: none
+	// needed are those that epolls watch or that are locked, latePipes the ends
+	// of pipes that are late, by pipe; both only if there are too many.
+	needed    map[*description]bool
+	latePipes map[uint32][]*description
+	firsts    map[uint32][]*description // by table
+	links     Links
+	ghosts    map[uint32]*ghostFile
+	memfds    map[uint32]*memfdFile
+	pipes     map[uint32]*queue
+	fifos     map[uint32]*queue
+	queues    map[uint32][]message
+	locks     map[uint32][]*fileLock       // by table
+	handed    map[string]*Inherit          // by the name in the image
+	conns     map[*description]*connection // TCP, by their ends
+	tcps      map[tcpPair]bool             // TCP connections of this host
+	lockID    string                       // of the dump's network lock; empty: none
 }
 
 // maxFD bounds descriptor numbers; the kernel's own bound is lower.
@@ -127,7 +136,7 @@ func NewRestorer(log hclog.Logger, set *image.Set, o RestoreOptions) (*Restorer,
 	r := &Restorer{
 		log: log.Named("files"), set: set, opts: o,
 		byID: map[uint32]*description{}, byIno: map[uint32]*description{}, tables: map[uint32]*table{}, facts: map[uint32]*image.FileFacts{},
-		remaps: map[uint32]uint32{}, linked: map[uint32]uint32{}, noted: map[uint32]bool{}, ghosts: map[uint32]*ghostFile{}, memfds: map[uint32]*memfdFile{}, handed: map[string]*Inherit{},
+		remaps: map[uint32]uint32{}, linked: map[uint32]uint32{}, noted: map[uint32]bool{}, latePipes: map[uint32][]*description{}, ghosts: map[uint32]*ghostFile{}, memfds: map[uint32]*memfdFile{}, handed: map[string]*Inherit{},
 		conns: map[*description]*connection{},
 		locks: map[uint32][]*fileLock{},
 	}
@@ -457,7 +466,7 @@ func openEach(open func(*Restorer, *description) error) func(*Restorer, []*descr
 func (r *Restorer) byKind(k *kind) []*description {
 	var out []*description
 	for _, x := range r.all {
-		if x.kind == k && x.part == nil {
+		if x.kind == k && x.part == nil && !x.isLate {
 			out = append(out, x)
 		}
 	}
@@ -468,6 +477,7 @@ func (r *Restorer) byKind(k *kind) []*description {
 // address and state. Memory files and deleted files are empty but of full size.
 // Everything that fails is told in one error; Close then cleans up.
 func (r *Restorer) Open() error {
+	r.planLate()
 	var errs []error
 	for _, k := range kinds {
 		if xs := r.byKind(k); len(xs) > 0 {
@@ -526,31 +536,20 @@ func (r *Restorer) File(id uint32) (*os.File, error) {
 
 // Descriptors lists a table of descriptors, in ascending order. Besides the
 // table's own there may be further ones, which Calls use and close.
-func (r *Restorer) Descriptors(filesID uint32) ([]Descriptor, error) {
+func (r *Restorer) Descriptors(filesID uint32) []Descriptor {
 	t := r.tables[filesID]
 	if t == nil {
-		return nil, nil // CRIU writes no image for a process without descriptors
+		return nil // CRIU writes no image for a process without descriptors
 	}
 	out := make([]Descriptor, 0, len(t.byFD)+len(t.spare))
-	add := func(fd int, x *description, cloexec bool) error {
-		if x.file == nil {
-			return fmt.Errorf("%s is not open", r.who(x))
-		}
-		out = append(out, Descriptor{FD: fd, Cloexec: cloexec, File: x.file})
-		return nil
-	}
 	for fd, x := range t.byFD {
-		if err := add(fd, x, t.cloexec[fd]); err != nil {
-			return nil, err
-		}
+		out = append(out, Descriptor{FD: fd, Cloexec: t.cloexec[fd], x: x})
 	}
 	for x, fd := range t.spare {
-		if err := add(fd, x, true); err != nil {
-			return nil, err
-		}
+		out = append(out, Descriptor{FD: fd, Cloexec: true, x: x, spare: true})
 	}
 	slices.SortFunc(out, func(a, b Descriptor) int { return a.FD - b.FD })
-	return out, nil
+	return out
 }
 
 // Calls makes the system calls that one process with the table must execute once
@@ -571,11 +570,7 @@ func (r *Restorer) Calls(filesID uint32) ([]*ptrace.Call, error) {
 		out = append(out, ptrace.NewCall(fmt.Sprintf("close fd %d", fd), unix.SYS_CLOSE, ptrace.Int(fd)))
 	}
 	out = append(out, r.lockCalls(filesID)...)
-	for _, x := range r.all {
-		// The first descriptor of the first table does it for the description.
-		if x.part != nil || len(x.at) == 0 || x.at[0].filesID != filesID || r.isForwarded(x) {
-			continue
-		}
+	for _, x := range r.firstIn(filesID) {
 		o, flags := r.ownerOf(x)
 		out = append(out, ownerCalls(x.at[0].fd, o, flags)...)
 		if x.kind == kindUnix {
@@ -583,6 +578,20 @@ func (r *Restorer) Calls(filesID uint32) ([]*ptrace.Call, error) {
 		}
 	}
 	return out, nil
+}
+
+// firstIn lists the descriptions that have their first descriptor in a table,
+// which does for a description what must be done once.
+func (r *Restorer) firstIn(filesID uint32) []*description {
+	if r.firsts == nil {
+		r.firsts = map[uint32][]*description{}
+		for _, x := range r.all {
+			if x.part == nil && len(x.at) > 0 && !r.isForwarded(x) {
+				r.firsts[x.at[0].filesID] = append(r.firsts[x.at[0].filesID], x)
+			}
+		}
+	}
+	return r.firsts[filesID]
 }
 
 // Close closes everything that was made and not handed on. It may be called twice.

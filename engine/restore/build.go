@@ -703,6 +703,9 @@ func (t *Tree) complete(ctx context.Context) error {
 		}
 		t.log.Debug("process stands", "pid", p.vpid, "comm", p.comm(), "threads", len(p.threads))
 	}
+	if err := t.files.Last(); err != nil {
+		return err
+	}
 	return t.lastWords()
 }
 

@@ -3,9 +3,11 @@ package restore
 import (
 	"fmt"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
+	"godwit/engine/files"
 	"godwit/engine/ptrace"
 )
 
@@ -42,40 +44,63 @@ func (t *Tree) place(p *process) error {
 
 // descriptors fills the descriptor table of a process, and of those that share it.
 func (t *Tree) descriptors(p *process) error {
-	r := p.remote()
-	list, err := t.files.Descriptors(p.filesID)
-	if err != nil {
-		return err
-	}
-	// New descriptors arrive at the lowest free numbers and are moved above all
-	// that are wanted, before those are filled.
+	list := t.files.Descriptors(p.filesID)
 	high := t.ch.fd
 	for _, d := range list {
 		high = max(high, d.FD)
 	}
-	high++
-	var calls []*ptrace.Call
-	add := func(what string, nr uintptr, args ...ptrace.Arg) {
-		calls = append(calls, ptrace.NewCall(what, nr, args...))
+	var lim unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
+		return os.NewSyscallError("getrlimit", err)
 	}
+	fill := t.placeFromAbove
+	if uint64(high)+uint64(len(list))+maxRights >= lim.Max { // which the new processes have, too
+		fill = t.placeFromBelow
+	}
+	if err := fill(p, list, high+1); err != nil {
+		return err
+	}
+	t.files.Placed(p.filesID, p.remote().Tid, list)
+	return nil
+}
+
+func closeCall(n int) *ptrace.Call { return ptrace.NewCall("close", unix.SYS_CLOSE, ptrace.Int(n)) }
+
+func placeCall(from int, d files.Descriptor) *ptrace.Call {
+	flags := 0
+	if d.Cloexec {
+		flags = unix.O_CLOEXEC
+	}
+	return ptrace.NewCall(fmt.Sprintf("place fd %d", d.FD), unix.SYS_DUP3, ptrace.Int(from), ptrace.Int(d.FD), ptrace.Int(flags))
+}
+
+// send gives a process the files of some descriptors, under any numbers.
+func (t *Tree) send(p *process, part []files.Descriptor) ([]int, error) {
+	fs, err := t.files.Hold(p.filesID, part)
+	if err != nil {
+		return nil, err
+	}
+	nums, err := t.ch.give(p.remote(), fs)
+	t.files.Let(p.filesID, part)
+	return nums, err
+}
+
+// placeFromAbove has new descriptors, which arrive at the lowest free numbers,
+// moved to high and above, where none is wanted, before those are filled.
+func (t *Tree) placeFromAbove(p *process, list []files.Descriptor, high int) error {
+	r := p.remote()
 	moved := make([]int, 0, len(list))
 	for start := 0; start < len(list); start += maxRights {
 		part := list[start:min(start+maxRights, len(list))]
-		fs := make([]*os.File, len(part))
-		for i, d := range part {
-			fs[i] = d.File
-		}
-		nums, err := t.ch.give(r, fs)
+		nums, err := t.send(p, part)
 		if err != nil {
 			return err
 		}
 		dups := make([]*ptrace.Call, len(nums))
-		for i, n := range nums {
-			dups[i] = ptrace.NewCall(fmt.Sprintf("move descriptor for fd %d", part[i].FD), unix.SYS_FCNTL, ptrace.Int(n), ptrace.Int(unix.F_DUPFD_CLOEXEC), ptrace.Int(high))
-		}
 		closes := make([]*ptrace.Call, len(nums))
 		for i, n := range nums {
-			closes[i] = ptrace.NewCall("close", unix.SYS_CLOSE, ptrace.Int(n))
+			dups[i] = ptrace.NewCall(fmt.Sprintf("move descriptor for fd %d", part[i].FD), unix.SYS_FCNTL, ptrace.Int(n), ptrace.Int(unix.F_DUPFD_CLOEXEC), ptrace.Int(high))
+			closes[i] = closeCall(n)
 		}
 		if err := r.Run(append(dups, closes...)...); err != nil {
 			return err
@@ -84,16 +109,63 @@ func (t *Tree) descriptors(p *process) error {
 			moved = append(moved, int(d.Ret))
 		}
 	}
-	add("close descriptors of the stub", unix.SYS_CLOSE_RANGE, ptrace.Int(0), ptrace.Int(high-1), ptrace.Int(0))
+	calls := []*ptrace.Call{ptrace.NewCall("close descriptors of the stub", unix.SYS_CLOSE_RANGE, ptrace.Int(0), ptrace.Int(high-1), ptrace.Int(0))}
 	for i, d := range list {
-		flags := 0
-		if d.Cloexec {
-			flags = unix.O_CLOEXEC
-		}
-		add(fmt.Sprintf("place fd %d", d.FD), unix.SYS_DUP3, ptrace.Int(moved[i]), ptrace.Int(d.FD), ptrace.Int(flags))
+		calls = append(calls, placeCall(moved[i], d))
 	}
-	add("close moved descriptors", unix.SYS_CLOSE_RANGE, ptrace.Int(high), ptrace.Int(^uint32(0)), ptrace.Int(0))
+	calls = append(calls, ptrace.NewCall("close moved descriptors", unix.SYS_CLOSE_RANGE, ptrace.Int(high), ptrace.Int(^uint32(0)), ptrace.Int(0)))
 	return r.Run(calls...)
+}
+
+// placeFromBelow is for a process that has more than half as many descriptors
+// as it may have. The highest are placed first: as long as at least as many are
+// still to come as are sent at once, those arrive below all that are wanted. The
+// rest comes one by one, and what takes the number of the channel last.
+func (t *Tree) placeFromBelow(p *process, list []files.Descriptor, _ int) error {
+	r := p.remote()
+	ch := t.ch.fd
+	err := r.Run(ptrace.NewCall("close descriptors of the stub", unix.SYS_CLOSE_RANGE, ptrace.Int(0), ptrace.Int(ch-1), ptrace.Int(0)),
+		ptrace.NewCall("close descriptors of the stub", unix.SYS_CLOSE_RANGE, ptrace.Int(ch+1), ptrace.Int(^uint32(0)), ptrace.Int(0)))
+	if err != nil {
+		return err
+	}
+	rest := slices.Clone(list)
+	var last []files.Descriptor
+	if i := slices.IndexFunc(rest, func(d files.Descriptor) bool { return d.FD == ch }); i >= 0 {
+		last = append(last, rest[i])
+		rest = slices.Delete(rest, i, i+1)
+	}
+	for len(rest) > 0 {
+		n := 1
+		if len(rest) >= 2*maxRights {
+			n = maxRights
+		}
+		part := rest[len(rest)-n:]
+		rest = rest[:len(rest)-n]
+		if err := t.placeAt(p, part); err != nil {
+			return err
+		}
+	}
+	if len(last) == 0 {
+		return r.Run(closeCall(ch))
+	}
+	return t.placeAt(p, last)
+}
+
+func (t *Tree) placeAt(p *process, part []files.Descriptor) error {
+	nums, err := t.send(p, part)
+	if err != nil {
+		return err
+	}
+	var calls, closes []*ptrace.Call
+	for i, n := range nums {
+		if n != part[i].FD {
+			calls, closes = append(calls, placeCall(n, part[i])), append(closes, closeCall(n))
+		} else if part[i].Cloexec {
+			calls = append(calls, ptrace.NewCall(fmt.Sprintf("fcntl F_SETFD of fd %d", n), unix.SYS_FCNTL, ptrace.Int(n), ptrace.Int(unix.F_SETFD), ptrace.Int(unix.FD_CLOEXEC)))
+		}
+	}
+	return p.remote().Run(append(calls, closes...)...)
 }
 
 // directories gives the working directory of a process and, if it is not the
