@@ -29,6 +29,8 @@ type restoreFlags struct {
 	fileLocks      bool
 	leaveStopped   bool
 	files          fileFlags
+	root           string
+	external       []string
 }
 
 func cmdRestore() *cobra.Command {
@@ -69,6 +71,9 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 	fs.BoolVar(&f.tcpClose, "tcp-close", false, "make sockets that had a TCP connection again as if it had ended")
 	fs.StringVar(&f.networkLock, "network-lock", "nftables", "how the network was locked: nftables, or skip to leave it as it is")
 	f.files.add(fs, false)
+	fs.StringVarP(&f.root, "root", "r", "", "the directory that becomes the root of a tree with mounts of its own")
+	fs.StringArrayVar(&f.external, "external", nil, "a mount that the images call external: mnt[NAME]:PATH; may be repeated")
+	fs.Bool("mntns-compat-mode", false, "accepted for scripts: mounts are made in one way only, on every kernel")
 	foreignFlags(fs,
 		"address",
 		"auto-dedup",
@@ -86,7 +91,6 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 		"exec-cmd",
 		"ext-mount-map,M",
 		"ext-unix-sk,x",
-		"external",
 		"freeze-cgroup",
 		"join-ns",
 		"lazy-pages",
@@ -94,12 +98,10 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 		"lsm-mount-context",
 		"lsm-profile",
 		"manage-cgroups",
-		"mntns-compat-mode",
 		"page-server",
 		"port",
 		"ps-socket",
 		"restore-sibling,S",
-		"root,r",
 		"skip-mnt",
 		"status-fd",
 		"stream",
@@ -121,6 +123,7 @@ func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logge
 		return err
 	}
 	opts := engine.RestoreOptions{TCPEstablished: f.tcpEstablished, TCPClose: f.tcpClose, NetworkLock: lock, FileLocks: f.fileLocks}
+	opts.Root, opts.External = f.root, f.external
 	if opts.Files, err = f.files.restore(); err != nil {
 		return err
 	}

@@ -54,8 +54,11 @@ type DumpOptions struct {
 	// needs LockSkip.
 	NetworkLock NetworkLock
 	// External are keys of files that the destination provides: file[mnt:ino],
-	// both hexadecimal. A key that matches nothing is a refusal.
+	// both hexadecimal; and mounts that it provides, in a tree with mounts of its
+	// own: mnt[MOUNTPOINT]:NAME. What matches nothing is a refusal.
 	External []string
+	// SkipMounts are mount points that a tree with mounts of its own goes without.
+	SkipMounts []string
 	// Files says how open files are dumped.
 	Files FileOptions
 	// Timeout bounds the freezing of all tasks; 0 means 10 s.
@@ -84,6 +87,11 @@ const (
 
 // RestoreOptions says how and where a tree is rebuilt.
 type RestoreOptions struct {
+	// Root is the directory that becomes the root of a tree with mounts of its own;
+	// empty: what it was.
+	Root string
+	// External are mounts that this host provides: mnt[NAME]:PATH.
+	External []string
 	// TCPEstablished makes TCP connections again; without it images with
 	// connections are refused.
 	TCPEstablished bool

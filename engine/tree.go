@@ -32,8 +32,12 @@ const (
 )
 
 func (o DumpOptions) internal() (dump.Options, error) {
-	d := dump.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, SkipInFlight: o.SkipInFlight, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, Elsewhere: o.Elsewhere, Host: o.Host}
+	d := dump.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, SkipInFlight: o.SkipInFlight, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, Elsewhere: o.Elsewhere, Host: o.Host}
 	d.Files = o.Files
+	var err error
+	if d.External, d.Mounts, err = o.external(); err != nil {
+		return d, err
+	}
 	switch o.NetworkLock {
 	case LockNone:
 	case LockSkip:
@@ -285,7 +289,11 @@ func (e *Engine) Restore(ctx context.Context, src image.Source, o RestoreOptions
 	for k, v := range o.Inherit {
 		in[k] = files.Inherit{File: v.File, Forward: v.Forward}
 	}
-	t, err := restore.Restore(ctx, e.log, src, restore.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, TCPOutside: o.NetworkLock != LockNone, LockSkip: o.NetworkLock == LockSkip, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, Files: o.Files, TimeNamespace: o.TimeNamespace})
+	mounts, err := o.mounts()
+	if err != nil {
+		return nil, err
+	}
+	t, err := restore.Restore(ctx, e.log, src, restore.Options{Root: o.Root, Mounts: mounts, TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, TCPOutside: o.NetworkLock != LockNone, LockSkip: o.NetworkLock == LockSkip, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, Files: o.Files, TimeNamespace: o.TimeNamespace})
 	if err != nil {
 		return nil, err
 	}

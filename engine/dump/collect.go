@@ -41,6 +41,7 @@ type Options struct {
 	GhostLimit     uint64   // bytes
 	FileLocks      bool     // carried, not refused
 	Elsewhere      bool     // the tree goes to another host
+	Mounts         ns.MountOptions
 	Host           string
 	Files          plan.FileOptions
 }
@@ -80,7 +81,7 @@ type collector struct {
 	segments map[uint32]*segment // System V shared memory by id
 	own      ns.Set              // namespaces that the tree has for itself
 	links    ns.Links            // those of the root
-	landed   bool                // the pid namespace is a restore's
+	mounts   *ns.Mounts          // of a mount namespace of its own
 	rss      uint64
 	limits   map[int]plan.Rlimit
 }
@@ -98,6 +99,7 @@ func newCollector(log hclog.Logger, o Options, root int, emit func(image.Entry) 
 // close gives back every descriptor that was taken.
 func (c *collector) close() error {
 	err := c.files.Close()
+	c.mounts.Close()
 	for _, s := range c.shmems {
 		err = errors.Join(err, s.file.Close())
 	}
@@ -369,9 +371,6 @@ func (c *collector) state(p *process) error {
 	if !st.Kthread && compat(p.pid) {
 		c.refuse(p, "", "is a 32-bit program, which cannot be carried", "")
 	}
-	if p.vpid == 1 && !carried.Has(ns.Pid) {
-		c.refuse(p, "", "is the first process of a pid namespace", "move the process below it")
-	}
 	return c.namespaces(p)
 }
 
@@ -575,6 +574,17 @@ func (c *collector) plan() (*plan.Plan, error) {
 	}
 	slices.SortFunc(pl.Rlimits, func(a, b plan.Rlimit) int { return cmp.Compare(a.Resource, b.Resource) })
 	pl.Files, pl.External, pl.Ports, pl.OpenFiles = c.files.Plan()
+	if c.own.Has(ns.Pid) {
+		for i := range pl.Tasks {
+			pl.Tasks[i].VTids = nil // always free
+		}
+	}
+	if c.own.Has(ns.Mnt) {
+		pl.Files = nil // where no host can look before the mounts are made
+	}
+	if c.own.Has(ns.Net) {
+		pl.Ports = nil
+	}
 	var err error
 	if pl.CPUFlags, err = procfs.CPUFlags(); err != nil {
 		return nil, err

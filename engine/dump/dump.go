@@ -107,12 +107,13 @@ func Dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 	facts.Files = c.files.Facts()
 	facts.Ghosts = c.files.GhostFacts()
 	facts.SysV = c.sysvFacts()
+	facts.Mounts = c.mounts.Facts()
 	if !c.own.Has(ns.Ipc) { // else they end with their namespace
 		for _, s := range facts.SysV {
 			st.Segments = append(st.Segments, int(s.ID))
 		}
 	}
-	if err := ns.Dump(ns.Dumped{Pid: c.procs[0].pid, Own: c.own, Shm: facts.SysV}, sink.Entry); err != nil {
+	if err := ns.Dump(ns.Dumped{Pid: c.procs[0].pid, Own: c.own, Shm: facts.SysV, Mounts: c.mounts}, sink.Entry); err != nil {
 		return st, err
 	}
 	if err := sink.Facts(facts); err != nil {

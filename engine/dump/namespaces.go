@@ -11,7 +11,7 @@ import (
 )
 
 // carried are the kinds of namespaces that a tree may have of its own.
-const carried = ns.Uts | ns.Ipc | ns.Time
+const carried = ns.Uts | ns.Ipc | ns.Pid | ns.Mnt | ns.Time
 
 // setOwn finds out which namespaces the tree has of its own.
 func (c *collector) setOwn(root *process) error {
@@ -27,9 +27,15 @@ func (c *collector) setOwn(root *process) error {
 		// It landed in a pid namespace of its own, and for its /proc in a mount
 		// namespace: both are made anew by the next restore, if that is asked for.
 		c.own &^= ns.Pid | ns.Mnt
-		c.landed = true
 	}
-	return nil
+	if !c.own.Has(ns.Mnt) {
+		return nil
+	}
+	c.mounts, err = ns.ReadMounts(root.pid, c.o.Mounts, func(path, reason, hint string) { c.refuse(root, path, reason, hint) })
+	if err == nil {
+		c.files.SetRoot(c.mounts.Path)
+	}
+	return err
 }
 
 // namespaces refuses a process that lives in namespaces that cannot be made again.

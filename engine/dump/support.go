@@ -28,6 +28,8 @@ func Support() []plan.Support {
 		{Kind: "working directory, root and umask"},
 		{Kind: "a UTS namespace of the tree's own"},
 		{Kind: "an IPC namespace of the tree's own", Note: "with settings, System V semaphores, message queues and shared memory"},
+		{Kind: "a pid namespace of the tree's own, with its first process as root"},
+		{Kind: "a mount namespace of the tree's own", Note: "mounts of file systems that the host has too are bound from there, by their paths; proc, sysfs, tmpfs (with up to 48 MiB in it), devpts, mqueue and overlay are mounted anew"},
 		{Kind: "System V semaphores and message queues of the host", Note: "stay where they are; a migration of their users is refused"},
 	}
 }

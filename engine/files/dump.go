@@ -166,7 +166,8 @@ type Dumper struct {
 	links   Links
 	remaps  []*linkRemap
 	remapOf map[inodeID]*linkRemap
-	mntns   map[int]bool // pid → lives in another mount namespace
+	mntns   map[int]bool        // pid → lives in another mount namespace
+	root    func(string) string // where paths of the tree are found; nil: by mntns
 	others  *outsiders
 	netns   inodeID
 	fresh   map[sockType][][]byte // options of new sockets

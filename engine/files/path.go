@@ -114,6 +114,9 @@ func (d *Dumper) alias(o *object) string {
 // rootOf is the directory under which the paths of o's holder are looked up: that
 // of this process unless the holder lives in another mount namespace.
 func (d *Dumper) rootOf(o *object) string {
+	if d.root != nil {
+		return d.root("")
+	}
 	pid := o.first().proc.Pid
 	other, ok := d.mntns[pid]
 	if !ok {

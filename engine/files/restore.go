@@ -34,6 +34,9 @@ type RestoreOptions struct {
 	// Open opens a path as the tree sees it, with open(2)'s flags; nil opens it as
 	// this process sees it. It must not change the flags.
 	Open func(path string, flags int, mode uint32) (*os.File, error)
+	// Root is the root directory of a tree with mounts of its own, nil for this
+	// process's.
+	Root *os.File
 	// TCPEstablished makes TCP connections again.
 	TCPEstablished bool
 	// TCPClose makes sockets that had a TCP connection again as if it had ended.

@@ -269,8 +269,8 @@ func btoi(b bool) int {
 func (d *Dumper) otherNetns(o *object) (bool, error) {
 	if d.netns == (inodeID{}) {
 		var st unix.Stat_t
-		if err := unix.Stat("/proc/self/ns/net", &st); err != nil {
-			return false, &os.PathError{Op: "stat", Path: "/proc/self/ns/net", Err: err}
+		if err := unix.Stat("/proc/thread-self/ns/net", &st); err != nil {
+			return false, &os.PathError{Op: "stat", Path: "/proc/thread-self/ns/net", Err: err}
 		}
 		d.netns = inode(&st)
 	}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
@@ -413,6 +412,7 @@ func checkUnix(r *Restorer, x *description) error {
 // unixOpener makes the unix sockets of a tree: first listeners and others that
 // only have a name, then connections, then what they hold.
 type unixOpener struct {
+	boot  string // id of this boot
 	r     *Restorer
 	byIno map[uint32]*description
 	// sharing counts the sockets with a name; those beyond the listener were accepted.
@@ -423,8 +423,18 @@ type unixOpener struct {
 	tmpPaths  []string
 }
 
-func openUnix(r *Restorer, xs []*description) []error {
-	u := &unixOpener{r: r, byIno: map[uint32]*description{}, sharing: map[string]int{}, listeners: map[string]*description{}, temporary: map[string]*os.File{},
+func openUnix(r *Restorer, xs []*description) (errs []error) {
+	boot := bootID()
+	_ = r.inRoot(func() error {
+		errs = openUnixInside(r, xs, boot)
+		return nil
+	})
+	return errs
+}
+
+// openUnixInside is openUnix where paths are the tree's. boot is the id of this boot.
+func openUnixInside(r *Restorer, xs []*description, boot string) []error {
+	u := &unixOpener{r: r, boot: boot, byIno: map[uint32]*description{}, sharing: map[string]int{}, listeners: map[string]*description{}, temporary: map[string]*os.File{},
 		closers: map[*description]*os.File{}}
 	defer u.close()
 	var todo []*description
@@ -535,12 +545,12 @@ func (u *unixOpener) bind(x *description, f *os.File) error {
 			return err
 		}
 	}
-	return bindName(f, e)
+	return u.bindName(f, e)
 }
 
-func bindName(f *os.File, e *sk_unix.UnixSkEntry) error {
+func (u *unixOpener) bindName(f *os.File, e *sk_unix.UnixSkEntry) error {
 	name := unixName(e)
-	return byName(e, func() error {
+	return u.byName(e, func() error {
 		if err := sys.BindUnix(int(f.Fd()), name); err != nil {
 			return fmt.Errorf("bind it to %q: %w", name, err)
 		}
@@ -549,30 +559,11 @@ func bindName(f *os.File, e *sk_unix.UnixSkEntry) error {
 }
 
 // byName runs fn where the name of e, if it is a relative path, is valid.
-func byName(e *sk_unix.UnixSkEntry, fn func() error) error {
+func (u *unixOpener) byName(e *sk_unix.UnixSkEntry, fn func() error) error {
 	if n := unixName(e); len(n) > 0 && n[0] != 0 && n[0] != '/' {
-		return inDir(e.GetNameDir(), fn)
+		return u.r.inDir(e.GetNameDir(), fn)
 	}
 	return fn()
-}
-
-// inDir runs fn with a working directory of its own.
-func inDir(dir string, fn func() error) error {
-	c := make(chan error)
-	go func() {
-		// Not unlocked: the thread ends with the goroutine.
-		runtime.LockOSThread()
-		if err := unix.Unshare(unix.CLONE_FS); err != nil {
-			c <- os.NewSyscallError("unshare", err)
-			return
-		}
-		if err := unix.Chdir(dir); err != nil {
-			c <- &os.PathError{Op: "chdir", Path: dir, Err: err}
-			return
-		}
-		c <- fn()
-	}()
-	return <-c
 }
 
 // vacate makes sure that a path is free. A socket file stands in the way, unless
@@ -591,7 +582,7 @@ func (u *unixOpener) vacate(x *description, path string) error {
 	}
 	f := u.r.facts[x.id]
 	if f == nil || f.Dev != uint64(st.Dev) || f.Ino != st.Ino || u.r.set.Facts == nil || u.r.set.Facts.BootID == "" ||
-		u.r.set.Facts.BootID != bootID() || answered(path, x.entry.GetUsk().GetType()) {
+		u.r.set.Facts.BootID != u.boot || answered(path, x.entry.GetUsk().GetType()) {
 		return fmt.Errorf("its path is taken by another socket: end the program that owns it, or remove the file %s", path)
 	}
 	if err := unix.Unlink(path); err != nil {
@@ -633,7 +624,7 @@ func (u *unixOpener) connected(x *description) error {
 			return nil
 		}
 		pe := peer.entry.GetUsk()
-		err := byName(pe, func() error { return sys.ConnectUnix(int(x.file.Fd()), unixName(pe)) })
+		err := u.byName(pe, func() error { return sys.ConnectUnix(int(x.file.Fd()), unixName(pe)) })
 		if err != nil {
 			return fmt.Errorf("connect it to %q: %w", unixName(pe), err)
 		}
@@ -724,7 +715,7 @@ func (u *unixOpener) listener(x *description) *os.File {
 	if err != nil {
 		return nil
 	}
-	if err := bindName(f, e); err != nil {
+	if err := u.bindName(f, e); err != nil {
 		_ = f.Close()
 		return nil
 	}
@@ -757,7 +748,7 @@ func (u *unixOpener) accept(l *os.File, a, client *description) (near, far *os.F
 			return nil, nil, err
 		}
 	}
-	if err = byName(e, func() error { return sys.ConnectUnix(int(far.Fd()), unixName(e)) }); err != nil {
+	if err = u.byName(e, func() error { return sys.ConnectUnix(int(far.Fd()), unixName(e)) }); err != nil {
 		return nil, nil, fmt.Errorf("connect to %q: %w", unixName(e), err)
 	}
 	token := make([]byte, 16)
@@ -838,7 +829,7 @@ func (u *unixOpener) fill(x *description) error {
 	for i, m := range ms {
 		send := func() error { return sendAll(from, name, m.data, e.GetType() == unix.SOCK_STREAM) }
 		if len(name) > 0 {
-			err = byName(e, send)
+			err = u.byName(e, send)
 		} else {
 			err = send()
 		}

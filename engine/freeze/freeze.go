@@ -577,8 +577,9 @@ func (t *Tree) Kill() error {
 			}
 		}
 		// The other threads first: waiting for a leader while they are not
-		// reaped never returns.
-		for _, p := range t.Procs {
+		// reaped never returns. Children before their parents: the first process
+		// of a pid namespace ends after all others in it.
+		for _, p := range slices.Backward(t.Procs) {
 			for i := len(p.Threads) - 1; i >= 0; i-- {
 				if err := Reap(p.Threads[i].Tid); err != nil {
 					errs = append(errs, err)

@@ -39,6 +39,9 @@ type Facts struct {
 	// SysV are the System V segments of shared memory; their contents are a
 	// data set of shared memory by the same id.
 	SysV []SysVFacts `json:"sysv,omitempty"`
+	// Mounts are of those mounts of a tree's own mount namespace that are bound from
+	// what other mounts cover on the host.
+	Mounts []MountFacts `json:"mounts,omitempty"`
 }
 
 // TaskFacts belongs to one thread.
@@ -161,6 +164,12 @@ type SysVFacts struct {
 	GID  uint32 `json:"gid"`
 	CUID uint32 `json:"cuid"` // of the creator
 	CGID uint32 `json:"cgid"`
+}
+
+// MountFacts belongs to one mount (by mnt_id in mountpoints).
+type MountFacts struct {
+	ID      uint32 `json:"id"`
+	Covered int    `json:"covered"` // how many mounts cover its source on the host
 }
 
 // Range is a range of addresses, page-aligned.

@@ -3,6 +3,8 @@ package ns
 import (
 	"fmt"
 
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/pidns"
+
 	"godwit/engine/image"
 )
 
@@ -12,6 +14,8 @@ type Dumped struct {
 	Own Set
 	// Shm are the segments of shared memory in an IPC namespace of its own.
 	Shm []image.SysVFacts
+	// Mounts are those of a mount namespace of its own.
+	Mounts *Mounts
 }
 
 // Dump emits the images of the namespaces that a tree has of its own.
@@ -28,6 +32,16 @@ func Dump(d Dumped, emit Emit) error {
 		}
 		if err := Do(d.Pid, x.kind, x.dump); err != nil {
 			return fmt.Errorf("dump the %s namespace of pid %d: %w", x.kind.Names()[0], d.Pid, err)
+		}
+	}
+	if d.Own.Has(Pid) {
+		if err := emit(image.Entry{File: image.PidnsFile(Pid.id()), Magic: image.MagicPidns, Msg: &pidns.PidnsEntry{}}); err != nil {
+			return err
+		}
+	}
+	if d.Own.Has(Mnt) {
+		if err := d.Mounts.dump(emit); err != nil {
+			return fmt.Errorf("dump the mounts of pid %d: %w", d.Pid, err)
 		}
 	}
 	return nil

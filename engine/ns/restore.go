@@ -2,16 +2,33 @@ package ns
 
 import (
 	"fmt"
+	"os"
 
 	"godwit/engine/image"
+	"godwit/engine/ptrace"
 )
 
 // Restorable are the kinds of namespaces that can be made again. One of clocks
 // is made, or not, as the clocks of the host want it.
-const Restorable = Uts | Ipc | Time
+const Restorable = Uts | Ipc | Pid | Mnt | Time
 
-// Restore fills the new namespaces in which a process of the tree lives.
-func Restore(set *image.Set, im Images, pid int) error {
+// RestoreOptions says how namespaces are filled.
+type RestoreOptions struct {
+	// Pid is the root of the tree, on this host, which lives in the new namespaces.
+	Pid int
+	// Run executes system calls in it.
+	Run func(...*ptrace.Call) error
+	// Root is the directory that becomes the root of a tree with mounts of its own;
+	// empty: what it was.
+	Root string
+	// External are paths on this host of external mounts, by their keys.
+	External map[string]string
+}
+
+// Restore fills the new namespaces of a tree. root is the root directory of its
+// mount namespace, nil if that is not its own; the caller closes it.
+// Preconditions: on the tracer's thread.
+func Restore(set *image.Set, im Images, o RestoreOptions) (root *os.File, err error) {
 	for _, x := range []struct {
 		kind Set
 		fill func(*image.Set, uint32) error
@@ -22,9 +39,14 @@ func Restore(set *image.Set, im Images, pid int) error {
 		if !im.Own.Has(x.kind) {
 			continue
 		}
-		if err := Do(pid, x.kind, func() error { return x.fill(set, im.ids[x.kind]) }); err != nil {
-			return fmt.Errorf("make the %s namespace of the tree: %w", x.kind.Names()[0], err)
+		if err := Do(o.Pid, x.kind, func() error { return x.fill(set, im.ids[x.kind]) }); err != nil {
+			return nil, fmt.Errorf("make the %s namespace of the tree: %w", x.kind.Names()[0], err)
 		}
 	}
-	return nil
+	if im.Own.Has(Mnt) {
+		if root, err = restoreMnt(set, im, o); err != nil {
+			return nil, fmt.Errorf("make the mounts of the tree: %w", err)
+		}
+	}
+	return root, nil
 }

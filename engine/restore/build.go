@@ -35,8 +35,12 @@ type Options struct {
 	Inherit         map[string]files.Inherit
 	NewPidNamespace bool
 	FileLocks       bool
-	Files           plan.FileRestoreOptions
-	TimeNamespace   Clocks
+	// Root and Mounts are where a tree with mounts of its own has its root and its
+	// external mounts, by their keys.
+	Root          string
+	Mounts        map[string]string
+	Files         plan.FileRestoreOptions
+	TimeNamespace Clocks
 }
 
 // Tree is a rebuilt tree. None of its tasks has run yet; all are stopped with
@@ -51,6 +55,7 @@ type Tree struct {
 	files   *files.Restorer
 	landing *files.Landing // TCP connections that lead out of the tree
 	shmems  map[uint32]*os.File
+	rootDir *os.File     // root directory of a mount namespace of the tree's own
 	links   *files.Links // names to remove once the tree runs
 	made    []int        // System V segments that go with a Discard
 	spare   uint64
@@ -170,7 +175,7 @@ func (t *Tree) loginUID(p *process) error {
 
 // sow starts the stub and gives it the spare memory.
 func (t *Tree) sow() (err error) {
-	if t.stub, err = startStub(t.ch, t.o.NewPidNamespace); err != nil {
+	if t.stub, err = startStub(t.ch, t.newPid()); err != nil {
 		return err
 	}
 	taken := append(append([]span(nil), t.stub.special...), t.stub.rest...)
@@ -186,8 +191,8 @@ func (t *Tree) sow() (err error) {
 func (t *Tree) openFiles(set *image.Set) (err error) {
 	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, TCPClose: t.o.TCPClose, TCPOutside: t.o.TCPOutside, LockSkip: t.o.LockSkip, Inherit: t.o.Inherit, FileLocks: t.o.FileLocks, FileRestoreOptions: t.o.Files}
 	fo.Pid = t.hostPid
-	if t.o.NewPidNamespace {
-		fo.Open = t.openInside
+	if t.newPid() || t.rootDir != nil {
+		fo.Open, fo.Root = t.openInside, t.rootDir
 	}
 	if t.files, err = files.NewRestorer(t.log, set, fo); err != nil {
 		return err
@@ -217,18 +222,21 @@ func (t *Tree) hostPid(vtid int) (int, bool) {
 	return 0, false
 }
 
-// openInside opens a path in the mount namespace of the stub.
+// openInside opens a path in the mount namespace of the tree.
 func (t *Tree) openInside(path string, flags int, mode uint32) (*os.File, error) {
-	root, err := unix.Open(procfs.Path(t.stub.remote.Tid, "root"), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	root := t.rootDir
+	if root == nil {
+		var err error
+		if root, err = os.OpenFile(procfs.Path(t.stub.remote.Tid, "root"), unix.O_PATH|unix.O_DIRECTORY, 0); err != nil {
+			return nil, err
+		}
+		defer func() { _ = root.Close() }()
 	}
-	defer func() { _ = unix.Close(root) }()
 	how := &unix.OpenHow{Flags: uint64(flags) | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT}
 	if flags&unix.O_CREAT != 0 {
 		how.Mode = uint64(mode)
 	}
-	fd, err := unix.Openat2(root, path, how)
+	fd, err := unix.Openat2(int(root.Fd()), path, how)
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
@@ -318,7 +326,7 @@ func (t *Tree) explain(err error, tid int) error {
 	if !errors.Is(err, unix.EEXIST) {
 		return err
 	}
-	if t.o.NewPidNamespace {
+	if t.newPid() || t.model.own.Own.Has(ns.Pid) {
 		return fmt.Errorf("pid %d is taken in the new pid namespace: %w", tid, err)
 	}
 	return fmt.Errorf("%w: %w", PidTaken(tid), err)
@@ -711,7 +719,7 @@ func (t *Tree) complete(ctx context.Context) error {
 
 // lastWords ends or releases the stub: nothing more is cloned from it.
 func (t *Tree) lastWords() error {
-	if !t.o.NewPidNamespace {
+	if !t.newPid() {
 		err := t.stub.kill()
 		t.stub = nil
 		return err
@@ -781,6 +789,10 @@ func (t *Tree) releaseFiles() error {
 	}
 	for _, f := range t.shmems {
 		err = errors.Join(err, f.Close())
+	}
+	if t.rootDir != nil {
+		err = errors.Join(err, t.rootDir.Close())
+		t.rootDir = nil
 	}
 	t.shmems = nil
 	if t.ch != nil {

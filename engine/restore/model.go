@@ -218,7 +218,7 @@ func (m *model) process(set *image.Set, it *pstree.PstreeEntry, facts map[uint32
 		}
 	}
 	for i, t := range tids {
-		if t < 2 || t > maxPid || m.ids[int(t)] {
+		if t < 1 || t > maxPid || m.ids[int(t)] {
 			return nil, fmt.Errorf("thread id %d is impossible or used twice", t)
 		}
 		m.ids[int(t)] = true

@@ -43,7 +43,7 @@ func PidTaken(pid int) *TakenError {
 func (t *Tree) processes(set *image.Set) error {
 	root := t.model.procs[0]
 	flags, exitSignal := uint64(unix.CLONE_PARENT), uint64(0)
-	if t.o.NewPidNamespace {
+	if t.newPid() {
 		// The stub is the init of the namespace and stays the root's parent.
 		flags, exitSignal = 0, uint64(unix.SIGCHLD)
 	}
@@ -53,10 +53,13 @@ func (t *Tree) processes(set *image.Set) error {
 		return fmt.Errorf("make %s: %w", root, err)
 	}
 	t.root = r.Tid
-	if err := ns.Restore(set, t.model.own, t.root); err != nil {
+	t.rootDir, err = ns.Restore(set, t.model.own, ns.RestoreOptions{
+		Pid: t.root, Root: t.o.Root, External: t.o.Mounts, Run: func(calls ...*ptrace.Call) error { return r.Run(calls...) },
+	})
+	if err != nil {
 		return err
 	}
-	if t.o.NewPidNamespace {
+	if t.newPid() {
 		t.init = t.stub.remote.Tid
 	}
 	// A session whose leader is not in the tree is the stub's: the number

@@ -69,6 +69,7 @@ type object struct {
 
 // objects has the commands of selfcheck that need anything.
 var objects = map[string]object{
+	"container": {elsewhere: true},
 	"external":  {elsewhere: true},
 	"forker":    {elsewhere: true},
 	"linkremap": {options: []string{"--link-remap"}},
