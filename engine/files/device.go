@@ -36,7 +36,7 @@ var stateful = []struct {
 	what         string
 }{
 	{1, 1, "physical memory"}, {1, 2, "kernel memory"}, {1, 4, "I/O ports"}, {1, 11, "the kernel's log"},
-	{10, 200, "a tun/tap interface"}, {10, 229, "a FUSE connection"}, {10, 232, "virtual machines"},
+	{10, 229, "a FUSE connection"}, {10, 232, "virtual machines"},
 	{10, 238, "a vhost device"}, {10, 241, "a vhost device"}, {10, 237, "loop devices"}, {10, 236, "device mapper"},
 	{10, 223, "an input device"}, {10, 196, "VFIO"}, {13, -1, "an input device"}, {21, -1, "a SCSI device"},
 	{29, -1, "a frame buffer"}, {81, -1, "a video device"}, {89, -1, "an I2C bus"}, {108, -1, "a PPP interface"},
@@ -56,6 +56,12 @@ func dumpDevice(d *Dumper, o *object) error {
 		d.refuse(o, fmt.Sprintf("memory of character device %d:%d is mapped", maj, minor), "let the program unmap it")
 		return nil
 	}
+	return dumpNode(d, o)
+}
+
+// dumpNode notes where the node of a device is.
+func dumpNode(d *Dumper, o *object) error {
+	maj, minor := int(unix.Major(uint64(o.stat.Rdev))), int(unix.Minor(uint64(o.stat.Rdev)))
 	path, at := d.locate(o)
 	if at == unlinked {
 		if other := d.otherNode(o); other != "" {

@@ -78,6 +78,7 @@ func init() {
 		kindMemfd,
 		kindPipe, kindFifo,
 		kindUnix, kindInet, kindNetlink, kindPacket,
+		kindTun,
 		kindGhost, kindDevice, kindRegular,
 		kindInotify,
 	}

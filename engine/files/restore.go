@@ -210,6 +210,8 @@ func entryParts(e *fdinfo.FileEntry) (id uint32, owner *fown.FownEntry, flags ui
 		c, ok = e.GetNlsk(), e.Nlsk != nil
 	case fdinfo.FdTypes_PACKETSK:
 		c, ok = e.GetPsk(), e.Psk != nil
+	case fdinfo.FdTypes_TUNF:
+		return e.GetTunf().GetId(), e.GetReg().GetFown(), e.GetReg().GetFlags(), e.Tunf != nil // REG is another entry's
 	case fdinfo.FdTypes_MEMFD:
 		c, ok = e.GetMemfd(), e.Memfd != nil
 	case fdinfo.FdTypes_INOTIFY:
@@ -251,7 +253,10 @@ func (r *Restorer) loadFiles() error {
 		case id != e.GetId():
 			return fmt.Errorf("image %s: file %d calls itself %d inside", filesImage, e.GetId(), id)
 		case r.byID[id] != nil:
-			return fmt.Errorf("image %s: file %d is there twice", filesImage, id)
+			if r.byID[id].entry = joinTun(r.byID[id].entry, e); r.byID[id].entry == nil {
+				return fmt.Errorf("image %s: file %d is there twice", filesImage, id)
+			}
+			continue
 		}
 		x := &description{id: id, entry: e}
 		r.byID[id] = x

@@ -197,6 +197,66 @@ type FileFacts struct {
 	Holders []string `json:"holders,omitempty"`
 	// Sock is of a socket that has something sk_opts_entry and its kin have no field for.
 	Sock *SockFacts `json:"sock,omitempty"`
+	// Tun is of a descriptor of /dev/net/tun that is attached to an interface.
+	Tun *TunFacts `json:"tun,omitempty"`
+}
+
+// TunFacts is the interface of a TUN or TAP descriptor, by its name in the entry.
+type TunFacts struct {
+	Flags uint32 `json:"flags"` // of TUNSETIFF, and IFF_PERSIST
+	// Owner and Group may attach to it; -1: nobody but who may administer networks.
+	Owner       int32     `json:"owner"`
+	Group       int32     `json:"group"`
+	VnetHdrSize int       `json:"vnet_hdr_size,omitempty"` // bytes
+	Sndbuf      int       `json:"sndbuf,omitempty"`        // bytes
+	BigEndian   bool      `json:"big_endian,omitempty"`    // its virtio headers
+	LittleEnd   bool      `json:"little_endian,omitempty"`
+	Offload     uint32    `json:"offload,omitempty"` // TUN_F_*
+	Link        LinkFacts `json:"link"`
+}
+
+// LinkFacts is the configuration of a network interface.
+type LinkFacts struct {
+	Index      uint32 `json:"index"`
+	MTU        uint32 `json:"mtu"`
+	TxQueueLen uint32 `json:"tx_queue_len"` // packets
+	Up         bool   `json:"up,omitempty"`
+	NoCarrier  bool   `json:"no_carrier,omitempty"`
+	Address    []byte `json:"address,omitempty"` // of the hardware
+	Master     string `json:"master,omitempty"`  // the bridge or bond that it is part of
+	// AddrGenMode is how IPv6 makes addresses (IN6_ADDR_GEN_MODE_*); nil: it has no IPv6.
+	AddrGenMode *uint8        `json:"addr_gen_mode,omitempty"`
+	Addresses   []LinkAddress `json:"addresses,omitempty"`
+	Routes      []LinkRoute   `json:"routes,omitempty"`
+}
+
+// LinkAddress is struct ifaddrmsg with its attributes.
+type LinkAddress struct {
+	Local     string `json:"local"`
+	Peer      string `json:"peer,omitempty"` // of a point-to-point link
+	Prefix    uint8  `json:"prefix"`         // length, bits
+	Broadcast string `json:"broadcast,omitempty"`
+	Label     string `json:"label,omitempty"`
+	Scope     uint8  `json:"scope,omitempty"`
+	Flags     uint32 `json:"flags,omitempty"` // IFA_F_*
+}
+
+// LinkRoute is struct rtmsg with its attributes.
+type LinkRoute struct {
+	Family    uint8  `json:"family"`
+	Dst       string `json:"dst,omitempty"` // none: the default route
+	DstLen    uint8  `json:"dst_len,omitempty"`
+	Gateway   string `json:"gateway,omitempty"`
+	Source    string `json:"source,omitempty"` // preferred
+	Table     uint32 `json:"table"`
+	Priority  uint32 `json:"priority,omitempty"`
+	TOS       uint8  `json:"tos,omitempty"`
+	Protocol  uint8  `json:"protocol,omitempty"`
+	Scope     uint8  `json:"scope,omitempty"`
+	Type      uint8  `json:"type,omitempty"`
+	Flags     uint32 `json:"flags,omitempty"`   // RTNH_F_*
+	Metrics   []byte `json:"metrics,omitempty"` // attributes RTAX_*
+	Preferred *uint8 `json:"pref,omitempty"`    // RTA_PREF
 }
 
 // SockFacts is what a socket has besides the fields of its entry.

@@ -2,7 +2,11 @@
 // be refused and leave no trace.
 #include "selfcheck.h"
 #include <arpa/inet.h>
+#include <net/if.h>
+#include <linux/filter.h>
+#include <linux/if_tun.h>
 #include <linux/io_uring.h>
+#include <sys/ioctl.h>
 #include <sys/inotify.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -24,11 +28,21 @@ static int hold_tcp(void) {
 	return s;
 }
 
+static int hold_tap(void) {
+	int fd = SYS(open("/dev/net/tun", O_RDWR));
+	struct ifreq r = {.ifr_name = "gwhold0", .ifr_flags = IFF_TAP};
+	SYS(ioctl(fd, TUNSETIFF, &r));
+	struct sock_filter all = BPF_STMT(BPF_RET | BPF_K, 0xffff);
+	SYS(ioctl(fd, TUNATTACHFILTER, &(struct sock_fprog){1, &all}));
+	return fd;
+}
+
 COMMAND(hold) {
 	CHECK(arg_count > 0, "usage: hold PREFIX KIND");
 	const char *k = arg_values[0];
 	int fd;
 	if (strcmp(k, "inotify") == 0) fd = inotify_init1(0);
+	else if (strcmp(k, "tapfilter") == 0) fd = hold_tap();
 	else if (strcmp(k, "vsock") == 0) fd = socket(AF_VSOCK, SOCK_STREAM, 0);
 	else if (strcmp(k, "pidfd") == 0) fd = syscall(SYS_pidfd_open, 1, 0);
 	else if (strcmp(k, "pty") == 0) fd = posix_openpt(O_RDWR | O_NOCTTY);
