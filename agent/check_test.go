@@ -26,7 +26,7 @@ func TestAskFeatures(t *testing.T) {
 		{"timer_cr_ids", "could not be tried out: it rains"},
 		{"mem_dirty_track", "this release does not use it"},
 		{"clone3_set_tid uffd", "uffd is not supported"},
-		{"frobnicate", "unknown; known are PAGEMAP_SCAN, clone3_set_tid, get_rseq_conf, pagemap_scan, timer_cr_ids, timer_restore_ids"},
+		{"frobnicate", "unknown; known are PAGEMAP_SCAN, clone3_set_tid, get_rseq_conf, network_lock_nftables, nftables, pagemap_scan, tcp_half_closed, timer_cr_ids, timer_restore_ids"},
 	} {
 		err := askFeatures(strings.Fields(tt.names), testProbes())
 		if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {

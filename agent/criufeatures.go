@@ -13,16 +13,19 @@ import (
 // uses the same of the kernel, it is the name of that probe; where it does not,
 // it is empty: a caller who asks wants to know whether it can rely on it here.
 var criuFeatures = map[string]string{
-	"clone3_set_tid": "clone3_set_tid",
-	"pagemap_scan":   "PAGEMAP_SCAN",
-	"timer_cr_ids":   "timer_restore_ids",
-	"get_rseq_conf":  "clone3_set_tid", // that probe reads one
+	"clone3_set_tid":        "clone3_set_tid",
+	"pagemap_scan":          "PAGEMAP_SCAN",
+	"timer_cr_ids":          "timer_restore_ids",
+	"network_lock_nftables": "nftables",
+	"nftables":              "nftables",
+	"tcp_half_closed":       "TCP_REPAIR",
+	"get_rseq_conf":         "clone3_set_tid", // that probe reads one
 
 	"aio_remap": "", "apparmor_stacking": "", "autofs": "", "breakpoints": "", "can_map_vdso": "", "cgroupns": "", "compat_cr": "",
 	"external_net_ns": "", "has_ipt_legacy": "", "ipv6_freebind": "", "link_nsid": "", "loginuid": "",
 	"mem_dirty_track": "", "membarrier_get_registrations": "", "move_mount_set_group": "", "net_diag_raw": "", "newifindex": "",
-	"network_lock_iptables": "", "network_lock_nftables": "", "nftables": "", "nsid": "", "openat2": "", "overlayfs_maps": "",
-	"pidfd_store": "", "seccomp_filters": "", "sk_ns": "", "sk_unix_file": "", "tcp_half_closed": "", "timens": "", "tun": "",
+	"network_lock_iptables": "", "nsid": "", "openat2": "", "overlayfs_maps": "",
+	"pidfd_store": "", "seccomp_filters": "", "sk_ns": "", "sk_unix_file": "", "timens": "", "tun": "",
 	"uffd": "", "uffd-noncoop": "", "userns": "", "vma_madv": "",
 }
 

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"godwit/engine/dump"
+	"godwit/engine/netlock"
 	"godwit/engine/procfs"
 	"godwit/engine/restore"
 	"godwit/engine/sys"
@@ -57,13 +58,15 @@ func Probe() []Feature {
 			_, err := unix.PrctlRetInt(77, 2, 0, 0, 0)
 			return os.NewSyscallError("prctl", err)
 		}},
+		{"TCP_REPAIR", "TCP connections; trees that hold some are refused without", false, probeTCPRepair},
+		{"nftables", "keeping TCP connections that lead out of a tree between dump and restore (--network-lock nftables)", false, netlock.Probe},
 	}
 	out := make([]Feature, 0, len(list))
 	for _, p := range list {
 		f := Feature{Name: p.name, Use: p.use, Required: p.required, Answer: Yes}
 		if f.Err = p.try(); f.Err != nil {
 			f.Answer = Unclear
-			for _, e := range []error{unix.ENOSYS, unix.EINVAL, unix.ENOTTY, unix.EPERM, unix.EACCES, os.ErrNotExist} {
+			for _, e := range []error{unix.ENOSYS, unix.EINVAL, unix.ENOTTY, unix.EPERM, unix.EACCES, unix.EPROTONOSUPPORT, unix.EOPNOTSUPP, os.ErrNotExist} {
 				if errors.Is(f.Err, e) {
 					f.Answer = No
 				}
@@ -122,4 +125,17 @@ func probeScan() error {
 	}
 	_, _, err = sys.PagemapScan(int(f.Fd()), 0x1000, 0x2000, 0, 0, sys.PageIsPresent, 0, make([]sys.PageRegion, 1))
 	return errors.Join(err, f.Close())
+}
+
+func probeTCPRepair() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return os.NewSyscallError("socket", err)
+	}
+	defer func() { _ = unix.Close(fd) }()
+	if err := unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR, unix.TCP_REPAIR_ON); err != nil {
+		return os.NewSyscallError("setsockopt TCP_REPAIR", err)
+	}
+	_, err = sys.GetTCPWindow(fd)
+	return err
 }

@@ -267,6 +267,9 @@ func (f *frozen) Kill() error {
 		return errors.Join(err, f.conns.Voice())
 	}
 	f.links.Close() // for the restore to find
+	if t := f.conns.LockTable(); t != "" {
+		f.e.log.Info("the network stays locked for the connections that lead out of the tree, until the restore", "pid", f.pid, "table", "inet "+t)
+	}
 	return f.removeSegments()
 }
 

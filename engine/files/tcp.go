@@ -126,6 +126,11 @@ func (d *Dumper) dumpConnection(o *object, fd int, e *sk_inet.InetSkEntry, state
 		d.refuse(o, fmt.Sprintf("the TCP connection is run by %q in the kernel", s), "let the program end it first")
 		return nil
 	}
+	return d.dumpShutdown(o, fd, e)
+}
+
+// dumpShutdown notes what of a connection the program has ended.
+func (d *Dumper) dumpShutdown(o *object, fd int, e *sk_inet.InetSkEntry) error {
 	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
 	if _, err := unix.Poll(p, 0); err != nil && !errors.Is(err, unix.EINTR) {
 		return os.NewSyscallError("poll", err)
@@ -134,19 +139,36 @@ func (d *Dumper) dumpConnection(o *object, fd int, e *sk_inet.InetSkEntry, state
 		d.refuse(o, "the TCP connection has failed, and the program has not been told yet", "retry when it has closed it")
 		return nil
 	}
+	state := e.GetState()
 	how := sk_opts.SkShutdown_NONE
-	if finSent(uint32(state)) {
+	if finSent(state) {
 		how |= sk_opts.SkShutdown_WRITE
 	}
 	// An end of which the other's stream has not ended tells of the end all the
 	// same if the program itself will not receive any more.
-	if p[0].Revents&unix.POLLRDHUP != 0 && !finReceived(uint32(state)) {
+	if p[0].Revents&unix.POLLRDHUP != 0 && !finReceived(state) {
 		how |= sk_opts.SkShutdown_READ
 	}
+	e.Shutdown = nil
 	if how != sk_opts.SkShutdown_NONE {
 		e.Shutdown = how.Enum()
 	}
 	return nil
+}
+
+// dumpStill looks at a connection again once nothing can change it any more.
+func (d *Dumper) dumpStill(o *object) error {
+	fd, e := int(o.file.Fd()), o.state.(*inetState).e
+	info, err := sys.GetTCPInfo(fd)
+	if err != nil {
+		return err
+	}
+	if !connected(uint32(info.State)) {
+		d.refuse(o, "the TCP connection is just ending", "retry in a moment")
+		return nil
+	}
+	e.State = proto.Uint32(uint32(info.State))
+	return d.dumpShutdown(o, fd, e)
 }
 
 // dumpEnded looks at a socket whose connection is over; events are poll(2)'s. One
@@ -247,6 +269,15 @@ func (c *Connections) Keep() error {
 	return c.lock.Keep()
 }
 
+// LockTable names the table of nftables in which the connections are locked;
+// empty: none.
+func (c *Connections) LockTable() string {
+	if c == nil || c.lock == nil {
+		return ""
+	}
+	return netlock.TableName(c.lock.ID())
+}
+
 // Silence makes all ends close without a packet: an ordinary close leaves the
 // addresses taken for a minute (FIN_WAIT2, TIME_WAIT), in which the tree could
 // not be restored on this host, and ends connections that lead out of the tree.
@@ -310,7 +341,14 @@ func (d *Dumper) dumpStreams(list []*object) (err error) {
 		}
 	}
 	for _, o := range list {
+		if err := d.dumpStill(o); err != nil || o.refused {
+			return err
+		}
 		e, queues, err := readStill(int(o.file.Fd()), o.state.(*inetState).e)
+		if errors.Is(err, unix.EAGAIN) {
+			d.refuse(o, fmt.Sprintf("the TCP connection does not stand still: %v", err), "retry in a moment")
+			return nil
+		}
 		if err != nil {
 			return fmt.Errorf("read the stream of %s: %w", o.link, err)
 		}
@@ -496,6 +534,9 @@ func (c *connection) trim() error {
 
 // loadConnections reads the streams and finds both ends of every connection.
 func (r *Restorer) loadConnections() error {
+	if err := r.checkClosed(); err != nil {
+		return err
+	}
 	ends := map[tcpPair]*connection{}
 	for _, x := range r.all {
 		e := x.entry.GetIsk()
@@ -536,7 +577,7 @@ func (r *Restorer) loadConnections() error {
 			c.peer = o
 		}
 	}
-	return r.loadLock()
+	return r.findLock()
 }
 
 // checkConnection validates one end.

@@ -130,24 +130,36 @@ func (d *Dumper) NoteLock(e *inventory.InventoryEntry) {
 	e.NetworkLockMethod = proto.Uint32(method)
 }
 
-// loadLock finds out how the dump locked the network.
-func (r *Restorer) loadLock() error {
+// inventory is the inventory of the images; nil if there is none.
+func (r *Restorer) inventory() *inventory.InventoryEntry {
+	for _, m := range r.set.Entries(image.InventoryFile) {
+		if e, ok := m.Msg.(*inventory.InventoryEntry); ok {
+			return e
+		}
+	}
+	return nil
+}
+
+// checkClosed refuses images without the streams of connections.
+func (r *Restorer) checkClosed() error {
+	if r.inventory().GetTcpClose() && !r.opts.TCPClose {
+		return errors.New("the tree was dumped with --tcp-close: restore it so, too")
+	}
+	return nil
+}
+
+// findLock finds out how the dump locked the network.
+func (r *Restorer) findLock() error {
 	leads := false
 	for _, c := range r.conns {
 		leads = leads || c.peer == nil
 	}
-	for _, m := range r.set.Entries(image.InventoryFile) {
-		e, ok := m.Msg.(*inventory.InventoryEntry)
-		switch {
-		case !ok:
-		case e.GetTcpClose() && !r.opts.TCPClose:
-			return errors.New("the tree was dumped with --tcp-close: restore it so, too")
-		case !leads || r.opts.LockSkip || e.NetworkLockMethod == nil:
-		case e.GetNetworkLockMethod() == lockIptables:
-			return errors.New("the dump locked the network by iptables, which this version does not unlock: remove those rules and give --network-lock skip")
-		case e.GetNetworkLockMethod() == lockNftables && netlock.ValidID(e.GetDumpCriuRunId()):
-			r.lockID = e.GetDumpCriuRunId()
-		}
+	switch e := r.inventory(); {
+	case !leads || r.opts.LockSkip || e == nil || e.NetworkLockMethod == nil:
+	case e.GetNetworkLockMethod() == lockIptables:
+		return errors.New("the dump locked the network by iptables, which this version does not unlock: remove those rules and give --network-lock skip")
+	case e.GetNetworkLockMethod() == lockNftables && netlock.ValidID(e.GetDumpCriuRunId()):
+		r.lockID = e.GetDumpCriuRunId()
 	}
 	return nil
 }

@@ -17,7 +17,6 @@
 package netlock
 
 import (
-	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -131,6 +130,9 @@ func Remove(id string) (found bool, err error) {
 	nl, err := nftables.New()
 	if err != nil {
 		return false, unavailable(err)
+	}
+	if !ValidID(id) {
+		return false, nil
 	}
 	nl.DelTable(table(id))
 	err = nl.Flush()
@@ -376,14 +378,4 @@ func (f family) drop(set *nftables.Set, in bool) []expr.Any {
 	}
 }
 
-// String lists the connections of a lock.
-func (k Kept) String() string {
-	var b bytes.Buffer
-	for i, c := range k.Conns {
-		if i > 0 {
-			b.WriteString(", ")
-		}
-		fmt.Fprintf(&b, "%s ↔ %s", c.Local, c.Peer)
-	}
-	return b.String()
-}
+func (c Conn) String() string { return c.Local.String() + " ↔ " + c.Peer.String() }

@@ -77,6 +77,8 @@ var objects = map[string]object{
 	"locks":     {options: []string{"--file-locks"}},
 	"mem":       {elsewhere: true},
 	"tcpconn":   {options: []string{"--tcp-established"}},
+	"tcpclose":  {options: []string{"--tcp-close"}},
+	"tcpflight": {elsewhere: true},
 	"tcpout":    {elsewhere: true},
 	"tcppeer":   {elsewhere: true},
 }

@@ -2,11 +2,11 @@
 // breaks; the Go runtime brings its own threads, timers, signal handlers, epoll
 // and memory layout along.
 //
-//	gocheck PREFIX ADDRESS [MIB]
+//	gocheck PREFIX ADDRESS [MIB [keep]]
 //
 // Same files and signals as selfcheck: PREFIX.ready, .log, .ok, .fail, SIGTERM.
 // GET /next counts up by one and answers the number; /sum answers a digest of
-// everything that was counted.
+// everything that was counted. With keep, connections stay open between requests.
 package main
 
 import (
@@ -64,7 +64,7 @@ func (s *state) next() uint64 {
 
 func main() {
 	if len(os.Args) < 3 {
-		fmt.Fprintln(os.Stderr, "usage: gocheck PREFIX ADDRESS [MIB]")
+		fmt.Fprintln(os.Stderr, "usage: gocheck PREFIX ADDRESS [MIB [keep]]")
 		os.Exit(2)
 	}
 	prefix = os.Args[1]
@@ -95,7 +95,7 @@ func main() {
 		fail("%v", err)
 	}
 	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
-	srv.SetKeepAlivesEnabled(false) // no connection outlives its request
+	srv.SetKeepAlivesEnabled(len(os.Args) > 4) // or no connection outlives its request
 	go func() {
 		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 			fail("serve: %v", err)
