@@ -34,11 +34,10 @@ func dumpStats(s engine.DumpStats, sink *image.DirSink, frozen, commit time.Dura
 	}}
 }
 
-// restoreStats are the statistics of a restore in CRIU's form. Pages are written
-// once and never compared with those of a parent.
+// restoreStats are the statistics of a restore in CRIU's form.
 func restoreStats(s engine.RestoreStats) *stats.StatsEntry {
 	return &stats.StatsEntry{Restore: &stats.RestoreStatsEntry{
-		PagesCompared: proto.Uint64(0), PagesSkippedCow: proto.Uint64(0), PagesRestored: proto.Uint64(s.Pages),
+		PagesCompared: proto.Uint64(s.ComparedPages), PagesSkippedCow: proto.Uint64(s.SharedPages), PagesRestored: proto.Uint64(s.Pages - s.SharedPages),
 		ForkingTime: micros(s.ForkDur), RestoreTime: micros(s.RestoreDur),
 	}}
 }
@@ -82,7 +81,7 @@ func displayStats(w io.Writer, e *stats.StatsEntry) error {
 		d := e.GetRestore()
 		what = "restore"
 		rows = []row{
-			{"Pages restored", d.GetPagesRestored(), ""}, {"Forking time", uint64(d.GetForkingTime()), " us"},
+			{"Pages compared", d.GetPagesCompared(), ""}, {"Pages skipped COW", d.GetPagesSkippedCow(), ""}, {"Pages restored", d.GetPagesRestored(), ""}, {"Forking time", uint64(d.GetForkingTime()), " us"},
 			{"Restore time", uint64(d.GetRestoreTime()), " us"},
 		}
 	}

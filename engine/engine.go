@@ -169,12 +169,15 @@ type DumpStats struct {
 
 // RestoreStats says what a restore did.
 type RestoreStats struct {
-	Processes  int
-	Threads    int           // of all processes
-	Pages      uint64        // of 4096 bytes, written into private mappings
-	Bytes      uint64        // data, all kinds
-	ForkDur    time.Duration // making all processes and threads
-	RestoreDur time.Duration // from the read images to a tree that stands
+	Processes int
+	Threads   int    // of all processes
+	Pages     uint64 // of 4096 bytes, of private mappings
+	// ComparedPages are those of Pages that were compared with what a child had of
+	// its parent, SharedPages those of them that were equal and not written.
+	ComparedPages, SharedPages uint64
+	Bytes                      uint64        // data, all kinds
+	ForkDur                    time.Duration // making all processes and threads
+	RestoreDur                 time.Duration // from the read images to a tree that stands
 }
 
 // Tree is a frozen tree (Freeze).

@@ -309,7 +309,7 @@ type standing struct{ *restore.Tree }
 func (s *standing) Stats() RestoreStats {
 	st := s.Tree.Stats()
 	return RestoreStats{
-		Processes: st.Processes, Threads: st.Threads, Pages: st.Pages, Bytes: st.Bytes, ForkDur: st.ForkDur, RestoreDur: st.RestoreDur,
+		Processes: st.Processes, Threads: st.Threads, Pages: st.Pages, ComparedPages: st.ComparedPages, SharedPages: st.SharedPages, Bytes: st.Bytes, ForkDur: st.ForkDur, RestoreDur: st.RestoreDur,
 	}
 }
 

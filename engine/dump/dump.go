@@ -358,7 +358,8 @@ func timens(f *image.Facts) *timensimg.TimensEntry {
 // data streams the contents of memory, shared memory and deleted files.
 func (c *collector) data(ctx context.Context, sink image.Sink, st *Stats) error {
 	start := time.Now()
-	for _, p := range c.procs {
+	for _, i := range plan.Births(c.kin()) {
+		p := c.procs[i]
 		if p.zombie {
 			continue
 		}
@@ -406,6 +407,19 @@ func (c *collector) data(ctx context.Context, sink image.Sink, st *Stats) error 
 	st.DataDur = time.Since(start)
 	c.log.Debug("data sent", "pages", st.Pages, "bytes", st.Bytes, "duration_ms", st.DataDur.Milliseconds())
 	return nil
+}
+
+// kin says how the processes are related.
+func (c *collector) kin() []plan.Kin {
+	index, out := map[int]int{}, make([]plan.Kin, len(c.procs))
+	for i, p := range c.procs {
+		index[p.pid] = i
+		out[i] = plan.Kin{Pid: p.vpid, Sid: p.vsid, Parent: -1}
+		if i > 0 {
+			out[i].Parent = index[p.ppid] // parents come first
+		}
+	}
+	return out
 }
 
 // sharedMemory streams the contents of shared memory that is mapped.

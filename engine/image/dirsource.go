@@ -275,8 +275,17 @@ func (s *DirSource) Close() error {
 	return nil
 }
 
-// Next returns the next run of data, at most 1 MiB: of all processes by
-// ascending pid, of all shared objects, of all ghost files.
+// Order makes Next give these sets first, in this order.
+func (s *DirSource) Order(first []DataID) {
+	rank := map[DataID]int{}
+	for i, id := range first {
+		rank[id] = i - len(first)
+	}
+	sort.SliceStable(s.ids, func(i, j int) bool { return rank[s.ids[i]] < rank[s.ids[j]] })
+}
+
+// Next returns the next run of data, at most 1 MiB: of all processes by ascending
+// pid, of all shared objects, of all ghost files, unless Order was called.
 func (s *DirSource) Next(ctx context.Context) (DataID, uint64, []byte, error) {
 	if s.err != nil {
 		return DataID{}, 0, nil, s.err

@@ -80,6 +80,10 @@ type Source interface {
 	Next(ctx context.Context) (DataID, uint64, []byte, error)
 }
 
+// Orderer is a Source that can give data in an order that is wanted: that of these
+// sets first.
+type Orderer interface{ Order([]DataID) }
+
 // Set is all entries of a dump in memory; data is not among them.
 type Set struct {
 	Facts *Facts

@@ -82,6 +82,7 @@ func adjacent(vmas []*VMA) (out []*VMA) {
 		}
 		last.End = v.End
 		last.Prot &= v.Prot
+		last.Cow = last.Cow || v.Cow
 		last.Guards = append(last.Guards, v.Guards...)
 	}
 	return out
@@ -177,7 +178,9 @@ func (r *Reader) scanPagemap(start, end uint64) (n int, next uint64, err error) 
 }
 
 func (r *Reader) read(v *VMA, addr uint64, b []byte) error {
-	if v.Prot&unix.PROT_READ != 0 {
+	// Faster, but it would give a process pages of its own in place of those that
+	// it shares with relatives (gup_must_unshare, mm/internal.h).
+	if v.Prot&unix.PROT_READ != 0 && !v.Cow {
 		n, err := sys.ProcessVMRead(r.pid, b, []unix.RemoteIovec{{Base: uintptr(addr), Len: len(b)}})
 		if err == nil && n == len(b) {
 			return nil
@@ -264,7 +267,11 @@ type Writer struct {
 	pid  int
 	mem  *os.File
 	vmas []*VMA
-	last int // VMA of the last write: runs ascend
+	last int    // VMA of the last write: runs ascend
+	old  []byte // for comparing
+	// Compared counts pages that were compared with what was inherited, Shared those
+	// of them that were equal.
+	Compared, Shared uint64
 }
 
 // NewWriter opens the memory of a process whose mappings are vmas, ascending.
@@ -289,7 +296,11 @@ func (w *Writer) Write(addr uint64, b []byte) error {
 			return fmt.Errorf("image holds pages at %#x of pid %d, where it has no private mapping", addr, w.pid)
 		}
 		n := min(uint64(len(b)), v.End-addr)
-		if err := w.put(v, addr, b[:n]); err != nil {
+		put := w.write
+		if v.Kept != 0 {
+			put = w.differing
+		}
+		if err := put(v, addr, b[:n]); err != nil {
 			return err
 		}
 		addr += n
@@ -314,7 +325,7 @@ func (w *Writer) find(addr uint64) *VMA {
 	return nil
 }
 
-func (w *Writer) put(v *VMA, addr uint64, b []byte) error {
+func (w *Writer) write(v *VMA, addr uint64, b []byte) error {
 	if v.Prot&unix.PROT_WRITE != 0 {
 		n, err := sys.ProcessVMWrite(w.pid, addr, b)
 		if err == nil && n == len(b) {

@@ -89,8 +89,9 @@ func lockFuture(r *ptrace.Remote, pid int, locked uint64) (uint32, error) {
 	return unix.MCL_FUTURE, nil
 }
 
-// THPCall disables huge pages as the image says, nil if it does not.
-func THPCall(disabled bool, f *image.MemoryFacts) *ptrace.Call {
+// THPCall disables huge pages as the image says, nil if it does not; inherited says
+// that the process may have the setting of another.
+func THPCall(disabled bool, f *image.MemoryFacts, inherited bool) *ptrace.Call {
 	value, flags := uint32(0), uint32(0)
 	if disabled {
 		value = 1
@@ -98,7 +99,7 @@ func THPCall(disabled bool, f *image.MemoryFacts) *ptrace.Call {
 	if f != nil && f.THPDisable != 0 {
 		value, flags = 1, f.THPDisable&^1
 	}
-	if value == 0 {
+	if value == 0 && !inherited {
 		return nil
 	}
 	return ptrace.NewCall("disable huge pages", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_THP_DISABLE), ptrace.Int(value), ptrace.Int(flags), ptrace.Int(0), ptrace.Int(0))

@@ -59,6 +59,12 @@ type VMA struct {
 	OnFault bool
 	// Name was given to anonymous memory by PR_SET_VMA_ANON_NAME.
 	Name string
+	// Cow says that pages of it are mapped elsewhere, too: by relatives, since a fork.
+	Cow bool
+	// Kept is the end of what a restored process has of it from the process out of
+	// which it was cloned, KeptProt its protection there; 0: nothing. See Inherit.
+	Kept     uint64
+	KeptProt int
 
 	Dev, Ino uint64 // of the mapped object
 	Path     string // as /proc/PID/maps shows it
@@ -123,7 +129,7 @@ var refusedFlags = map[string]string{
 func Classify(m *procfs.SmapsEntry) (v *VMA, reason string) {
 	v = &VMA{
 		Start: m.Start, End: m.End, Offset: m.Offset, Prot: int(m.Prot()), Status: Regular,
-		Dev: unix.Mkdev(m.Major, m.Minor), Ino: m.Inode, Path: m.Path,
+		Dev: unix.Mkdev(m.Major, m.Minor), Ino: m.Inode, Path: m.Path, Cow: m.Elsewhere > 0,
 	}
 	switch {
 	case m.Path == "[vsyscall]":

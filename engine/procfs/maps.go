@@ -161,6 +161,7 @@ type SmapsEntry struct {
 	KernelPageSize uint64
 	Rss            uint64
 	PrivateDirty   uint64
+	Elsewhere      uint64 // resident and mapped elsewhere, too
 	Anonymous      uint64
 	Swap           uint64
 	Locked         uint64
@@ -217,6 +218,10 @@ func ParseSmaps(r io.Reader) ([]SmapsEntry, error) {
 			e.Rss, err = kibBytes(val)
 		case "Private_Dirty":
 			e.PrivateDirty, err = kibBytes(val)
+		case "Shared_Clean", "Shared_Dirty":
+			var n uint64
+			n, err = kibBytes(val)
+			e.Elsewhere += n
 		case "Anonymous":
 			e.Anonymous, err = kibBytes(val)
 		case "Swap":

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"sort"
 	"time"
@@ -59,6 +58,7 @@ type Tree struct {
 	links   *files.Links // names to remove once the tree runs
 	made    []int        // System V segments that go with a Discard
 	spare   uint64
+	filler  *filler // nil: memory is not inherited
 	// live are the threads that exist, by tid on this host, in order of birth.
 	live []int
 	pids []int
@@ -71,7 +71,9 @@ type Tree struct {
 // Stats counts what a restore made.
 type Stats struct {
 	Processes, Threads int
-	Pages              uint64        // written into private mappings
+	Pages              uint64        // of private mappings
+	ComparedPages      uint64        // of those, compared with what was inherited
+	SharedPages        uint64        // of those, equal to what was inherited, and not written
 	Bytes              uint64        // of data, all kinds
 	ForkDur            time.Duration // making all processes and threads
 	RestoreDur         time.Duration // from the read images to a tree that stands
@@ -104,8 +106,24 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 		return nil, err
 	}
 	start := time.Now()
-	// Processes come first: a program may have files of its own in /proc open.
-	if err := t.tracer.Do(func() error { return t.plant(ctx, set) }); err != nil {
+	data := &filler{t: t, src: src}
+	defer func() { err = errors.Join(err, data.close()) }()
+	if err := t.tracer.Do(func() error { return t.first(set) }); err != nil {
+		return nil, err
+	}
+	// Processes come before files, since a program may have files of its own in /proc
+	// open, unless it matters that they come after the memory of their parents.
+	family := m.family(set)
+	if family {
+		if o, ok := src.(image.Orderer); ok {
+			o.Order(m.births())
+		}
+		if err := t.openFiles(set); err != nil {
+			return nil, err
+		}
+		t.filler = data
+	}
+	if err := t.tracer.Do(func() error { return t.plant(ctx) }); err != nil {
 		return nil, err
 	}
 	t.st.ForkDur = time.Since(start)
@@ -114,17 +132,19 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 		t.st.Threads += len(p.threads)
 	}
 	log.Debug("processes made", "root", t.root, "processes", t.st.Processes, "threads", t.st.Threads, "duration_us", t.st.ForkDur.Microseconds())
-	if err := t.openFiles(set); err != nil {
-		return nil, err
+	if !family {
+		if err := t.openFiles(set); err != nil {
+			return nil, err
+		}
 	}
 	if err := t.tracer.Do(func() error { return t.build(ctx) }); err != nil {
 		return nil, err
 	}
 	log.Debug("tree built", "processes", len(m.procs), "duration_ms", time.Since(start).Milliseconds())
-	if err := t.fill(ctx, src); err != nil {
+	if err := data.rest(ctx); err != nil {
 		return nil, err
 	}
-	log.Debug("data written", "pages", t.st.Pages, "bytes", t.st.Bytes, "duration_ms", time.Since(start).Milliseconds())
+	log.Debug("data written", "pages_shared", t.st.SharedPages, "pages", t.st.Pages, "bytes", t.st.Bytes, "duration_ms", time.Since(start).Milliseconds())
 	if err := t.files.Seal(); err != nil {
 		return nil, err
 	}
@@ -137,13 +157,18 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 	return t, t.releaseFiles()
 }
 
-// plant makes all processes and threads, each with the address space of the
-// stub and the spare memory.
-func (t *Tree) plant(ctx context.Context, set *image.Set) error {
+// first makes the stub and the root.
+func (t *Tree) first(set *image.Set) error {
 	if err := t.sow(); err != nil {
 		return err
 	}
-	if err := t.processes(set); err != nil {
+	return t.rootProcess(set)
+}
+
+// plant makes all other processes and all threads, each with the spare memory and
+// the address space of the stub, or of what it is cloned from.
+func (t *Tree) plant(ctx context.Context) error {
+	if err := t.processes(ctx); err != nil {
 		return err
 	}
 	for _, p := range t.model.procs {
@@ -246,16 +271,15 @@ func (t *Tree) openInside(path string, flags int, mode uint32) (*os.File, error)
 // build makes the empty address spaces.
 func (t *Tree) build(ctx context.Context) error {
 	for _, p := range t.model.procs {
-		if p.zombie {
+		if p.zombie || p.built {
 			continue
 		}
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 		if err := t.addressSpace(p); err != nil {
-			return fmt.Errorf("build the address space of %s: %w", p, err)
+			return err
 		}
-		t.log.Debug("address space built", "pid", p.vpid, "comm", p.comm(), "mappings", len(p.vmas))
 	}
 	return t.inIPC(t.removeSegments)
 }
@@ -332,15 +356,14 @@ func (t *Tree) explain(err error, tid int) error {
 	return fmt.Errorf("%w: %w", PidTaken(tid), err)
 }
 
-// vdsoSpans pairs the special mappings that new processes have with those
-// that the images want; they can be moved but not be resized.
+// vdsoSpans pairs the special mappings that a new process has with those that
+// the images want; they can be moved but not be resized.
 func (t *Tree) vdsoSpans(p *process) (from, to []span, err error) {
-	for _, v := range p.vmas {
-		if v.Special() {
-			to = append(to, span{v.Start, v.End})
-		}
-	}
+	to = p.special()
 	from = append(from, t.stub.special...)
+	if p.heritage != nil {
+		from = p.heritage.special()
+	}
 	sortSpans(from)
 	sortSpans(to)
 	bad := len(from) != len(to)
@@ -354,11 +377,35 @@ func (t *Tree) vdsoSpans(p *process) (from, to []span, err error) {
 	return from, to, nil
 }
 
+// special are the mappings of a process that the kernel provides.
+func (p *process) special() (out []span) {
+	for _, v := range p.vmas {
+		if v.Special() {
+			out = append(out, span{v.Start, v.End})
+		}
+	}
+	return out
+}
+
 // mremap flags (include/uapi/linux/mman.h).
 const mremapFixed = unix.MREMAP_MAYMOVE | unix.MREMAP_FIXED
 
-// addressSpace replaces the stub's mappings by those of the process, empty.
+// addressSpace replaces the mappings that a process was cloned with by its own,
+// empty but for what it has from its parent.
 func (t *Tree) addressSpace(p *process) error {
+	err := t.makeRoom(p)
+	if err == nil {
+		err = t.mapAll(p)
+	}
+	if err != nil {
+		return fmt.Errorf("build the address space of %s: %w", p, err)
+	}
+	p.built = true
+	t.log.Debug("address space built", "pid", p.vpid, "comm", p.comm(), "mappings", len(p.vmas), "inherits", p.heritage != nil)
+	return nil
+}
+
+func (t *Tree) makeRoom(p *process) error {
 	from, to, err := t.vdsoSpans(p)
 	if err != nil {
 		return err
@@ -378,8 +425,13 @@ func (t *Tree) addressSpace(p *process) error {
 	for _, s := range from {
 		move("park [vdso]", s.start, s.end-s.start, park+s.start-from[0].start)
 	}
-	for _, s := range t.stub.rest {
-		add("unmap the stub", unix.SYS_MUNMAP, ptrace.Int(s.start), ptrace.Int(s.end-s.start))
+	if p.heritage == nil {
+		for _, s := range t.stub.rest {
+			add("unmap the stub", unix.SYS_MUNMAP, ptrace.Int(s.start), ptrace.Int(s.end-s.start))
+		}
+	} else {
+		mem.Inherit(p.vmas, p.heritage.vmas, t.hugeFile)
+		calls = append(calls, t.strip(p)...)
 	}
 	for i, s := range from {
 		move("place [vdso]", park+s.start-from[0].start, s.end-s.start, to[i].start)
@@ -388,7 +440,7 @@ func (t *Tree) addressSpace(p *process) error {
 		return err
 	}
 	r.Insn += to[0].start - from[0].start
-	return t.mapAll(p)
+	return nil
 }
 
 // mapAll maps everything.
@@ -414,7 +466,7 @@ func (t *Tree) mapAll(p *process) error {
 	var locks []*ptrace.Call
 	var locked []*mem.VMA
 	for i, v := range p.vmas {
-		if v.Special() {
+		if v.Special() || v.Kept != 0 {
 			continue
 		}
 		if !v.Is(mem.Sysvipc) {
@@ -434,7 +486,7 @@ func (t *Tree) mapAll(p *process) error {
 			calls, locks, locked = append(calls, c), append(locks, c), append(locked, v)
 		}
 	}
-	if c := mem.THPCall(p.mm.GetThpDisabled(), p.memory); c != nil {
+	if c := mem.THPCall(p.mm.GetThpDisabled(), p.memory, p.heritage != nil); c != nil {
 		calls = append(calls, c)
 	}
 	for _, n := range nums {
@@ -459,7 +511,7 @@ func (t *Tree) mapFiles(p *process) ([]*os.File, error) {
 	out := make([]*os.File, len(p.vmas))
 	for i, v := range p.vmas {
 		switch {
-		case v.Is(mem.Sysvipc):
+		case v.Is(mem.Sysvipc), v.Kept != 0:
 		case v.Is(mem.AnonShared):
 			out[i] = t.shmems[uint32(v.ShmID)]
 		case v.Mapped():
@@ -584,52 +636,6 @@ func (t *Tree) cloneThreads(p *process) error {
 	return err
 }
 
-// fill writes the data of the source to where it belongs.
-func (t *Tree) fill(ctx context.Context, src image.Source) (err error) {
-	var writer *mem.Writer
-	var cur int
-	defer func() {
-		if writer != nil {
-			err = errors.Join(err, writer.Close())
-		}
-	}()
-	for {
-		id, off, b, err := src.Next(ctx)
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("read data: %w", err)
-		}
-		t.st.Bytes += uint64(len(b))
-		if id.Kind != image.Memory {
-			if err := t.fillFile(id, off, b); err != nil {
-				return err
-			}
-			continue
-		}
-		if writer == nil || cur != int(id.ID) {
-			p := t.model.byPid[int(id.ID)]
-			if p == nil || p.zombie {
-				return fmt.Errorf("images hold memory of pid %d, which is not among their processes", id.ID)
-			}
-			if writer != nil {
-				if err := writer.Close(); err != nil {
-					return err
-				}
-			}
-			if writer, err = mem.NewWriter(p.remote().Tid, p.vmas); err != nil {
-				return err
-			}
-			cur = int(id.ID)
-		}
-		if err := writer.Write(off, b); err != nil {
-			return err
-		}
-		t.st.Pages += uint64(len(b)) / arch.PageSize
-	}
-}
-
 func (t *Tree) fillFile(id image.DataID, off uint64, b []byte) error {
 	f := t.files.DataFile(id)
 	if id.Kind == image.Shmem && f == nil {
@@ -667,6 +673,9 @@ func (t *Tree) complete(ctx context.Context) error {
 	for _, p := range t.model.procs {
 		if p.zombie {
 			continue
+		}
+		if err := t.filled(p); err != nil {
+			return err
 		}
 		if err := t.place(p); err != nil {
 			return fmt.Errorf("descriptors of %s: %w", p, err)

@@ -52,6 +52,10 @@ type process struct {
 	memory      *image.MemoryFacts // nil: none
 
 	attached []*mem.Attachment // among vmas
+
+	built    bool     // its mappings are there
+	heritage *process // out of whose mappings it was cloned; nil: the stub's
+	data     progress // of a process with a heritage
 	fs       *fsimg.FsEntry
 
 	curSid    int // session that it is in while the tree is built

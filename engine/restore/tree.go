@@ -1,6 +1,7 @@
 package restore
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -39,8 +40,8 @@ func PidTaken(pid int) *TakenError {
 	return e
 }
 
-// processes makes all processes of the tree with their sessions and groups.
-func (t *Tree) processes(set *image.Set) error {
+// rootProcess makes the root.
+func (t *Tree) rootProcess(set *image.Set) error {
 	root := t.model.procs[0]
 	flags, exitSignal := uint64(unix.CLONE_PARENT), uint64(0)
 	if t.newPid() {
@@ -53,6 +54,7 @@ func (t *Tree) processes(set *image.Set) error {
 		return fmt.Errorf("make %s: %w", root, err)
 	}
 	t.root = r.Tid
+	root.leader().remote = r
 	t.rootDir, err = ns.Restore(set, t.model.own, ns.RestoreOptions{
 		Pid: t.root, Root: t.o.Root, External: t.o.Mounts, Run: func(calls ...*ptrace.Call) error { return r.Run(calls...) },
 	})
@@ -62,10 +64,16 @@ func (t *Tree) processes(set *image.Set) error {
 	if t.newPid() {
 		t.init = t.stub.remote.Tid
 	}
+	return nil
+}
+
+// processes makes all processes below the root, with their sessions and groups.
+func (t *Tree) processes(ctx context.Context) error {
+	root := t.model.procs[0]
 	// A session whose leader is not in the tree is the stub's: the number
 	// differs, what belongs together stays together.
 	root.curSid = root.sid
-	if err := t.grow(root, r); err != nil {
+	if err := t.grow(ctx, root, root.remote()); err != nil {
 		return err
 	}
 	if err := t.groups(); err != nil {
@@ -95,13 +103,16 @@ func (p *process) exitSignal() uint64 {
 
 // grow makes the descendants of p, which exists: first those that were born
 // before p began its own session, then the others.
-func (t *Tree) grow(p *process, r *ptrace.Remote) error {
+func (t *Tree) grow(ctx context.Context, p *process, r *ptrace.Remote) error {
 	p.leader().remote = r
+	if err := t.ripen(ctx, p); err != nil {
+		return err
+	}
 	before := p.curSid
 	if p.sid == p.vpid {
 		for _, c := range p.children {
 			if c.sid == before && c.sid != p.vpid {
-				if err := t.child(p, c); err != nil {
+				if err := t.child(ctx, p, c); err != nil {
 					return err
 				}
 			}
@@ -113,14 +124,14 @@ func (t *Tree) grow(p *process, r *ptrace.Remote) error {
 	}
 	for _, c := range p.children {
 		if c.remote() == nil && (c.sid == p.curSid || c.sid == c.vpid) {
-			if err := t.child(p, c); err != nil {
+			if err := t.child(ctx, p, c); err != nil {
 				return err
 			}
 		}
 	}
 	for _, c := range p.children {
 		if c.remote() == nil {
-			if err := t.stepchild(p, c); err != nil {
+			if err := t.stepchild(ctx, p, c); err != nil {
 				return err
 			}
 		}
@@ -128,24 +139,24 @@ func (t *Tree) grow(p *process, r *ptrace.Remote) error {
 	return nil
 }
 
-func (t *Tree) child(p, c *process) error {
-	c.curSid = p.curSid
+func (t *Tree) child(ctx context.Context, p, c *process) error {
+	c.curSid, c.heritage = p.curSid, p.bequest()
 	r, err := t.clone(p.remote(), c.with, c.exitSignal(), c.vpid)
 	if err != nil {
 		return fmt.Errorf("make %s: %w", c, err)
 	}
-	return t.grow(c, r)
+	return t.grow(ctx, c, r)
 }
 
 // stepchild makes a child c of p that is in a session which p is not in: in
 // the original tree its own parent, of that session, has ended. It is cloned,
 // as a sibling, by a child of p in that session, or by a helper that begins
 // the session and ends.
-func (t *Tree) stepchild(p, c *process) error {
+func (t *Tree) stepchild(ctx context.Context, p, c *process) error {
 	for _, s := range p.children {
 		// One that is to be a zombie has not exited yet.
 		if s.remote() != nil && s.curSid == c.sid && s.with&c.with == c.with && s.exitSignal() == c.exitSignal() {
-			return t.sibling(s.remote(), c)
+			return t.sibling(ctx, s, s.remote(), c)
 		}
 	}
 	if t.model.ids[c.sid] {
@@ -160,7 +171,7 @@ func (t *Tree) stepchild(p, c *process) error {
 	}
 	for _, s := range p.children {
 		if s.remote() == nil && s.sid == c.sid && c.with&s.with == s.with && s.exitSignal() == c.exitSignal() {
-			if err := t.sibling(h, s); err != nil {
+			if err := t.sibling(ctx, p, h, s); err != nil {
 				return err
 			}
 		}
@@ -168,13 +179,14 @@ func (t *Tree) stepchild(p, c *process) error {
 	return t.endHelper(p, h)
 }
 
-func (t *Tree) sibling(r *ptrace.Remote, c *process) error {
-	c.curSid = c.sid
+// sibling clones c out of r's target, which has the address space of from.
+func (t *Tree) sibling(ctx context.Context, from *process, r *ptrace.Remote, c *process) error {
+	c.curSid, c.heritage = c.sid, from.bequest()
 	n, err := t.clone(r, unix.CLONE_PARENT|c.with, 0, c.vpid)
 	if err != nil {
 		return fmt.Errorf("make %s: %w", c, err)
 	}
-	return t.grow(c, n)
+	return t.grow(ctx, c, n)
 }
 
 // endHelper kills a child of p that is not part of the tree and has p reap it.

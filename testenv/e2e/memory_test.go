@@ -11,6 +11,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"godwit/testenv/hosts"
 )
 
 // pagesWritten sums up the disk space, in bytes, of the images of pages in a directory.
@@ -126,4 +128,73 @@ func TestPreDump(t *testing.T) {
 		goes(ctx, t, r, 10)
 		stop(ctx, t, r)
 	})
+}
+
+// familyMemory sums up, in bytes, what a process of a host and its descendants take (Pss).
+func familyMemory(t *testing.T, h *hosts.Host, root int) (sum int64) {
+	t.Helper()
+	parents := map[int]int{}
+	names, err := os.ReadDir(h.Path("/proc"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range names {
+		pid, err := strconv.Atoi(n.Name())
+		if err != nil {
+			continue
+		}
+		b, err := os.ReadFile(h.Path(fmt.Sprintf("/proc/%d/stat", pid)))
+		if err != nil {
+			continue
+		}
+		var state string
+		var parent int
+		if _, err := fmt.Sscan(string(b[strings.LastIndexByte(string(b), ')')+1:]), &state, &parent); err != nil {
+			t.Fatal(err)
+		}
+		parents[pid] = parent
+	}
+	for pid := range parents {
+		p := pid
+		for p != root && p != 0 {
+			p = parents[p]
+		}
+		if p != root {
+			continue
+		}
+		b, err := os.ReadFile(h.Path(fmt.Sprintf("/proc/%d/smaps_rollup", pid)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var kb int64
+		_, text, ok := strings.Cut(string(b), "\nPss:")
+		if _, err := fmt.Sscan(text, &kb); err != nil || !ok {
+			t.Fatalf("no Pss of pid %d in %q", pid, b)
+		}
+		sum += kb << 10
+	}
+	return sum
+}
+
+// TestFamilyMemory: what parents and children share since a fork they share after
+// a restore, and while a dump reads it.
+func TestFamilyMemory(t *testing.T) {
+	ctx := deadline(t, 3*time.Minute)
+	h := newHosts(t, "alpha").Host("alpha")
+	r := selfcheck(ctx, t, h, newDir(t), "cow", "256")
+	before := familyMemory(t, h, r.Pid)
+	near := func(when string) {
+		t.Helper()
+		if now := familyMemory(t, h, r.Pid); now > before+before/10 || now < before-before/10 {
+			t.Errorf("%s the family takes %d MiB, took %d", when, now>>20, before>>20)
+		}
+	}
+	mustAgent(ctx, t, h, nil, "dump", "-t", strconv.Itoa(r.Pid), "-D", newDir(t), "-R")
+	near("after a dump that left it running")
+	for range 3 {
+		dumpRestore(ctx, t, r, 1)
+		near("after a restore")
+	}
+	goes(ctx, t, r, 20)
+	stop(ctx, t, r)
 }
