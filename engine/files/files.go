@@ -80,6 +80,6 @@ func init() {
 		kindUnix, kindInet, kindNetlink, kindPacket,
 		kindTun,
 		kindGhost, kindDevice, kindRegular,
-		kindInotify,
+		kindNamespace, kindInotify,
 	}
 }

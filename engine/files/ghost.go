@@ -68,6 +68,7 @@ func dumpGhost(d *Dumper, o *object) error {
 		}
 	}
 	o.path, o.dirOnly = d.standingDir(o), true
+	o.noteHint()
 	o.entries = append(o.entries, d.regEntry(o, o.id, o.linkPath()))
 	return d.addGhost(o, o.id)
 }
@@ -293,6 +294,7 @@ func openGhost(r *Restorer, x *description) error {
 		return err
 	}
 	x.file = f
+	r.setHint(x)
 	return setPosition(f, e.GetPos())
 }
 

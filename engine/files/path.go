@@ -185,8 +185,11 @@ func (d *Dumper) ownProc(pid int, rest string) bool {
 	}
 	dir, sub, _ := strings.Cut(rest, "/")
 	switch dir {
-	case "fd", "fdinfo", "map_files", "task":
+	case "fd", "fdinfo", "map_files":
 		return sub == ""
+	case "task":
+		_, sub, ok := strings.Cut(sub, "/") // threads are made with their process
+		return !ok || d.ownProc(pid, sub)
 	}
 	return true
 }

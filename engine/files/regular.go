@@ -11,6 +11,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/regfile"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+
+	"godwit/engine/sys"
 )
 
 // kindRegular carries what is found by its path: regular files, directories,
@@ -58,6 +60,7 @@ func dumpRegular(d *Dumper, o *object) error {
 	if at != atPath {
 		return d.dumpLost(o, o.id)
 	}
+	o.noteHint()
 	o.path = path
 	e := d.regEntry(o, o.id, path)
 	if o.mapped() || d.opts.BuildIDs && !o.isPath() {
@@ -124,7 +127,7 @@ func openRegular(r *Restorer, x *description) error {
 			_ = base.Close()
 		}
 	}()
-	if in == nil && e.GetFlags()&(unix.O_NOFOLLOW|unix.O_PATH) == unix.O_NOFOLLOW {
+	if in == nil && e.GetFlags()&unix.O_NOFOLLOW != 0 {
 		x.file = r.openNamed(base, e)
 	}
 	if x.file == nil {
@@ -132,7 +135,35 @@ func openRegular(r *Restorer, x *description) error {
 			return err
 		}
 	}
+	r.setHint(x)
 	return setPosition(x.file, e.GetPos())
+}
+
+// Hints of how long what is written will live, kept by the inode (fcntl(2)).
+const (
+	fGetRWHint = 1024 + 11
+	fSetRWHint = 1024 + 12
+)
+
+// noteHint notes the write hint of a regular file.
+func (o *object) noteHint() {
+	if o.isPath() || o.first().fd < 0 || o.mode()&unix.S_IFMT != unix.S_IFREG {
+		return
+	}
+	if hint, err := sys.FcntlUint64(int(o.file.Fd()), fGetRWHint, 0); err == nil && hint != 0 {
+		o.fact(o.id).WriteHint = hint
+	}
+}
+
+// setHint gives a file its write hint, which is only advice.
+func (r *Restorer) setHint(x *description) {
+	f := r.facts[x.id]
+	if f == nil || f.WriteHint == 0 || x.file == nil {
+		return
+	}
+	if _, err := sys.FcntlUint64(int(x.file.Fd()), fSetRWHint, f.WriteHint); err != nil {
+		r.log.Warn("the write hint of a file cannot be set", "path", x.file.Name(), "error", err)
+	}
 }
 
 // openNamed opens a file by its name, so that its flags show O_NOFOLLOW as
@@ -140,7 +171,7 @@ func openRegular(r *Restorer, x *description) error {
 // base, which was checked.
 func (r *Restorer) openNamed(base *os.File, e *regfile.RegFileEntry) *os.File {
 	want, err := base.Stat()
-	if err != nil || !want.Mode().IsRegular() && !want.IsDir() {
+	if err != nil || !want.Mode().IsRegular() && !want.IsDir() && e.GetFlags()&unix.O_PATH == 0 {
 		return nil
 	}
 	f, err := r.opts.Open(r.nameOf(e), reopenFlags(int(e.GetFlags()), want.IsDir())|unix.O_NOFOLLOW, 0)

@@ -192,6 +192,8 @@ func entryParts(e *fdinfo.FileEntry) (id uint32, owner *fown.FownEntry, flags ui
 		c, ok = e.GetPipe(), e.Pipe != nil
 	case fdinfo.FdTypes_FIFO:
 		return e.GetFifo().GetId(), nil, 0, e.Fifo != nil // its REG entry has the rest
+	case fdinfo.FdTypes_NS:
+		return e.GetNsf().GetId(), noOwner(), e.GetNsf().GetFlags(), e.Nsf != nil // it cannot have an owner
 	case fdinfo.FdTypes_EVENTFD:
 		c, ok = e.GetEfd(), e.Efd != nil
 	case fdinfo.FdTypes_EVENTPOLL:

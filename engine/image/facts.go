@@ -189,6 +189,8 @@ type FileFacts struct {
 	// Quiet: a reader of a fifo that poll(2) does not tell of a hang-up although
 	// no writer may be there, because it has met none since it was opened.
 	Quiet bool `json:"quiet,omitempty"`
+	// WriteHint is that of F_SET_RW_HINT; 0: none.
+	WriteHint uint64 `json:"write_hint,omitempty"`
 	// Watches are the files that an inotify or fanotify file watches.
 	Watches []WatchFacts `json:"watches,omitempty"`
 	// Overflow: events waited in an inotify file; IN_Q_OVERFLOW stands for them.

@@ -7,6 +7,7 @@
 #include <linux/if_tun.h>
 #include <linux/io_uring.h>
 #include <sys/ioctl.h>
+#include <sched.h>
 #include <sys/inotify.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -37,6 +38,27 @@ static int hold_tap(void) {
 	return fd;
 }
 
+// elsewhere opens a namespace in which no process of the tree lives.
+static int elsewhere(void) {
+	int p[2];
+	char c, path[64];
+	SYS(pipe(p));
+	pid_t pid = SYS(fork());
+	if (pid == 0) {
+		SYS(unshare(CLONE_NEWUTS));
+		SYS(write(p[1], "x", 1));
+		pause();
+	}
+	SYS(read(p[0], &c, 1));
+	snprintf(path, sizeof path, "/proc/%d/ns/uts", pid);
+	int fd = open(path, O_RDONLY);
+	kill(pid, SIGKILL);
+	SYS(waitpid(pid, NULL, 0));
+	close(p[0]);
+	close(p[1]);
+	return fd;
+}
+
 COMMAND(hold) {
 	CHECK(arg_count > 0, "usage: hold PREFIX KIND");
 	const char *k = arg_values[0];
@@ -46,7 +68,7 @@ COMMAND(hold) {
 	else if (strcmp(k, "vsock") == 0) fd = socket(AF_VSOCK, SOCK_STREAM, 0);
 	else if (strcmp(k, "pidfd") == 0) fd = syscall(SYS_pidfd_open, 1, 0);
 	else if (strcmp(k, "pty") == 0) fd = posix_openpt(O_RDWR | O_NOCTTY);
-	else if (strcmp(k, "namespace") == 0) fd = open("/proc/self/ns/net", O_RDONLY);
+	else if (strcmp(k, "namespace") == 0) fd = elsewhere();
 	else if (strcmp(k, "tcp") == 0) fd = hold_tcp();
 	else if (strcmp(k, "uring") == 0) {
 		struct io_uring_params p = {0};
