@@ -68,7 +68,8 @@ static void netlink_check(void) {
 	nl_address(RTM_DELADDR);
 	struct { struct genlmsghdr g; struct nlattr a; char name[8]; } fam = {{CTRL_CMD_GETFAMILY, 1, 0}, {NLA_HDRLEN + 7, CTRL_ATTR_FAMILY_NAME}, "nlctrl"};
 	nl_ask(ngeneric, GENL_ID_CTRL, 0, &fam, sizeof fam, GENL_ID_CTRL, "a family");
-	struct unix_diag_req dr = {.sdiag_family = AF_UNIX, .udiag_states = -1};
+	// In no state are none: others on the host have sockets.
+	struct unix_diag_req dr = {.sdiag_family = AF_UNIX, .udiag_states = 0};
 	nl_ask(ndiag, SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &dr, sizeof dr, NLMSG_DONE, "sockets");
 	// From one program to another, by port and by group.
 	struct nlmsghdr h = {NLMSG_LENGTH(0), 99, 0, 7, 0};
