@@ -79,6 +79,7 @@ var objects = map[string]object{
 	"tcpconn":   {options: []string{"--tcp-established"}},
 	"tcpclose":  {options: []string{"--tcp-close"}},
 	"tcpflight": {elsewhere: true},
+	"tcpopts":   {options: []string{"--tcp-established"}},
 	"tcpout":    {elsewhere: true},
 	"tcppeer":   {elsewhere: true},
 }
