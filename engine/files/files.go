@@ -74,7 +74,7 @@ var kinds []*kind
 
 func init() {
 	kinds = []*kind{
-		kindEventfd, kindTimerfd, kindSignalfd, kindEventpoll, kindPidfd,
+		kindEventfd, kindTimerfd, kindSignalfd, kindEventpoll, kindPidfd, kindBPF,
 		kindMemfd,
 		kindPipe, kindFifo,
 		kindUnix, kindInet, kindNetlink, kindPacket,

@@ -119,6 +119,7 @@ type Restorer struct {
 	locks     map[uint32][]*fileLock       // by table
 	handed    map[string]*Inherit          // by the name in the image
 	conns     map[*description]*connection // TCP, by their ends
+	bpf       map[uint32]*bpfMap           // by the id in the images
 	tcps      map[tcpPair]bool             // TCP connections of this host
 	lockID    string                       // of the dump's network lock; empty: none
 }
@@ -149,7 +150,7 @@ func NewRestorer(log hclog.Logger, set *image.Set, o RestoreOptions) (*Restorer,
 		}
 	}
 	var err error
-	for _, load := range []func() error{r.loadFiles, r.loadTables, r.loadLocks, r.loadGhosts, r.loadLinked, r.loadMemfds, r.loadSockQueues, r.matchInherit, r.loadConnections} {
+	for _, load := range []func() error{r.loadFiles, r.loadTables, r.loadLocks, r.loadGhosts, r.loadLinked, r.loadMemfds, r.loadSockQueues, r.matchInherit, r.loadConnections, r.loadBPF} {
 		if err := load(); err != nil {
 			return nil, err
 		}
@@ -214,6 +215,8 @@ func entryParts(e *fdinfo.FileEntry) (id uint32, owner *fown.FownEntry, flags ui
 		c, ok = e.GetPsk(), e.Psk != nil
 	case fdinfo.FdTypes_TUNF:
 		return e.GetTunf().GetId(), e.GetReg().GetFown(), e.GetReg().GetFlags(), e.Tunf != nil // REG is another entry's
+	case fdinfo.FdTypes_BPFMAP:
+		c, ok = e.GetBpf(), e.Bpf != nil
 	case fdinfo.FdTypes_MEMFD:
 		c, ok = e.GetMemfd(), e.Memfd != nil
 	case fdinfo.FdTypes_INOTIFY:

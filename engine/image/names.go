@@ -24,6 +24,7 @@ const (
 	SeccompFile      = "seccomp"
 	CgroupFile       = "cgroup"
 	TtyInfoFile      = "tty-info"
+	BpfmapDataFile   = "bpfmap-data"
 	TtyDataFile      = "tty-data"
 )
 
@@ -126,6 +127,7 @@ const (
 	MagicCgroup       = "CGROUP"
 	MagicPagemap      = "PAGEMAP"
 	MagicTtyInfo      = "TTY_INFO"
+	MagicBpfmapData   = "BPFMAP_DATA"
 	MagicTtyData      = "TTY_DATA"
 	MagicTCPStream    = "TCP_STREAM"
 	MagicTimens       = "TIMENS"

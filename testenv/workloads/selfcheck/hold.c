@@ -3,6 +3,7 @@
 #include "selfcheck.h"
 #include <arpa/inet.h>
 #include <net/if.h>
+#include <linux/bpf.h>
 #include <linux/filter.h>
 #include <linux/if_tun.h>
 #include <linux/io_uring.h>
@@ -59,12 +60,27 @@ static int elsewhere(void) {
 	return fd;
 }
 
+static int hold_program(void) {
+	struct bpf_insn all[] = {{.code = BPF_ALU64 | BPF_MOV | BPF_K, .imm = -1}, {.code = BPF_JMP | BPF_EXIT}};
+	union bpf_attr a = {.prog_type = BPF_PROG_TYPE_SOCKET_FILTER, .insns = (uintptr_t)all, .insn_cnt = 2, .license = (uintptr_t) "GPL"};
+	return syscall(SYS_bpf, BPF_PROG_LOAD, &a, sizeof a);
+}
+
+static int hold_filter(void) {
+	int p = SYS(hold_program()), fd = SYS(socket(AF_INET, SOCK_DGRAM, 0));
+	SYS(setsockopt(fd, SOL_SOCKET, SO_ATTACH_BPF, &p, sizeof p));
+	close(p);
+	return fd;
+}
+
 COMMAND(hold) {
 	CHECK(arg_count > 0, "usage: hold PREFIX KIND");
 	const char *k = arg_values[0];
 	int fd;
 	if (strcmp(k, "inotify") == 0) fd = inotify_init1(0);
 	else if (strcmp(k, "tapfilter") == 0) fd = hold_tap();
+	else if (strcmp(k, "bpfprog") == 0) fd = hold_program();
+	else if (strcmp(k, "bpffilter") == 0) fd = hold_filter();
 	else if (strcmp(k, "vsock") == 0) fd = socket(AF_VSOCK, SOCK_STREAM, 0);
 	else if (strcmp(k, "pidfd") == 0) fd = syscall(SYS_pidfd_open, 1, 0);
 	else if (strcmp(k, "pty") == 0) fd = posix_openpt(O_RDWR | O_NOCTTY);
