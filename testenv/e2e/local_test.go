@@ -76,6 +76,8 @@ var objects = map[string]object{
 	"hold":      {elsewhere: true},
 	"locks":     {options: []string{"--file-locks"}},
 	"mem":       {elsewhere: true},
+	"sigsender": {elsewhere: true},
+	"sigtarget": {elsewhere: true},
 	"tcpconn":   {options: []string{"--tcp-established"}},
 	"tcpclose":  {options: []string{"--tcp-close"}},
 	"tcpflight": {elsewhere: true},
