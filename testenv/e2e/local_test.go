@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -65,17 +66,21 @@ type object struct {
 	options   []string // of dump and restore
 	args      []string // of the command
 	elsewhere bool     // it has tests of its own
+	rounds    int      // 0: 10
 }
 
 // objects has the commands of selfcheck that need anything.
 var objects = map[string]object{
 	"container": {elsewhere: true},
+	"execed":    {elsewhere: true},
 	"external":  {elsewhere: true},
 	"forker":    {elsewhere: true},
 	"linkremap": {options: []string{"--link-remap"}},
 	"hold":      {elsewhere: true},
 	"locks":     {options: []string{"--file-locks"}},
+	"futexes":   {rounds: 100},
 	"mem":       {elsewhere: true},
+	"rseq":      {rounds: 100},
 	"sigsender": {elsewhere: true},
 	"sigtarget": {elsewhere: true},
 	"tcpconn":   {options: []string{"--tcp-established"}},
@@ -101,9 +106,9 @@ func TestObjects(t *testing.T) {
 			continue
 		}
 		t.Run(c, func(t *testing.T) {
-			ctx := deadline(t, 2*time.Minute)
+			ctx := deadline(t, time.Duration(2+o.rounds/25)*time.Minute)
 			r := selfcheck(ctx, t, h, newDir(t), c, o.args...)
-			dumpRestore(ctx, t, r, 10, o.options...)
+			dumpRestore(ctx, t, r, cmp.Or(o.rounds, 10), o.options...)
 			goes(ctx, t, r, 20)
 			stop(ctx, t, r)
 		})

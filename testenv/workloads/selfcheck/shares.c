@@ -1,5 +1,6 @@
 // ---- shares: processes that share descriptors or directories, as clone makes
 // them: each sees what a member of its group changes, and nobody else does.
+// ---- execer: processes whose second thread executes a program, all the time.
 // ---- spawner: children by vfork and posix_spawn all the time.
 #include "selfcheck.h"
 #include <linux/sched.h>
@@ -176,6 +177,44 @@ COMMAND(spawner) {
 	pthread_t t[3];
 	for (intptr_t i = 0; i < 2; i++) t[i] = spawn(t_spawn, (void *)i);
 	t[2] = spawn(t_vfork, (void *)(intptr_t)2);
+	loop(spawner_check);
+	for (int i = 0; i < 3; i++) pthread_join(t[i], NULL);
+}
+
+// ---- execer
+
+COMMAND(execed) { _exit(5); }
+
+static void *t_exec(void *arg) {
+	nap_ms((uintptr_t)arg % 3);
+	execl("/proc/self/exe", "selfcheck", "execed", path_of("child"), NULL);
+	_exit(6);
+}
+
+static void *t_still(void *arg) {
+	for (;; nap_ms(1)) (void)arg;
+	return NULL;
+}
+
+static void *t_execer(void *arg) {
+	int i = (intptr_t)arg;
+	for (uintptr_t n = 0; !stopping; n++) {
+		pid_t pid = child();
+		if (pid == 0) {
+			for (int j = 0; j < 2; j++) spawn(t_still, NULL);
+			spawn(t_exec, (void *)n);
+			for (;; nap_ms(1)) {}
+		}
+		int st;
+		CHECK(waitpid(pid, &st, 0) == pid && WIFEXITED(st) && WEXITSTATUS(st) == 5, "the child ended with %x", st);
+		spawned[i]++;
+	}
+	return NULL;
+}
+
+COMMAND(execer) {
+	pthread_t t[3];
+	for (intptr_t i = 0; i < 3; i++) t[i] = spawn(t_execer, (void *)i);
 	loop(spawner_check);
 	for (int i = 0; i < 3; i++) pthread_join(t[i], NULL);
 }
