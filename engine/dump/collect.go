@@ -371,7 +371,38 @@ func (c *collector) state(p *process) error {
 	if !st.Kthread && compat(p.pid) {
 		c.refuse(p, "", "is a 32-bit program, which cannot be carried", "")
 	}
+	if err := c.profile(p); err != nil {
+		return err
+	}
 	return c.namespaces(p)
+}
+
+// profile refuses a process that a security module confines otherwise than this
+// one, whose context a restored process would have.
+func (c *collector) profile(p *process) error {
+	its, err := label(p.pid)
+	if err != nil {
+		return err
+	}
+	own, err := label(os.Getpid())
+	if err != nil {
+		return err
+	}
+	if its != own {
+		c.refuse(p, "", fmt.Sprintf("has the security context %q, the agent has %q, which it would come back with", its, own), "run the agent in the same context")
+	}
+	return nil
+}
+
+// label reads the context of a process, empty where no security module gives one.
+func label(pid int) (string, error) {
+	b, err := procfs.ReadAll(procfs.Path(pid, "attr", "current"))
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EINVAL) {
+		if _, serr := os.Stat(procfs.Path(pid)); serr == nil {
+			return "", nil
+		}
+	}
+	return strings.TrimRight(string(b), "\x00\n"), err
 }
 
 // compat tells whether a process executes a 32-bit program (e_ident, elf(5)).

@@ -77,30 +77,27 @@ func (t *Tree) Threads() int {
 	return n
 }
 
-// vforkError says that a thread cannot stop: it waits for a child that is
-// stopped itself.
-type vforkError struct {
-	pid, tid int
-	comm     string
-}
+// passingError says that a tree cannot be frozen at this moment, but may be at
+// the next one.
+type passingError struct{ err error }
 
-func (e *vforkError) Error() string {
-	return fmt.Sprintf("task %d of pid %d (%s) waits for a child that it made by vfork", e.tid, e.pid, e.comm)
-}
+func (e *passingError) Error() string { return e.err.Error() }
+func (e *passingError) Unwrap() error { return e.err }
 
 // Freeze stops the tree below pid. If it fails, whatever was stopped runs on.
-// While a vfork is in progress the tree is let go for a moment, again and again.
+// While a vfork is in progress, or a thread of many executes another program,
+// the tree is let go for a moment, again and again.
 func Freeze(ctx context.Context, pid int, timeout time.Duration) (*Tree, error) {
 	for until := time.Now().Add(timeout); ; {
 		t, err := freeze(ctx, pid, time.Until(until))
-		var v *vforkError
-		if !errors.As(err, &v) {
+		var p *passingError
+		if !errors.As(err, &p) {
 			return t, err
 		}
 		if ctx.Err() != nil || time.Now().After(until) {
-			return nil, errors.Join(fmt.Errorf("%w, which did not end within %s", err, timeout), ctx.Err())
+			return nil, errors.Join(fmt.Errorf("%w; it was the same for %s", err, timeout), ctx.Err())
 		}
-		time.Sleep(vforkPause)
+		time.Sleep(passingPause)
 	}
 }
 
@@ -108,7 +105,7 @@ const (
 	// vforkPatience is how long a thread may take to stop before it is taken for
 	// one that waits for its child.
 	vforkPatience = 3 * time.Millisecond
-	vforkPause    = 5 * time.Millisecond
+	passingPause  = 5 * time.Millisecond
 )
 
 func freeze(ctx context.Context, pid int, timeout time.Duration) (*Tree, error) {
@@ -226,7 +223,8 @@ func (s *seizer) process(pid int) (found int, err error) {
 	}
 	if st.State == 'Z' || st.State == 'X' {
 		if len(tids) > 1 {
-			return 0, fmt.Errorf("pid %d (%s): its first thread has exited while others run, which cannot be rebuilt", pid, st.Comm)
+			// So it is for a moment when another thread executes a program, and when all end.
+			return 0, &passingError{fmt.Errorf("pid %d (%s): its first thread has exited while others run, which cannot be rebuilt", pid, st.Comm)}
 		}
 		p.Zombie = true
 		p.Threads = nil
@@ -279,10 +277,15 @@ func (s *seizer) seize(p *Proc, tid int) (bool, error) {
 			return false, nil
 		case serr == nil && (st.State == 'Z' || st.State == 'X'):
 			return false, nil // the next pass sees what it was
-		case serr == nil && st.TracerPid != 0:
+		case serr == nil && st.TracerPid != 0 && st.TracerPid != unix.Gettid():
 			return false, fmt.Errorf("pid %d (%s) is being traced by pid %d; detach that tracer first: %w", p.Pid, p.Comm, st.TracerPid, err)
 		}
-		return false, fmt.Errorf("seize task %d of pid %d (%s): %w", tid, p.Pid, p.Comm, err)
+		err = fmt.Errorf("seize task %d of pid %d (%s): %w", tid, p.Pid, p.Comm, err)
+		if errors.Is(err, unix.EPERM) && serr == nil {
+			// Another thread, which may be ours, takes its place: it executes a program.
+			return false, &passingError{err}
+		}
+		return false, err
 	}
 	if err := sys.PtraceInterrupt(tid); err != nil {
 		if errors.Is(err, unix.ESRCH) {
@@ -310,7 +313,7 @@ func (s *seizer) awaitStop(p *Proc, tid int) (stop unix.Signal, alive bool, err 
 				return 0, false, fmt.Errorf("task %d of pid %d (%s) does not stop (%s): %w", tid, p.Pid, p.Comm, waitingIn(p.Pid, tid), cause)
 			}
 			if time.Since(told) > vforkPatience && procfs.InVfork(p.Pid, tid) {
-				return 0, false, &vforkError{pid: p.Pid, tid: tid, comm: p.Comm}
+				return 0, false, &passingError{fmt.Errorf("task %d of pid %d (%s) waits for a child that it made by vfork", tid, p.Pid, p.Comm)}
 			}
 			time.Sleep(pause)
 			pause = min(pause*2, 2*time.Millisecond)
@@ -425,6 +428,10 @@ func inner(ids []int) int {
 
 func (th *Thread) identify(p *Proc) error {
 	st, err := procfs.ReadTaskStatus(p.Pid, th.Tid)
+	if procfs.Gone(err) || err == nil && st.State != 't' {
+		// Another thread has executed a program, or somebody killed it.
+		return &passingError{fmt.Errorf("task %d is not stopped any more", th.Tid)}
+	}
 	if err != nil {
 		return fmt.Errorf("read status of task %d: %w", th.Tid, err)
 	}

@@ -87,6 +87,9 @@ type TaskFacts struct {
 	CoredumpFilter *uint32 `json:"coredump_filter,omitempty"`
 	// Autogroup is the niceness of its session (sched(7)).
 	Autogroup int32 `json:"autogroup,omitempty"`
+	// XPermission are the features of extended state that it has asked leave to use
+	// (arch_prctl(2), ARCH_REQ_XCOMP_PERM), a mask.
+	XPermission uint64 `json:"xpermission,omitempty"`
 	// LDT are the descriptors of modify_ldt(2), 8 bytes each as the CPU has them.
 	LDT []byte `json:"ldt,omitempty"`
 }

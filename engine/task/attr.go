@@ -21,6 +21,15 @@ import (
 const (
 	archGetCPUID = 0x1011
 	archSetCPUID = 0x1012
+	// Features of extended state that are only there for who asks (AMX).
+	archGetXCompPerm = 0x1022
+	archReqXCompPerm = 0x1023
+)
+
+// xTileData is XFEATURE_MASK_XTILE_DATA (arch/x86/include/asm/fpu/types.h).
+const (
+	xTileDataBit = 18
+	xTileData    = 1 << xTileDataBit
 )
 
 // Flags of a task that prctl(PR_SET_IO_FLUSHER) sets (include/linux/sched.h);
@@ -155,6 +164,10 @@ func (d *Dumped) addProcessFacts(s Source, l *leaderCalls) error {
 	}
 	if d.Facts.Autogroup, err = autogroup(s.Pid); err != nil {
 		return err
+	}
+	if l.xperm.Ret == 0 {
+		// Tile data is the one feature that is not everybody's.
+		d.Facts.XPermission = le64(l.xpermMask) & xTileData
 	}
 	d.Facts.LDT, err = readLDT(s.Remote, l)
 	return err
@@ -325,6 +338,9 @@ func ProcessFactCalls(f *image.TaskFacts) []*ptrace.Call {
 		return nil
 	}
 	var cs []*ptrace.Call
+	if f.XPermission&xTileData != 0 {
+		cs = append(cs, ptrace.NewCall("ask leave to use AMX", unix.SYS_ARCH_PRCTL, ptrace.Int(archReqXCompPerm), ptrace.Int(xTileDataBit)))
+	}
 	for i := 0; i+ldtEntry <= len(f.LDT) && i < ldtEntries*ldtEntry; i += ldtEntry {
 		if raw := le64(f.LDT[i:]); raw != 0 {
 			cs = append(cs, ptrace.NewCall(fmt.Sprintf("set entry %d of the local descriptor table", i/ldtEntry), unix.SYS_MODIFY_LDT,
@@ -456,6 +472,8 @@ func CheckFacts(f *image.TaskFacts) error {
 		return nil
 	case f.ExitSignal != nil && *f.ExitSignal > Signals:
 		return fmt.Errorf("signal %d at its end", *f.ExitSignal)
+	case f.XPermission&^xTileData != 0:
+		return fmt.Errorf("leave to use unknown features %#x of extended state", f.XPermission&^xTileData)
 	case !validLDT(f.LDT):
 		return fmt.Errorf("local descriptor table of %d bytes", len(f.LDT))
 	case len(f.Speculation) > speculations:

@@ -89,6 +89,8 @@ type leaderCalls struct {
 	thp       *ptrace.Call
 	ldt       *ptrace.Call
 	ldtBytes  []byte
+	xperm     *ptrace.Call
+	xpermMask []byte
 }
 
 func (l *leaderCalls) calls() []*ptrace.Call {
@@ -123,6 +125,9 @@ func (l *leaderCalls) calls() []*ptrace.Call {
 	l.brk = add("read brk", unix.SYS_BRK, ptrace.Int(0))
 	l.dumpable = add("read dumpable", unix.SYS_PRCTL, ptrace.Int(unix.PR_GET_DUMPABLE))
 	l.thp = add("read THP setting", unix.SYS_PRCTL, ptrace.Int(unix.PR_GET_THP_DISABLE))
+	l.xpermMask = make([]byte, 8)
+	l.xperm = add("read leave to use features of extended state", unix.SYS_ARCH_PRCTL, ptrace.Int(archGetXCompPerm), ptrace.Buf(l.xpermMask))
+	l.xperm.MayFail = true // a CPU without AMX
 	l.ldtBytes = make([]byte, ldtProbe)
 	l.ldt = add("read local descriptor table", unix.SYS_MODIFY_LDT, ptrace.Int(0), ptrace.Buf(l.ldtBytes), ptrace.Int(len(l.ldtBytes)))
 	l.ldt.MayFail = true // a kernel without it
