@@ -28,7 +28,8 @@ type soaked struct {
 	name    string
 	run     *workloads.Run
 	options []string
-	fds     int // of the root, when it was set up
+	fds     int  // of the root, when it was set up
+	moved   bool // restored at least once
 }
 
 // TestSoak dumps and restores a random mix of all kinds of objects, several of
@@ -75,7 +76,7 @@ func TestSoak(t *testing.T) {
 				continue
 			}
 			r := selfcheck(ctx, t, h, newDir(t), c, objects[c].args...)
-			running = append(running, &soaked{c, r, objects[c].options, openFiles(t, h, r.Pid)})
+			running = append(running, &soaked{name: c, run: r, options: objects[c].options, fds: openFiles(t, h, r.Pid)})
 			kinds[c] = true
 		}
 		i := random.IntN(len(running))
@@ -85,7 +86,7 @@ func TestSoak(t *testing.T) {
 		t.Logf("cycle %d: %s, pid %d, action %d", cycles, s.name, s.run.Pid, what)
 		goes(ctx, t, s.run, 1)
 		switch {
-		case what == 0:
+		case what == 0 && s.moved:
 			end(i)
 		case what == 1 && !slices.Contains(s.options, "--link-remap"):
 			dir := newDir(t)
@@ -93,12 +94,16 @@ func TestSoak(t *testing.T) {
 			goes(ctx, t, s.run, 5)
 		default:
 			dumpRestore(ctx, t, s.run, 1, s.options...)
+			s.moved = true
 		}
 		if t.Failed() {
 			return
 		}
 	}
 	for len(running) > 0 {
+		if s := running[0]; !s.moved { // some wait for it
+			dumpRestore(ctx, t, s.run, 1, s.options...)
+		}
 		end(0)
 	}
 	t.Logf("%d cycles with %d of %d kinds", cycles, len(kinds), len(cmds))
