@@ -70,7 +70,7 @@ func (f *dumpFlags) addDump(cmd *cobra.Command) {
 	fs.IntVarP(&f.tree, "tree", "t", 0, "pid of the tree's root")
 	fs.BoolVarP(&f.leaveRunning, "leave-running", "R", false, "let the tree run on after the dump")
 	fs.BoolVarP(&f.leaveStopped, "leave-stopped", "s", false, "leave the tree stopped (SIGSTOP) after the dump")
-	fs.StringArrayVar(&f.external, "external", nil, "what whoever restores provides: file[mnt_id:inode], hexadecimal, or mnt[MOUNTPOINT]:NAME; may be repeated")
+	fs.StringArrayVar(&f.external, "external", nil, "what whoever restores provides: file[mnt_id:inode] or tty[rdev:dev], hexadecimal, or mnt[MOUNTPOINT]:NAME; may be repeated")
 	fs.StringArrayVar(&f.skipMounts, "skip-mnt", nil, "a mount point that a tree with mounts of its own goes without; may be repeated")
 	fs.StringVar(&f.ghostLimit, "ghost-limit", "", "largest size of a deleted file that is carried, with K, M or G (default 1G)")
 	fs.IntVar(&f.timeout, "timeout", 0, "seconds within which all tasks have to stop (default 10)")
@@ -158,6 +158,7 @@ func (f *dumpFlags) options() (engine.DumpOptions, error) {
 	}
 	opts := engine.DumpOptions{TCPEstablished: f.tcpEstablished, TCPClose: f.tcpClose, SkipInFlight: f.skipInFlight, NetworkLock: lock, External: f.external, GhostLimit: limit, FileLocks: f.fileLocks, Timeout: time.Duration(f.timeout) * time.Second}
 	opts.SkipMounts = f.skipMounts
+	opts.ShellJob = f.shellJob
 	opts.Files, err = f.files.dump(f.leaveRunning || f.leaveStopped)
 	return opts, err
 }

@@ -162,6 +162,17 @@ func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logge
 	if err := f.actions().run(ctx, stagePreRestore, 0); err != nil {
 		return fmt.Errorf("restore from %s: %w", f.imagesDir, err)
 	}
+	var terminal *ownTerminal
+	if f.shellJob {
+		opts.ShellJob = true
+		if terminal, err = openTerminal(); err != nil {
+			return err
+		}
+		if terminal != nil {
+			opts.Terminal = terminal.file
+			defer func() { _ = terminal.file.Close() }()
+		}
+	}
 	src, err := image.OpenDir(f.imagesDir)
 	if err != nil {
 		return fmt.Errorf("restore from %s: %w", f.imagesDir, err)
@@ -169,13 +180,13 @@ func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logge
 	defer func() { _ = src.Close() }()
 	tree, err := eng.Restore(ctx, src, opts)
 	if err != nil {
-		return fmt.Errorf("restore from %s: %w", f.imagesDir, err)
+		return errors.Join(fmt.Errorf("restore from %s: %w", f.imagesDir, err), terminal.back())
 	}
 	if err := startRestored(ctx, tree, f); err != nil {
 		if derr := tree.Discard(); derr != nil {
 			err = fmt.Errorf("%w (and what was built could not be removed: %w)", err, derr)
 		}
-		return fmt.Errorf("restore from %s: %w", f.imagesDir, err)
+		return errors.Join(fmt.Errorf("restore from %s: %w", f.imagesDir, err), terminal.back())
 	}
 	f.putStats(statsRestoreFile, restoreStats(tree.Stats()))
 	if err := f.actions().run(ctx, stagePostResume, tree.Root()); err != nil {
@@ -195,6 +206,9 @@ func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logge
 	}()
 	select {
 	case err := <-ended:
+		if berr := terminal.back(); berr != nil {
+			log.Error("the tree has ended", "error", berr)
+		}
 		return err
 	case <-ctx.Done():
 		return fmt.Errorf("told to stop waiting: the restored tree runs on as pid %d", tree.Root())

@@ -40,7 +40,7 @@ func (f *localFlags) add(cmd *cobra.Command) {
 	fs.StringArrayVar(&f.scripts, "action-script", nil, "shell command to call at each stage, with CRTOOLS_SCRIPT_ACTION, CRTOOLS_IMAGE_DIR and CRTOOLS_INIT_PID set; may be repeated")
 	fs.BoolVar(&f.stats, "display-stats", false, "print statistics at the end; they are in stats-dump or stats-restore anyway")
 	// What follows asks for what is done in any case.
-	fs.BoolVarP(&f.shellJob, "shell-job", "j", false, "accepted: a tree whose session leader is outside of it is carried anyway")
+	fs.BoolVarP(&f.shellJob, "shell-job", "j", false, "a tree on a terminal that is not part of it, as a job of a shell: restored, it is in the session of the command, on its standard input")
 	if cmd.Name() != "restore" {
 		fs.BoolVar(&f.fiemap, "ghost-fiemap", false, "accepted: holes of deleted files are found without reading them anyway")
 	}

@@ -13,6 +13,7 @@ import (
 	"godwit/engine/arch"
 	"godwit/engine/dump"
 	"godwit/engine/files"
+	"godwit/engine/plan"
 	"godwit/engine/procfs"
 	"godwit/engine/refuse"
 	"godwit/engine/restore"
@@ -37,7 +38,11 @@ func (e *Engine) Check(ctx context.Context, p *Plan, o RestoreOptions) error {
 	if err := checkPrivileges(r, p); err != nil {
 		return err
 	}
-	for _, x := range files.CheckDestination(p.Files, p.External, p.Ports, in) {
+	paths := p.Files
+	if o.NewPidNamespace { // it has a /dev/pts of its own
+		paths = slices.DeleteFunc(slices.Clone(paths), func(f plan.File) bool { return f.Kind == files.KindTerminal })
+	}
+	for _, x := range files.CheckDestination(paths, p.External, p.Ports, in) {
 		r.Add(x)
 	}
 	return errors.Join(ctx.Err(), r.Err())

@@ -73,6 +73,9 @@ type DumpOptions struct {
 	// Elsewhere says that the tree goes to another host: what it uses on this one
 	// without holding it is refused.
 	Elsewhere bool
+	// ShellJob carries a tree on a terminal of which the master is outside; the
+	// restore uses another terminal in its place.
+	ShellJob bool
 }
 
 // NetworkLock is a way to lock the network for TCP connections.
@@ -113,6 +116,10 @@ type RestoreOptions struct {
 	FileLocks bool
 	// TimeNamespace says what becomes of the clocks that count from boot.
 	TimeNamespace Clocks
+	// ShellJob lands a tree whose session leader is outside in this process's
+	// session, with Terminal in the place of the terminal that it had.
+	ShellJob bool
+	Terminal *os.File // the caller's; nil: there is none
 	// Host names this host in messages; empty means os.Hostname.
 	Host string
 }

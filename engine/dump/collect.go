@@ -42,6 +42,7 @@ type Options struct {
 	FileLocks      bool     // carried, not refused
 	Elsewhere      bool     // the tree goes to another host
 	Mounts         ns.MountOptions
+	ShellJob       bool // a terminal outside the tree is carried, not refused
 	Host           string
 	Files          plan.FileOptions
 }
@@ -89,7 +90,7 @@ type collector struct {
 func newCollector(log hclog.Logger, o Options, root int, emit func(image.Entry) error) *collector {
 	return &collector{
 		log: log, o: o,
-		files:   files.NewDumper(log, files.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, SkipInFlight: o.SkipInFlight, NetworkLock: o.NetworkLock, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, FileOptions: o.Files}, emit),
+		files:   files.NewDumper(log, files.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, SkipInFlight: o.SkipInFlight, NetworkLock: o.NetworkLock, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, ShellJob: o.ShellJob, FileOptions: o.Files}, emit),
 		refusal: refuse.Refusal{Doing: fmt.Sprintf("dump of pid %d", root)},
 		shmems:  map[uint32]*shmem{}, segments: map[uint32]*segment{},
 		limits: map[int]plan.Rlimit{},

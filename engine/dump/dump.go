@@ -106,6 +106,7 @@ func Dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 	}
 	facts.Files = c.files.Facts()
 	facts.Ghosts = c.files.GhostFacts()
+	facts.TTYs = c.files.TTYFacts()
 	facts.SysV = c.sysvFacts()
 	facts.Mounts = c.mounts.Facts()
 	if !c.own.Has(ns.Ipc) { // else they end with their namespace

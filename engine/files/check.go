@@ -64,6 +64,14 @@ func (c *destination) file(f plan.File) {
 	}
 	var st unix.Stat_t
 	err := unix.Lstat(f.Path, &st)
+	if f.Kind == KindTerminal {
+		if err == nil {
+			fail(terminalTaken(f.Path), terminalTakenHint)
+		} else if unix.Stat("/dev/ptmx", &st) != nil {
+			fail("there are no pseudoterminals here", "mount devpts on /dev/pts")
+		}
+		return
+	}
 	if f.Create {
 		c.create(f, err, fail)
 		return

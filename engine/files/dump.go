@@ -11,6 +11,7 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fown"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/tty"
 	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
@@ -41,6 +42,9 @@ type Options struct {
 	NetworkLock string
 	// FileLocks carries file locks; without it they are refused.
 	FileLocks bool
+	// ShellJob carries a terminal of which the master is outside the tree: the
+	// restore uses the one that it is started on.
+	ShellJob bool
 	plan.FileOptions
 }
 
@@ -95,6 +99,7 @@ type object struct {
 
 	entries []*fdinfo.FileEntry
 	facts   *image.FileFacts
+	ttyKey  string // of an external terminal
 	path    string // where the restore finds it, if it is found by path
 	create  bool   // the restore makes the path
 	dirOnly bool   // path is the directory in which it is made or found
@@ -166,6 +171,14 @@ type Dumper struct {
 	links   Links
 	remaps  []*linkRemap
 	remapOf map[inodeID]*linkRemap
+
+	terminals  []*terminal
+	ttyInfos   []*tty.TtyInfoEntry
+	ttyData    []*tty.TtyDataEntry
+	ttyFacts   []*image.TTYFacts
+	lastTTY    uint32
+	wantedTTYs map[string]bool // keys of Options.External; true: found
+
 	mntns   map[int]bool        // pid → lives in another mount namespace
 	root    func(string) string // where paths of the tree are found; nil: by mntns
 	others  *outsiders
@@ -209,9 +222,13 @@ func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumpe
 		inside: map[int]bool{}, vpids: map[int]bool{}, tables: map[uint32]*Proc{}, fds: map[uint32][]fdSlot{}, pidfds: map[int]int{},
 		groups: map[groupKey]*orderedObjects{}, budget: fdBudget(), texts: map[string]string{}, paths: map[pathKey]*object{}, shmids: map[inodeID]uint32{},
 		remapOf: map[inodeID]*linkRemap{},
-		memfds:  map[inodeID]*memfdInode{}, ghosts: map[inodeID]*ghost{}, mntns: map[int]bool{},
+		memfds:  map[inodeID]*memfdInode{}, ghosts: map[inodeID]*ghost{}, mntns: map[int]bool{}, wantedTTYs: map[string]bool{},
 	}
 	for _, s := range o.External {
+		if key, ok, err := parseTTYKey(s); ok && err == nil {
+			d.wantedTTYs[key] = false
+			continue
+		}
 		keys, err := ParseKey(s)
 		if err != nil {
 			d.refusal.Add(refuse.Problem{Key: s, Reason: err.Error(), Hint: "plan lists every open file with its key"})
@@ -489,6 +506,10 @@ func (d *Dumper) Finish() error {
 			}
 		}
 	}
+	if err := d.checkSessions(); err != nil {
+		return err
+	}
+	d.checkTTYKeys()
 	for _, o := range d.objects {
 		release(o.file)
 		o.file = nil
@@ -550,6 +571,9 @@ func (d *Dumper) emitEntries() error {
 				return err
 			}
 		}
+	}
+	if err := d.emitTTYs(); err != nil {
+		return err
 	}
 	if err := d.emitLocks(); err != nil {
 		return err
@@ -671,10 +695,14 @@ func (d *Dumper) Plan() (files []plan.File, ext []plan.External, ports []plan.Po
 			continue
 		}
 		if o.ext {
-			k := fmt.Sprintf("%s %o", o.key, o.flags)
+			name := o.key.String()
+			if o.ttyKey != "" {
+				name = o.ttyKey
+			}
+			k := fmt.Sprintf("%s %o", name, o.flags)
 			if !byKey[k] {
 				byKey[k] = true
-				ext = append(ext, plan.External{Key: o.key.String(), Path: o.link, Kind: modeKind(o.mode()),
+				ext = append(ext, plan.External{Key: name, Path: o.link, Kind: modeKind(o.mode()),
 					Flags: uint32(o.flags), Size: uint64(o.stat.Size), Mode: o.mode()})
 			}
 			continue
@@ -715,7 +743,7 @@ func (d *Dumper) Plan() (files []plan.File, ext []plan.External, ports []plan.Po
 			}
 		}
 	}
-	return files, ext, ports, descriptions
+	return append(files, d.terminalPlan()...), ext, ports, descriptions
 }
 
 // modeKind names the type of a file as package plan does.

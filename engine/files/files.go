@@ -79,7 +79,7 @@ func init() {
 		kindPipe, kindFifo,
 		kindUnix, kindInet, kindNetlink, kindPacket,
 		kindTun,
-		kindGhost, kindDevice, kindRegular,
+		kindGhost, kindTTY, kindDevice, kindRegular,
 		kindNamespace, kindInotify,
 	}
 }

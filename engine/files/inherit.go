@@ -9,6 +9,7 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/regfile"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/tty"
 	"golang.org/x/sys/unix"
 )
 
@@ -25,6 +26,11 @@ func (r *Restorer) matchInherit() error {
 			names[fmt.Sprintf("socket:[%d]", e.GetUsk().GetIno())] = true
 		case fdinfo.FdTypes_INETSK:
 			names[fmt.Sprintf("socket:[%d]", e.GetIsk().GetIno())] = true
+		}
+	}
+	for _, s := range r.ttySides {
+		if s.e.GetType() == tty.TtyType_EXT_TTY {
+			names[extTTYKey(s.e)] = true
 		}
 	}
 	given := make([]string, 0, len(r.opts.Inherit))
@@ -58,6 +64,9 @@ func (r *Restorer) matchInherit() error {
 func inheritName(k string, names map[string]bool) (string, bool) {
 	if names[k] {
 		return k, true
+	}
+	if key, ok, err := parseTTYKey(k); ok {
+		return key, err == nil && names[key]
 	}
 	if strings.HasPrefix(k, "file[") {
 		keys, err := ParseKey(k)
@@ -200,6 +209,8 @@ func (r *Restorer) isForwarded(x *description) bool {
 		name = fmt.Sprintf("socket:[%d]", e.GetUsk().GetIno())
 	case fdinfo.FdTypes_INETSK:
 		name = fmt.Sprintf("socket:[%d]", e.GetIsk().GetIno())
+	case fdinfo.FdTypes_TTY:
+		name = extTTYKey(r.ttySides[e.GetTty().GetTtyInfoId()].e)
 	}
 	in := r.handed[name]
 	return in != nil && (in.Forward || strings.HasPrefix(name, "socket:"))

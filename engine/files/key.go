@@ -24,8 +24,14 @@ func (k Key) String() string { return fmt.Sprintf("file[%x:%x]", k.Mnt, k.Ino) }
 func ParseKey(s string) ([]Key, error) {
 	in, ok := strings.CutPrefix(s, "file[")
 	if !ok {
-		if k, _, ok := strings.Cut(s, "["); ok && slices.Contains([]string{"tty", "unix", "net", "mnt", "dev", "pid"}, k) {
-			return nil, fmt.Errorf("external key %q: keys of kind %s are not carried, only file[mnt:ino]", s, k)
+		if k, _, ok := strings.Cut(s, "["); ok && slices.Contains([]string{"unix", "net", "mnt", "dev", "pid"}, k) {
+			return nil, fmt.Errorf("external key %q: keys of kind %s are not carried, only file[mnt:ino] and tty[rdev:dev]", s, k)
+		}
+		if _, ok, err := parseTTYKey(s); ok {
+			if err == nil {
+				err = fmt.Errorf("external key %q names a terminal, not a file", s)
+			}
+			return nil, err
 		}
 		return nil, fmt.Errorf("external key %q is not of the form file[mnt:ino], both hexadecimal, such as file[72:a3e7]", s)
 	}

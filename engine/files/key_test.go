@@ -28,7 +28,7 @@ func TestParseKey(t *testing.T) {
 		{in: "file[1]", err: "not of the form"},
 		{in: "file[1:2", err: "not of the form"},
 		{in: "file[1:2:3]", err: "inode"},
-		{in: "tty[88:8]", err: "keys of kind tty are not carried"},
+		{in: "tty[88:8]", err: "names a terminal"},
 		{in: "", err: "not of the form"},
 		{in: "/tmp/x", err: "not of the form"},
 	} {

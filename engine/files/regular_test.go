@@ -166,11 +166,11 @@ func TestRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	d := dumpAll(t, Options{}, c)
-	for _, x := range []string{"vsock sockets", "a pidfd of process", "one process in /proc", "terminals"} {
+	for _, x := range []string{"vsock sockets", "a pidfd of process", "one process in /proc", "the slave of this terminal has not been opened"} {
 		wantProblem(t, pre.Refusal(), x)
 		wantProblem(t, d.problems, x)
 	}
-	for _, x := range []string{"[key file[1:2]]: no process", "nearest: file[", "keys of kind tty are not carried", "not of the form file[mnt:ino]"} {
+	for _, x := range []string{"[key file[1:2]]: no process", "nearest: file[", "terminal with this key open of which the master is outside", "not of the form file[mnt:ino]"} {
 		wantProblem(t, pre.Refusal(), x)
 	}
 	for _, p := range d.problems {

@@ -39,6 +39,10 @@ type RestoreOptions struct {
 	Root *os.File
 	// TCPEstablished makes TCP connections again.
 	TCPEstablished bool
+	// ShellJob puts Terminal in the place of a terminal of which the master was
+	// outside the tree. Terminal is the caller's; nil: there is none.
+	ShellJob bool
+	Terminal *os.File
 	// TCPClose makes sockets that had a TCP connection again as if it had ended.
 	TCPClose bool
 	// TCPOutside makes those again, too, that lead out of the tree.
@@ -122,6 +126,10 @@ type Restorer struct {
 	bpf       map[uint32]*bpfMap           // by the id in the images
 	tcps      map[tcpPair]bool             // TCP connections of this host
 	lockID    string                       // of the dump's network lock; empty: none
+
+	ttySides map[uint32]*ttySide
+	ttys     []*ttyMade
+	ttysOpen bool
 }
 
 // maxFD bounds descriptor numbers; the kernel's own bound is lower.
@@ -150,7 +158,7 @@ func NewRestorer(log hclog.Logger, set *image.Set, o RestoreOptions) (*Restorer,
 		}
 	}
 	var err error
-	for _, load := range []func() error{r.loadFiles, r.loadTables, r.loadLocks, r.loadGhosts, r.loadLinked, r.loadMemfds, r.loadSockQueues, r.matchInherit, r.loadConnections, r.loadBPF} {
+	for _, load := range []func() error{r.loadFiles, r.loadTables, r.loadLocks, r.loadGhosts, r.loadLinked, r.loadMemfds, r.loadSockQueues, r.loadTTYs, r.matchInherit, r.loadConnections, r.loadBPF} {
 		if err := load(); err != nil {
 			return nil, err
 		}
@@ -221,6 +229,8 @@ func entryParts(e *fdinfo.FileEntry) (id uint32, owner *fown.FownEntry, flags ui
 		c, ok = e.GetMemfd(), e.Memfd != nil
 	case fdinfo.FdTypes_INOTIFY:
 		c, ok = e.GetIfy(), e.Ify != nil
+	case fdinfo.FdTypes_TTY:
+		c, ok = e.GetTty(), e.Tty != nil
 	}
 	if !ok {
 		return 0, nil, 0, false
@@ -372,6 +382,9 @@ func (r *Restorer) check() error {
 	if err := list("the files in the images cannot be restored", errs); err != nil {
 		return err
 	}
+	if err := r.planTTYs(); err != nil {
+		return err
+	}
 	r.planWatches()
 	for _, t := range r.tables {
 		t.placeSpares()
@@ -425,6 +438,8 @@ func (r *Restorer) who(x *description) string {
 	if reg := x.entry.GetReg(); reg != nil {
 		path = reg.GetName()
 	} else if reg := r.fifoReg(x); reg != nil {
+		path, id = reg.GetName(), reg.GetId()
+	} else if reg := r.ttyReg(x); reg != nil {
 		path, id = reg.GetName(), reg.GetId()
 	}
 	f := r.facts[id]
@@ -617,6 +632,7 @@ func (r *Restorer) Close() error {
 			x.file = nil
 		}
 	}
+	errs = append(errs, r.closeTTYs())
 	for _, g := range r.ghosts {
 		if g.file != nil && !g.sealed {
 			errs = append(errs, g.file.Close())

@@ -22,17 +22,15 @@ func Support() []plan.Support {
 	}
 	out = append(out,
 		plan.Support{Kind: "TCP connections of which both ends are in the tree", With: "--tcp-established"},
-		plan.Support{Kind: "file locks and leases", With: "--file-locks"})
+		plan.Support{Kind: "file locks and leases", With: "--file-locks"},
+		plan.Support{Kind: "the terminal that the tree was started on", With: "--shell-job, or --external tty[rdev:dev]",
+			Note: "the restore puts its own terminal, or one that is handed in, in its place"})
 	seen := map[string]bool{}
 	for _, r := range refusedLinks {
 		if !seen[r.what] {
 			seen[r.what] = true
 			out = append(out, plan.Support{Kind: r.what, Refused: true, Note: r.hint})
 		}
-	}
-	if !slices.Contains(types, fdinfo.FdTypes_TTY) {
-		reason, hint := unsupported(&object{link: "/dev/tty", stat: unix.Stat_t{Mode: unix.S_IFCHR}})
-		out = append(out, plan.Support{Kind: reason, Refused: true, Note: hint})
 	}
 	reason, hint := unsupported(&object{link: "/dev/x", stat: unix.Stat_t{Mode: unix.S_IFBLK}})
 	out = append(out, plan.Support{Kind: reason, Refused: true, Note: hint})

@@ -57,10 +57,6 @@ func unsupported(o *object) (reason, hint string) {
 			name = fmt.Sprintf("family %d", dom)
 		}
 		return fmt.Sprintf("%s sockets of type %d, protocol %d are not carried", name, typ, pro), "let the program close it"
-	case unix.S_IFCHR:
-		if o.link == "/dev/tty" || isTTY(o) {
-			return "terminals are not carried", "start the program with its standard files redirected to files or /dev/null, or detach it from its terminal"
-		}
 	case unix.S_IFBLK:
 		return "open block devices are not carried", "let the program close it"
 	}

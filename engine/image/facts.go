@@ -36,6 +36,8 @@ type Facts struct {
 	Ghosts []GhostFacts `json:"ghosts,omitempty"`
 	// Memory is of the processes whose mappings have something that VmaEntry has no field for.
 	Memory []MemoryFacts `json:"memory,omitempty"`
+	// TTYs are the terminals.
+	TTYs []TTYFacts `json:"ttys,omitempty"`
 	// SysV are the System V segments of shared memory; their contents are a
 	// data set of shared memory by the same id.
 	SysV []SysVFacts `json:"sysv,omitempty"`
@@ -179,6 +181,30 @@ type MountFacts struct {
 type Range struct {
 	Start uint64 `json:"start"`
 	End   uint64 `json:"end"` // behind the last byte
+}
+
+// TTYFacts belongs to a terminal (by id of its slave, or only, side in tty-info.img).
+type TTYFacts struct {
+	ID uint32 `json:"id"`
+	// Master is the id of the master's side; 0: it is not part of the tree.
+	Master uint32 `json:"master,omitempty"`
+	Mode   uint32 `json:"mode,omitempty"` // permissions of the slave's node
+	// Input says what the bytes of the slave's side in tty-data.img are; without
+	// it they are lines, or no lines, as the settings say.
+	Input []TTYPiece `json:"input,omitempty"`
+	// Stopped says how output was stopped: "char", "call", or not at all.
+	Stopped string `json:"stopped,omitempty"`
+	// Without are the processes of its session that gave it up (TIOCNOTTY).
+	Without []uint32 `json:"without,omitempty"`
+}
+
+// TTYPiece is a part of a terminal's input.
+type TTYPiece struct {
+	Len int `json:"len"` // bytes
+	// End is what follows: "line" (the last byte ends a line), "eof" (an end of
+	// file), "open" (the line goes on), "raw" (there are no lines), "new" (not
+	// processed yet).
+	End string `json:"end"`
 }
 
 // FileFacts belongs to one file entry (by id in files.img).

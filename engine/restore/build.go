@@ -40,6 +40,10 @@ type Options struct {
 	Mounts        map[string]string
 	Files         plan.FileRestoreOptions
 	TimeNamespace Clocks
+	// ShellJob lands sessions whose leader is not in the tree in that of this
+	// process, and puts Terminal in the place of one that was outside the tree.
+	ShellJob bool
+	Terminal *os.File // nil: there is none
 }
 
 // Tree is a rebuilt tree. None of its tasks has run yet; all are stopped with
@@ -54,18 +58,22 @@ type Tree struct {
 	files   *files.Restorer
 	landing *files.Landing // TCP connections that lead out of the tree
 	shmems  map[uint32]*os.File
-	rootDir *os.File     // root directory of a mount namespace of the tree's own
-	links   *files.Links // names to remove once the tree runs
-	made    []int        // System V segments that go with a Discard
-	spare   uint64
-	filler  *filler // nil: memory is not inherited
+	// terminals: the images have pseudoterminals that are to be made.
+	terminals bool
+	rootDir   *os.File     // root directory of a mount namespace of the tree's own
+	links     *files.Links // names to remove once the tree runs
+	made      []int        // System V segments that go with a Discard
+	spare     uint64
+	filler    *filler // nil: memory is not inherited
 	// live are the threads that exist, by tid on this host, in order of birth.
 	live []int
 	pids []int
 	root int
 	init int // the stub that stays as init of a new pid namespace, 0 otherwise
-	done bool
-	st   Stats
+	// resized is the process group that is to be told of another size of its terminal.
+	resized int
+	done    bool
+	st      Stats
 }
 
 // Stats counts what a restore made.
@@ -96,7 +104,7 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 		return nil, err
 	}
 	m.outliveAgent(log)
-	t := &Tree{log: log, o: o, model: m, tracer: ptrace.NewTracer(), shmems: map[uint32]*os.File{}}
+	t := &Tree{log: log, o: o, model: m, terminals: files.MakesTerminals(set), tracer: ptrace.NewTracer(), shmems: map[uint32]*os.File{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, t.Discard())
@@ -118,7 +126,7 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 		if o, ok := src.(image.Orderer); ok {
 			o.Order(m.births())
 		}
-		if err := t.openFiles(set); err != nil {
+		if err := t.openFiles(); err != nil {
 			return nil, err
 		}
 		t.filler = data
@@ -133,7 +141,7 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 	}
 	log.Debug("processes made", "root", t.root, "processes", t.st.Processes, "threads", t.st.Threads, "duration_us", t.st.ForkDur.Microseconds())
 	if !family {
-		if err := t.openFiles(set); err != nil {
+		if err := t.openFiles(); err != nil {
 			return nil, err
 		}
 	}
@@ -200,7 +208,8 @@ func (t *Tree) loginUID(p *process) error {
 
 // sow starts the stub and gives it the spare memory.
 func (t *Tree) sow() (err error) {
-	if t.stub, err = startStub(t.ch, t.newPid()); err != nil {
+	kind := stubKind{newPid: t.newPid(), sameSession: t.o.ShellJob, terminals: t.terminals}
+	if t.stub, err = startStub(t.ch, kind); err != nil {
 		return err
 	}
 	taken := append(append([]span(nil), t.stub.special...), t.stub.rest...)
@@ -213,15 +222,18 @@ func (t *Tree) sow() (err error) {
 	return t.setClocks()
 }
 
-func (t *Tree) openFiles(set *image.Set) (err error) {
-	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, TCPClose: t.o.TCPClose, TCPOutside: t.o.TCPOutside, LockSkip: t.o.LockSkip, Inherit: t.o.Inherit, FileLocks: t.o.FileLocks, FileRestoreOptions: t.o.Files}
+// readFiles checks what the images say of files.
+func (t *Tree) readFiles(set *image.Set) (err error) {
+	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, TCPClose: t.o.TCPClose, TCPOutside: t.o.TCPOutside, LockSkip: t.o.LockSkip, Inherit: t.o.Inherit, FileLocks: t.o.FileLocks, ShellJob: t.o.ShellJob, Terminal: t.o.Terminal, FileRestoreOptions: t.o.Files}
 	fo.Pid = t.hostPid
 	if t.newPid() || t.rootDir != nil {
 		fo.Open, fo.Root = t.openInside, t.rootDir
 	}
-	if t.files, err = files.NewRestorer(t.log, set, fo); err != nil {
-		return err
-	}
+	t.files, err = files.NewRestorer(t.log, set, fo)
+	return err
+}
+
+func (t *Tree) openFiles() (err error) {
 	// What the tree uses in these namespaces is made by a thread inside.
 	inside := t.model.own.Own & (ns.Net | ns.Ipc)
 	if err := ns.Do(t.root, inside, t.files.Open); err != nil {
@@ -865,6 +877,9 @@ func (t *Tree) run(stopped bool) error {
 		return errors.Join(errs...)
 	})
 	t.tracer.Close()
+	if t.resized != 0 {
+		_ = unix.Kill(-t.resized, unix.SIGWINCH) // whoever is not there needs none
+	}
 	return err
 }
 

@@ -113,10 +113,16 @@ type stub struct {
 // dies with us, and its children are ours before their first instruction.
 const sessionOptions = sys.PtraceOptionTraceSysGood | sys.PtraceOptionExitKill | sys.PtraceOptionTraceChildren
 
-// startStub starts and seizes the stub; with newPid it is the first process of
-// new pid and mount namespaces.
+// stubKind says where the stub lives.
+type stubKind struct {
+	newPid      bool // the first process of new pid and mount namespaces
+	sameSession bool // in the session and group of this process
+	terminals   bool // with newPid: pseudoterminals of its own
+}
+
+// startStub starts and seizes the stub.
 // Preconditions: on the tracer's thread, which must outlive the stub.
-func startStub(ch *channel, newPid bool) (_ *stub, err error) {
+func startStub(ch *channel, kind stubKind) (_ *stub, err error) {
 	exe, err := stubFile()
 	if err != nil {
 		return nil, fmt.Errorf("make the stub program: %w", err)
@@ -130,10 +136,10 @@ func startStub(ch *channel, newPid bool) (_ *stub, err error) {
 	attr := &syscall.ProcAttr{
 		Dir: "/", Env: []string{},
 		Files: []uintptr{null.Fd(), null.Fd(), null.Fd(), ch.theirs.Fd()},
-		Sys:   &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setsid: true},
+		Sys:   &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setsid: !kind.sameSession},
 	}
 	ch.fd = 3
-	if newPid {
+	if kind.newPid {
 		attr.Sys.Cloneflags = unix.CLONE_NEWPID | unix.CLONE_NEWNS
 	}
 	pid, err := syscall.ForkExec(fmt.Sprintf("/proc/self/fd/%d", exe.Fd()), []string{"godwit-stub"}, attr)
@@ -144,8 +150,8 @@ func startStub(ch *channel, newPid bool) (_ *stub, err error) {
 	if err := s.seize(); err != nil {
 		return nil, errors.Join(fmt.Errorf("take over the stub process: %w", err), s.kill())
 	}
-	if newPid {
-		if err := s.mountProc(); err != nil {
+	if kind.newPid {
+		if err := s.mountProc(kind.terminals); err != nil {
 			return nil, errors.Join(err, s.kill())
 		}
 	}
@@ -215,16 +221,22 @@ func (s *stub) seize() error {
 	return nil
 }
 
-// mountProc gives the new pid namespace a /proc of its own. It is mounted by
-// the stub through an area that is mapped for the purpose.
-func (s *stub) mountProc() error {
+// mountProc gives the new pid namespace a /proc of its own, and, for terminals, a
+// /dev/pts of which all numbers are free. They are mounted by the stub through an
+// area that is mapped for the purpose.
+func (s *stub) mountProc(terminals bool) error {
 	if err := s.remote.Map(0); err != nil {
 		return err
 	}
-	err := s.remote.Run(
+	calls := []*ptrace.Call{
 		ptrace.NewCall("keep mounts to itself", unix.SYS_MOUNT, ptrace.Str("none"), ptrace.Str("/"), ptrace.Int(0), ptrace.Int(unix.MS_REC|unix.MS_SLAVE), ptrace.Int(0)),
 		ptrace.NewCall("mount /proc", unix.SYS_MOUNT, ptrace.Str("proc"), ptrace.Str("/proc"), ptrace.Str("proc"), ptrace.Int(unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC), ptrace.Int(0)),
-	)
+	}
+	if terminals {
+		calls = append(calls, ptrace.NewCall("mount /dev/pts", unix.SYS_MOUNT, ptrace.Str("devpts"), ptrace.Str("/dev/pts"), ptrace.Str("devpts"),
+			ptrace.Int(unix.MS_NOSUID|unix.MS_NOEXEC), ptrace.Str("mode=620,ptmxmode=666")))
+	}
+	err := s.remote.Run(calls...)
 	return errors.Join(err, s.remote.Unmap())
 }
 

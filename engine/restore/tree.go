@@ -61,6 +61,12 @@ func (t *Tree) rootProcess(set *image.Set) error {
 	if err != nil {
 		return err
 	}
+	if err := t.readFiles(set); err != nil {
+		return err
+	}
+	if err := t.files.OpenTerminals(); err != nil {
+		return err
+	}
 	if t.newPid() {
 		t.init = t.stub.remote.Tid
 	}
@@ -77,6 +83,9 @@ func (t *Tree) processes(ctx context.Context) error {
 		return err
 	}
 	if err := t.groups(); err != nil {
+		return err
+	}
+	if err := t.foreground(); err != nil {
 		return err
 	}
 	for _, p := range t.model.procs {
@@ -121,6 +130,9 @@ func (t *Tree) grow(ctx context.Context, p *process, r *ptrace.Remote) error {
 			return fmt.Errorf("%s: %w", p, err)
 		}
 		p.curSid = p.sid
+		if err := t.takeTerminal(p); err != nil {
+			return fmt.Errorf("%s: %w", p, err)
+		}
 	}
 	for _, c := range p.children {
 		if c.remote() == nil && (c.sid == p.curSid || c.sid == c.vpid) {

@@ -167,6 +167,7 @@ func setUpHost() error {
 		{"tmpfs", "/run", "mode=755", unix.MS_NOSUID | unix.MS_NODEV},
 		{"tmpfs", "/dev/shm", "mode=1777", unix.MS_NOSUID | unix.MS_NODEV},
 		{"tmpfs", "/tmp", "mode=1777", unix.MS_NOSUID | unix.MS_NODEV},
+		{"devpts", "/dev/pts", "mode=620,ptmxmode=666", unix.MS_NOSUID | unix.MS_NOEXEC},
 	} {
 		if err := unix.Mount(m.fstype, m.dir, m.fstype, m.flags, m.data); err != nil {
 			return fmt.Errorf("mount %s on %s: %w", m.fstype, m.dir, err)
