@@ -487,9 +487,6 @@ func (c *collector) memory(p *process) error {
 	if !hasVdso {
 		c.refuse(p, "", "has no [vdso] (vdso=0 or removed), through which it is examined", "")
 	}
-	if err := c.attachments(p, vmas); err != nil {
-		return err
-	}
 	p.vmas = vmas
 	return c.readLimits(p)
 }

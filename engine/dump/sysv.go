@@ -55,17 +55,6 @@ func segmentFacts(id uint32, d unix.SysvShmDesc) image.SysVFacts {
 	}
 }
 
-// attachments refuses those of a process that shmat cannot make again.
-func (c *collector) attachments(p *process, vmas []*mem.VMA) error {
-	_, err := mem.Attachments(vmas, func(id uint64) (uint64, error) { return c.segments[uint32(id)].facts.Size, nil })
-	var partly *mem.PartlyError
-	if errors.As(err, &partly) {
-		c.refuse(p, partly.VMA.String(), fmt.Sprintf("is only a part of System V segment %d, the rest of which was unmapped; that cannot be carried", partly.VMA.ShmID), "")
-		return nil
-	}
-	return err
-}
-
 // finishSysV refuses segments that others have attached too, and what cannot be
 // read or does not come along.
 func (c *collector) finishSysV() error {

@@ -10,11 +10,13 @@ import (
 )
 
 // Attachment is one shmat(2): all VMAs that it consists of, ascending, which
-// mprotect(2) may have made several.
+// mprotect(2) and munmap(2) may have made several. Start and End are those of the
+// whole segment.
 type Attachment struct {
 	Start, End uint64
 	Segment    uint64
 	VMAs       []*VMA
+	shown      uint64 // bytes that are mapped
 }
 
 // Write tells whether it was attached for writing.
@@ -43,41 +45,35 @@ func (a *Attachment) Flags() (flags, prot int) {
 	return flags, prot
 }
 
-// Attachments groups the System V mappings of a process, ascending. size gives the
-// bytes of a segment. One that does not show its whole segment, because parts of
-// it were unmapped, cannot be made by shmat and is an error.
+// Attachments groups the System V mappings of a process. size gives the bytes of a
+// segment.
 func Attachments(vmas []*VMA, size func(id uint64) (uint64, error)) (out []*Attachment, err error) {
+	type place struct{ segment, base uint64 }
+	known := map[place]*Attachment{}
 	for _, v := range vmas {
 		if !v.Is(Sysvipc) {
 			continue
 		}
-		if n := len(out); n > 0 && out[n-1].Segment == v.ShmID && out[n-1].End == v.Start && v.Offset == v.Start-out[n-1].Start {
-			out[n-1].End = v.End
-			out[n-1].VMAs = append(out[n-1].VMAs, v)
-			continue
-		}
-		if v.Offset != 0 {
-			return nil, partly(v)
-		}
-		out = append(out, &Attachment{Start: v.Start, End: v.End, Segment: v.ShmID, VMAs: []*VMA{v}})
-	}
-	for _, a := range out {
-		n, err := size(a.Segment)
+		n, err := size(v.ShmID)
 		if err != nil {
 			return nil, err
 		}
-		if whole := (n + arch.PageSize - 1) / arch.PageSize * arch.PageSize; a.End-a.Start != whole {
-			return nil, partly(a.VMAs[0])
+		whole := (n + arch.PageSize - 1) / arch.PageSize * arch.PageSize
+		if v.Offset > whole || v.Len() > whole-v.Offset {
+			return nil, fmt.Errorf("%s reaches past the end of System V segment %d", v, v.ShmID)
 		}
+		k := place{v.ShmID, v.Start - v.Offset}
+		a := known[k]
+		if a == nil {
+			a = &Attachment{Start: k.base, End: k.base + whole, Segment: v.ShmID}
+			known[k] = a
+			out = append(out, a)
+		}
+		a.VMAs = append(a.VMAs, v)
+		a.shown += v.Len()
 	}
 	return out, nil
 }
 
-// PartlyError says that part of an attachment is missing.
-type PartlyError struct{ VMA *VMA }
-
-func partly(v *VMA) error { return &PartlyError{v} }
-
-func (e *PartlyError) Error() string {
-	return fmt.Sprintf("%s is only a part of System V segment %d", e.VMA, e.VMA.ShmID)
-}
+// Whole tells whether all of the segment is there: parts of it may have been unmapped.
+func (a *Attachment) Whole() bool { return a.shown == a.End-a.Start }

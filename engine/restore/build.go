@@ -474,7 +474,10 @@ func (t *Tree) mapAll(p *process) error {
 	if err != nil {
 		return err
 	}
-	calls := attach(p)
+	calls, err := t.attach(p)
+	if err != nil {
+		return err
+	}
 	var locks []*ptrace.Call
 	var locked []*mem.VMA
 	for i, v := range p.vmas {

@@ -300,18 +300,24 @@ func (m *model) spare(taken []span) (uint64, error) {
 			all = append(all, span{v.Start, v.End})
 		}
 	}
-	sortSpans(all)
+	return gap(all, spareSize)
+}
+
+// gap finds an address whose next size bytes none of taken has.
+func gap(taken []span, size uint64) (uint64, error) {
+	sortSpans(taken)
 	// Low addresses are left to the programs: brk grows there. One page more
 	// on both sides keeps ours apart from theirs.
 	at := uint64(0x10_0000_0000)
-	for _, s := range all {
-		if s.start > at && s.start-at >= spareSize+2*arch.PageSize {
+	size += 2 * arch.PageSize
+	for _, s := range taken {
+		if s.start > at && s.start-at >= size {
 			break
 		}
 		at = max(at, s.end)
 	}
-	if at+spareSize+2*arch.PageSize > arch.TaskSize {
-		return 0, errors.New("no address range is free in all processes at once")
+	if at+size > arch.TaskSize {
+		return 0, fmt.Errorf("no address range of %d bytes is free", size)
 	}
 	return at + arch.PageSize, nil
 }

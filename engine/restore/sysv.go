@@ -79,18 +79,42 @@ func (t *Tree) openSegments() error {
 
 // attach attaches the segments of a process where it has them, before
 // anything else is mapped.
-func attach(p *process) (calls []*ptrace.Call) {
+func (t *Tree) attach(p *process) (calls []*ptrace.Call, err error) {
+	add := func(what string, nr uintptr, args ...ptrace.Arg) {
+		calls = append(calls, ptrace.NewCall(what, nr, args...))
+	}
 	for _, a := range p.attached {
 		flags, prot := a.Flags()
-		calls = append(calls, ptrace.NewCall(fmt.Sprintf("attach System V segment %d at %x", a.Segment, a.Start), unix.SYS_SHMAT,
-			ptrace.Int(a.Segment), ptrace.Int(a.Start), ptrace.Int(flags)))
-		for _, v := range a.VMAs {
-			if v.Prot != prot {
-				calls = append(calls, ptrace.NewCall("protect "+v.String(), unix.SYS_MPROTECT, ptrace.Int(v.Start), ptrace.Int(v.Len()), ptrace.Int(v.Prot)))
+		at := a.Start
+		if !a.Whole() {
+			// What is missing may be in the way of something else: its parts are
+			// moved to where they belong.
+			if at, err = p.free(a.End-a.Start, span{t.spare, t.spare + spareSize}); err != nil {
+				return nil, err
 			}
 		}
+		add(fmt.Sprintf("attach System V segment %d at %x", a.Segment, at), unix.SYS_SHMAT, ptrace.Int(a.Segment), ptrace.Int(at), ptrace.Int(flags))
+		for _, v := range a.VMAs {
+			if !a.Whole() {
+				add("move "+v.String(), unix.SYS_MREMAP, ptrace.Int(at+v.Offset), ptrace.Int(v.Len()), ptrace.Int(v.Len()), ptrace.Int(uint64(mremapFixed)), ptrace.Int(v.Start))
+			}
+			if v.Prot != prot {
+				add("protect "+v.String(), unix.SYS_MPROTECT, ptrace.Int(v.Start), ptrace.Int(v.Len()), ptrace.Int(v.Prot))
+			}
+		}
+		if !a.Whole() {
+			add("unmap the rest of a System V segment", unix.SYS_MUNMAP, ptrace.Int(at), ptrace.Int(a.End-a.Start))
+		}
 	}
-	return calls
+	return calls, nil
+}
+
+// free finds an address whose next size bytes neither the process nor any of taken uses.
+func (p *process) free(size uint64, taken ...span) (uint64, error) {
+	for _, v := range p.vmas {
+		taken = append(taken, span{v.Start, v.End})
+	}
+	return gap(taken, size)
 }
 
 // removeSegments removes, once all are attached, those that the program had
