@@ -79,6 +79,7 @@ var objects = map[string]object{
 	"hold":      {elsewhere: true},
 	"locks":     {options: []string{"--file-locks"}},
 	"futexes":   {rounds: 100},
+	"manyfds":   {elsewhere: true},
 	"mem":       {elsewhere: true},
 	"rseq":      {rounds: 100},
 	"sigsender": {elsewhere: true},

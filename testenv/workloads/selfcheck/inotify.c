@@ -87,7 +87,7 @@ static void inotify_check(void) {
 	SYS(fchmod(in_kept, 0600));
 	event(in, "mode of a file without a name", wd_gone, IN_ATTRIB, NULL);
 	// The watch is on the link itself, not on what it leads to.
-	SYS(fchownat(AT_FDCWD, path_of("link"), 0, 0, AT_SYMLINK_NOFOLLOW));
+	SYS(fchownat(AT_FDCWD, path_of("link"), getuid(), getgid(), AT_SYMLINK_NOFOLLOW));
 	event(in, "owner of a symlink", wd_link, IN_ATTRIB, NULL);
 	SYS(chmod(path_of("w"), 0755));
 	event(in_b, "mode of a directory", wd_only, IN_ATTRIB | IN_ISDIR, NULL);
