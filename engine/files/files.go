@@ -80,6 +80,6 @@ func init() {
 		kindUnix, kindInet, kindNetlink, kindPacket,
 		kindTun,
 		kindGhost, kindTTY, kindDevice, kindRegular,
-		kindNamespace, kindInotify,
+		kindNamespace, kindInotify, kindFanotify,
 	}
 }

@@ -96,11 +96,7 @@ func checkInotify(r *Restorer, x *description) error {
 
 // checkWatches validates what the facts of a file say of its watches.
 func (r *Restorer) checkWatches(id uint32) error {
-	f := r.facts[id]
-	if f == nil {
-		return nil
-	}
-	for _, w := range f.Watches {
+	for _, w := range r.watchesOf(id) {
 		if y := r.byID[w.File]; w.File != 0 && (y == nil || y.kind == nil || y.entry.GetReg() == nil) {
 			return fmt.Errorf("it watches file %d, which is not there", w.File)
 		}
@@ -108,13 +104,18 @@ func (r *Restorer) checkWatches(id uint32) error {
 	return nil
 }
 
+func (r *Restorer) watchesOf(id uint32) []image.WatchFacts {
+	if f := r.facts[id]; f != nil {
+		return f.Watches
+	}
+	return nil
+}
+
 // watchedFile finds the entry of the file that a watch is on, 0 if there is none.
 func (r *Restorer) watchedFile(id, number uint32) uint32 {
-	if f := r.facts[id]; f != nil {
-		for _, w := range f.Watches {
-			if w.Number == number {
-				return w.File
-			}
+	for _, w := range r.watchesOf(id) {
+		if w.Number == number {
+			return w.File
 		}
 	}
 	return 0

@@ -227,6 +227,8 @@ func entryParts(e *fdinfo.FileEntry) (id uint32, owner *fown.FownEntry, flags ui
 		c, ok = e.GetBpf(), e.Bpf != nil
 	case fdinfo.FdTypes_MEMFD:
 		c, ok = e.GetMemfd(), e.Memfd != nil
+	case fdinfo.FdTypes_FANOTIFY:
+		c, ok = e.GetFfy(), e.Ffy != nil
 	case fdinfo.FdTypes_INOTIFY:
 		c, ok = e.GetIfy(), e.Ify != nil
 	case fdinfo.FdTypes_TTY:

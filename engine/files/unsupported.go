@@ -10,7 +10,6 @@ import (
 // refusedLinks names what is known and not carried, by the beginning of the text
 // of its /proc link.
 var refusedLinks = []struct{ prefix, what, hint string }{
-	{"anon_inode:[fanotify]", "fanotify groups are not carried", "let the program close it"},
 	{"anon_inode:[io_uring]", "io_uring instances are not carried", "run the program without io_uring, for redis io-threads or libuv UV_USE_IO_URING=0"},
 	{"anon_inode:[userfaultfd]", "userfaultfd is not carried", "let the program close it"},
 	{"anon_inode:[perf_event]", "perf events are not carried", "stop the profiler"},

@@ -326,6 +326,8 @@ type SockGroup struct {
 type WatchFacts struct {
 	Number uint32 `json:"number"` // of the watch, or the place of the mark in its list
 	File   uint32 `json:"file"`
+	// Filesystem: a mark on the whole file system that the file is on.
+	Filesystem bool `json:"filesystem,omitempty"`
 }
 
 // GhostFacts belongs to a deleted file (ghost-file-ID.img).
