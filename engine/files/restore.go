@@ -172,6 +172,12 @@ func NewRestorer(log hclog.Logger, set *image.Set, o RestoreOptions) (*Restorer,
 	return r, r.check()
 }
 
+// Within makes paths be opened as the tree sees them, before Open; root and open
+// are as RestoreOptions has them.
+func (r *Restorer) Within(open func(path string, flags int, mode uint32) (*os.File, error), root *os.File) {
+	r.opts.Open, r.opts.Root = open, root
+}
+
 // openPath opens a path as this process sees it, without the runtime's poller.
 func openPath(path string, flags int, mode uint32) (*os.File, error) {
 	for {

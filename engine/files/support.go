@@ -21,7 +21,11 @@ func Support() []plan.Support {
 		types = append(types, k.typ)
 	}
 	out = append(out,
-		plan.Support{Kind: "TCP connections of which both ends are in the tree", With: "--tcp-established"},
+		plan.Support{Kind: "TCP connections of which both ends are in the tree", With: "--tcp-established", Note: "in every state"},
+		plan.Support{Kind: "TCP connections that lead out of the tree", With: "--tcp-established",
+			Note: "in every state, to the same address; the network is locked for them from the dump to the restore (--network-lock); migrations refuse them"},
+		plan.Support{Kind: "TCP connections that are to end", With: "--tcp-close", Note: "come back closed"},
+		plan.Support{Kind: "TCP connections that wait to be accepted", With: "--skip-in-flight", Note: "are left behind, and end"},
 		plan.Support{Kind: "file locks and leases", With: "--file-locks"},
 		plan.Support{Kind: "the terminal that the tree was started on", With: "--shell-job, or --external tty[rdev:dev]",
 			Note: "the restore puts its own terminal, or one that is handed in, in its place"})

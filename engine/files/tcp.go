@@ -1,6 +1,7 @@
 package files
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -349,6 +350,10 @@ func (d *Dumper) dumpStreams(list []*object) (err error) {
 			d.refuse(o, fmt.Sprintf("the TCP connection does not stand still: %v", err), "retry in a moment")
 			return nil
 		}
+		if errors.Is(err, errUrgent) {
+			d.refuse(o, fmt.Sprintf("the TCP connection cannot be read: %v", err), "retry when the program has received it")
+			return nil
+		}
 		if err != nil {
 			return fmt.Errorf("read the stream of %s: %w", o.link, err)
 		}
@@ -463,6 +468,11 @@ func readStream(fd int, e *sk_inet.InetSkEntry) (*tcp_stream.TcpStreamEntry, []b
 		if err != nil {
 			return nil, nil, err
 		}
+		if q.queue == repairRecvQueue {
+			if err := checkUrgent(fd, len(b), finReceived(e.GetState())); err != nil {
+				return nil, nil, err
+			}
+		}
 		*q.n, *q.seq = proto.Uint32(uint32(len(b))), &seq
 		queues = append(queues, b...)
 	}
@@ -476,6 +486,10 @@ func readStream(fd int, e *sk_inet.InetSkEntry) (*tcp_stream.TcpStreamEntry, []b
 	s.UnsqLen = proto.Uint32(min(uint32(unsent), s.GetOutqLen()))
 	return s, queues, repairQueue(fd, repairNoQueue)
 }
+
+// errUrgent says that a queue has a byte out of band (MSG_OOB), which is not read
+// with the others.
+var errUrgent = errors.New("urgent data is not carried")
 
 // peekQueue reads one queue and the sequence number behind it.
 func peekQueue(fd, queue int, count uint, fin bool) (b []byte, seq uint32, err error) {
@@ -499,9 +513,42 @@ func peekQueue(fd, queue int, count uint, fin bool) (b []byte, seq uint32, err e
 		return nil, 0, os.NewSyscallError("recv MSG_PEEK", err)
 	}
 	if got != n {
-		return nil, 0, fmt.Errorf("a queue has %d bytes, of which %d can be read (urgent data is not carried)", n, got)
+		return nil, 0, fmt.Errorf("a queue has %d bytes, of which %d can be read: %w", n, got, errUrgent)
 	}
 	return b[:n], seq, nil
+}
+
+// checkUrgent looks for bytes behind the n that wait to be received: there are some
+// if one in between is out of band. Preconditions: the receive queue is being
+// repaired.
+func checkUrgent(fd, n int, ended bool) error {
+	inq, ok, err := getOpt(fd, unix.SOL_TCP, unix.TCP_INQ)
+	if err != nil || !ok || n == 0 {
+		return err // n == 0: the peek went past it
+	}
+	if inq == 0 {
+		if err := unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_INQ, 1); err != nil {
+			return os.NewSyscallError("setsockopt TCP_INQ", err)
+		}
+		defer func() { _ = unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_INQ, 0) }()
+	}
+	oob := make([]byte, 256)
+	_, oobn, _, _, err := unix.Recvmsg(fd, make([]byte, 1), oob, unix.MSG_PEEK|unix.MSG_DONTWAIT)
+	if err != nil {
+		return os.NewSyscallError("recv MSG_PEEK", err)
+	}
+	msgs, err := unix.ParseSocketControlMessage(oob[:oobn])
+	if err != nil {
+		return fmt.Errorf("control messages: %w", err)
+	}
+	for _, m := range msgs {
+		if m.Header.Level == unix.SOL_TCP && m.Header.Type == unix.TCP_CM_INQ && len(m.Data) >= 4 {
+			if have := int(binary.NativeEndian.Uint32(m.Data)); have > n+btoi(ended) {
+				return fmt.Errorf("the receive queue has %d bytes, of which %d can be read: %w", have, n, errUrgent)
+			}
+		}
+	}
+	return nil
 }
 
 // connection is one end of a connection being made again.

@@ -114,6 +114,9 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 		return nil, err
 	}
 	start := time.Now()
+	if err := t.readFiles(set); err != nil {
+		return nil, err
+	}
 	data := &filler{t: t, src: src}
 	defer func() { err = errors.Join(err, data.close()) }()
 	if err := t.tracer.Do(func() error { return t.first(set) }); err != nil {
@@ -222,13 +225,10 @@ func (t *Tree) sow() (err error) {
 	return t.setClocks()
 }
 
-// readFiles checks what the images say of files.
+// readFiles checks what the images say of files, before anything is built.
 func (t *Tree) readFiles(set *image.Set) (err error) {
 	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, TCPClose: t.o.TCPClose, TCPOutside: t.o.TCPOutside, LockSkip: t.o.LockSkip, Inherit: t.o.Inherit, FileLocks: t.o.FileLocks, ShellJob: t.o.ShellJob, Terminal: t.o.Terminal, FileRestoreOptions: t.o.Files}
 	fo.Pid = t.hostPid
-	if t.newPid() || t.rootDir != nil {
-		fo.Open, fo.Root = t.openInside, t.rootDir
-	}
 	t.files, err = files.NewRestorer(t.log, set, fo)
 	return err
 }

@@ -61,8 +61,8 @@ func (t *Tree) rootProcess(set *image.Set) error {
 	if err != nil {
 		return err
 	}
-	if err := t.readFiles(set); err != nil {
-		return err
+	if t.newPid() || t.rootDir != nil {
+		t.files.Within(t.openInside, t.rootDir)
 	}
 	if err := t.files.OpenTerminals(); err != nil {
 		return err
