@@ -28,6 +28,7 @@ type restoreFlags struct {
 	timeNamespace  string
 	fileLocks      bool
 	leaveStopped   bool
+	autoDedup      bool
 	files          fileFlags
 	root           string
 	external       []string
@@ -74,9 +75,9 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 	fs.StringVarP(&f.root, "root", "r", "", "the directory that becomes the root of a tree with mounts of its own")
 	fs.StringArrayVar(&f.external, "external", nil, "a mount that the images call external: mnt[NAME]:PATH; may be repeated")
 	fs.Bool("mntns-compat-mode", false, "accepted for scripts: mounts are made in one way only, on every kernel")
+	fs.BoolVar(&f.autoDedup, "auto-dedup", false, "free the space of pages in the images, and in those that these build on, once the tree runs: they cannot be restored again")
 	foreignFlags(fs,
 		"address",
-		"auto-dedup",
 		"cgroup-dump-controller",
 		"cgroup-props",
 		"cgroup-props-file",
@@ -178,6 +179,9 @@ func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logge
 		return fmt.Errorf("restore from %s: %w", f.imagesDir, err)
 	}
 	defer func() { _ = src.Close() }()
+	if f.autoDedup {
+		src.Track()
+	}
 	tree, err := eng.Restore(ctx, src, opts)
 	if err != nil {
 		return errors.Join(fmt.Errorf("restore from %s: %w", f.imagesDir, err), terminal.back())
@@ -187,6 +191,11 @@ func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logge
 			err = fmt.Errorf("%w (and what was built could not be removed: %w)", err, derr)
 		}
 		return errors.Join(fmt.Errorf("restore from %s: %w", f.imagesDir, err), terminal.back())
+	}
+	if f.autoDedup {
+		if err := src.Dedup(); err != nil {
+			log.Warn("the images keep their pages", "error", err)
+		}
 	}
 	f.putStats(statsRestoreFile, restoreStats(tree.Stats()))
 	if err := f.actions().run(ctx, stagePostResume, tree.Root()); err != nil {

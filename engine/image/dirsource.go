@@ -37,7 +37,9 @@ type DirSource struct {
 	buf  []byte
 	err  error // of Next, which repeats it
 
-	parents chain // the dumps that it builds on
+	parents chain      // the dumps that it builds on
+	self    *parentDir // this dump, if what is read is remembered
+	read    []stale
 }
 
 // OpenDir reads the metadata of the dump in dir. Anything wrong with it is an
@@ -347,6 +349,8 @@ type inSet struct {
 	cur       run  // what is left of the run that is being read
 	elsewhere bool // cur is in the dump before
 	parents   chain
+	pages     uint32 // id of the pages image
+	src       *DirSource
 	low       uint64 // lowest offset that may come
 	whole     bool   // a ghost without chunks
 	limit     uint64 // size of a ghost, MaxUint64: unknown
@@ -366,9 +370,10 @@ func (s *DirSource) openSet(id DataID) (*inSet, error) {
 			return nil, err
 		}
 	}
-	set := &inSet{id: id, list: newReader(name, in, in.size), inputs: []*input{in}, ours: s.sums != nil, parents: s.parents}
+	set := &inSet{id: id, list: newReader(name, in, in.size), inputs: []*input{in}, ours: s.sums != nil, parents: s.parents, src: s}
 	pagesID, err := set.start()
 	if err == nil && id.Kind != Ghost {
+		set.pages = pagesID
 		pages := PagesFile(pagesID)
 		if in, err = s.openImage(pages + Extension); err == nil {
 			set.inputs = append(set.inputs, in)
@@ -436,11 +441,17 @@ func (s *inSet) next(buf []byte) (uint64, []byte, error) {
 	}
 	n := min(s.cur.len, uint64(len(buf)))
 	if s.elsewhere {
-		got, err := s.parents.read(s.id, s.cur.off, buf[:n])
+		pl, err := s.parents.read(s.id, s.cur.off, buf[:n])
+		if err != nil {
+			return 0, nil, err
+		}
+		if s.src != nil && s.src.self != nil {
+			s.src.took(stale{pl.dir, pl.dir.pages, pl.at, int64(pl.len)})
+		}
 		off := s.cur.off
-		s.cur.off += uint64(got)
-		s.cur.len -= uint64(got)
-		return off, buf[:got], err
+		s.cur.off += pl.len
+		s.cur.len -= pl.len
+		return off, buf[:pl.len], nil
 	}
 	at := s.data.off
 	if n > s.data.left() {
@@ -448,6 +459,9 @@ func (s *inSet) next(buf []byte) (uint64, []byte, error) {
 	}
 	if err := s.data.into(buf[:n], s.id.String()); err != nil {
 		return 0, nil, err
+	}
+	if s.id.Kind != Ghost && s.src != nil && s.src.self != nil {
+		s.src.took(stale{s.src.self, s.pages, int64(at), int64(n)})
 	}
 	off := s.cur.off
 	s.cur.off += n

@@ -259,22 +259,22 @@ func (p *parentDir) file(pages uint32) (*os.File, error) {
 
 // read reads pages of a data set, at most to the end of a stretch that is in one
 // place. Pages that are nowhere are an error: the list that sent us here lies.
-func (c chain) read(id DataID, off uint64, b []byte) (int, error) {
+func (c chain) read(id DataID, off uint64, b []byte) (place, error) {
 	pl, err := c.find(id, off, uint64(len(b)))
 	if err != nil {
-		return 0, err
+		return pl, err
 	}
 	if pl.file == nil {
-		return 0, fmt.Errorf("pages of %s at %#x should be in the dump before it, which does not have them", id, off)
+		return pl, fmt.Errorf("pages of %s at %#x should be in the dump before it, which does not have them", id, off)
 	}
 	b = b[:pl.len]
 	if _, err := pl.file.ReadAt(b, pl.at); err != nil {
 		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
-		return 0, fmt.Errorf("read pages of %s at %#x: %w", id, off, err)
+		return pl, fmt.Errorf("read pages of %s at %#x: %w", id, off, err)
 	}
-	return len(b), nil
+	return pl, nil
 }
 
 // Build makes this dump build on the one in dir, a path that is meant relative to the
@@ -378,8 +378,37 @@ type stale struct {
 // a dump can only be built on afterwards. Call it after Commit.
 func (s *DirSink) Dedup() error {
 	defer s.parents.close()
-	for i := range s.stale {
-		x := &s.stale[i]
+	list := s.stale
+	s.stale = nil
+	return giveUp(list)
+}
+
+// Dedup gives up the pages that were read since Track, in this dump and in those
+// before it.
+func (s *DirSource) Dedup() error {
+	list := s.read
+	s.read = nil
+	return giveUp(list)
+}
+
+// Track makes the source remember what is read, for Dedup.
+func (s *DirSource) Track() { s.self = &parentDir{src: s} }
+
+// took remembers what was read.
+func (s *DirSource) took(x stale) {
+	if n := len(s.read); n > 0 {
+		if last := &s.read[n-1]; last.dir == x.dir && last.pages == x.pages && last.at+last.len == x.at {
+			last.len += x.len
+			return
+		}
+	}
+	s.read = append(s.read, x)
+}
+
+// giveUp frees the space of pages.
+func giveUp(list []stale) error {
+	for i := range list {
+		x := &list[i]
 		if !x.dir.src.set.Facts.spoiled() {
 			if err := x.dir.spoil(); err != nil {
 				return fmt.Errorf("give up pages in %s: %w", x.dir.src.dir, err)
@@ -395,7 +424,6 @@ func (s *DirSink) Dedup() error {
 			return fmt.Errorf("give up pages in %s: %w", path, err)
 		}
 	}
-	s.stale = nil
 	return nil
 }
 

@@ -156,16 +156,21 @@ func (t *Tree) filled(p *process) error {
 	}
 	p.skip(arch.TaskSize)
 	p.data.over = true
-	calls := make([]*ptrace.Call, len(p.data.stale))
-	for i, r := range p.data.stale {
-		calls[i] = ptrace.NewCall("empty inherited memory", unix.SYS_MADVISE, ptrace.Int(r.Start), ptrace.Int(r.End-r.Start), ptrace.Int(unix.MADV_DONTNEED))
+	for part := range slices.Chunk(p.data.stale, staleCalls) {
+		calls := make([]*ptrace.Call, len(part))
+		for i, r := range part {
+			calls[i] = ptrace.NewCall("empty inherited memory", unix.SYS_MADVISE, ptrace.Int(r.Start), ptrace.Int(r.End-r.Start), ptrace.Int(unix.MADV_DONTNEED))
+		}
+		if err := p.remote().Run(calls...); err != nil {
+			return fmt.Errorf("memory of %s: %w", p, err)
+		}
 	}
 	p.data.stale = nil
-	if err := p.remote().Run(calls...); err != nil {
-		return fmt.Errorf("memory of %s: %w", p, err)
-	}
 	return nil
 }
+
+// staleCalls bounds the calls that are prepared at once: there may be one a page.
+const staleCalls = 1000
 
 // filler writes the data of a source to where it belongs.
 type filler struct {

@@ -104,7 +104,7 @@ func parse(set *image.Set) (*model, error) {
 	case len(items) == 0:
 		return nil, errors.New("images hold no process")
 	case set.Facts != nil && set.Facts.Spoiled:
-		return nil, errors.New("pages of these images were given up in favour of a later dump (--auto-dedup): restore that one")
+		return nil, errors.New("pages of these images were given up (--auto-dedup), in favour of a later dump or after a restore")
 	}
 	m := &model{byPid: map[int]*process{}, ids: map[int]bool{}}
 	tasks := map[uint32]*image.TaskFacts{}

@@ -96,9 +96,15 @@ func TestPreDump(t *testing.T) {
 		if o := agentCmd(ctx, t, h, nil, "restore", "-D", at(2), "-d"); o.code != 1 || !strings.Contains(o.stderr, "--auto-dedup") {
 			t.Errorf("restore of a dump whose pages were given up: exit code %d, %q", o.code, o.stderr)
 		}
-		restore(ctx, t, h, at(3), r.Pid, nil)
+		restore(ctx, t, h, at(3), r.Pid, nil, "--auto-dedup")
 		goes(ctx, t, r, 10)
 		stop(ctx, t, r)
+		if n := pagesWritten(t, at(3)); n > 0 {
+			t.Errorf("the images take %d bytes of pages after a restore that gave them up", n)
+		}
+		if o := agentCmd(ctx, t, h, nil, "restore", "-D", at(3), "-d"); o.code != 1 || !strings.Contains(o.stderr, "given up") {
+			t.Errorf("restore of images whose pages were given up: exit code %d, %q", o.code, o.stderr)
+		}
 	})
 	// What is wrong with the dump before is found before anything is touched.
 	t.Run("refused", func(t *testing.T) {
