@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"fmt"
@@ -48,17 +49,57 @@ func decodeAll(t *testing.T, dir string) (decoded int) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		typ, err := cli.GetEntryTypeFromImg(f)
-		if err == nil {
-			_, err = crit.New(f, nil, "", false, false).Decode(typ)
-		}
+		err = reencode(f)
 		_ = f.Close()
 		if err != nil {
-			t.Errorf("crit cannot read %s: %v", filepath.Base(name), err)
+			t.Errorf("image %s: %v", filepath.Base(name), err)
 		}
 		decoded++
 	}
 	return decoded
+}
+
+// reencode reads an image with crit and writes it again: the bytes must be the same.
+func reencode(f *os.File) error {
+	typ, err := cli.GetEntryTypeFromImg(f)
+	if err != nil {
+		return fmt.Errorf("crit does not know it: %w", err)
+	}
+	img, err := crit.New(f, nil, "", false, false).Decode(typ)
+	if err != nil {
+		return fmt.Errorf("crit cannot read it: %w", err)
+	}
+	out, err := os.CreateTemp("", "crit")
+	if err != nil {
+		return err
+	}
+	defer func() { _ = os.Remove(out.Name()) }()
+	defer func() { _ = out.Close() }()
+	if img.Magic == "IPCNS_SHM" || img.Magic == "IPCNS_MSG" || img.Magic == "GHOST_FILE" && len(img.Entries) > 1 {
+		// go-criu 8.3 looks for segments behind their entries even where they are in
+		// pages, loses all messages of a queue but one, and of a deleted file in
+		// pieces has the last piece only.
+		return nil
+	}
+	if err := crit.New(nil, out, "", false, false).Encode(img); err != nil {
+		return fmt.Errorf("crit cannot write it: %w", err)
+	}
+	want, err := os.ReadFile(f.Name())
+	if err != nil {
+		return err
+	}
+	got, err := os.ReadFile(out.Name())
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(got, want) {
+		same := 0
+		for same < min(len(got), len(want)) && got[same] == want[same] {
+			same++
+		}
+		return fmt.Errorf("crit writes %d bytes, it has %d; they differ from byte %d on", len(got), len(want), same)
+	}
+	return nil
 }
 
 // object is what a command of selfcheck needs besides dump and restore.
