@@ -125,6 +125,7 @@ var objects = map[string]object{
 	"rseq":      {rounds: 100},
 	"sigsender": {elsewhere: true},
 	"sigtarget": {elsewhere: true},
+	"shelljob":  {elsewhere: true},
 	"tcpconn":   {options: []string{"--tcp-established"}},
 	"tcpclose":  {options: []string{"--tcp-close"}},
 	"tcpflight": {elsewhere: true},

@@ -565,3 +565,64 @@ COMMAND(ptyjobs) {
 	kill(jobs->detached, SIGKILL);
 	kill(jobs->front, SIGKILL);
 }
+
+// ---- shelljob [job]: a program on a terminal that somebody else made. It answers
+// lines; with an argument it is a job of the terminal's session, in the foreground.
+
+static struct settings shelljob_settings;
+static sigset_t shelljob_winch;
+
+static void shelljob_check(void) {
+	static char line[128];
+	static size_t n;
+	recheck();
+	struct settings now = settings(0);
+	CHECK(memcmp(&now, &shelljob_settings, sizeof now) == 0, "settings of the terminal changed: %x %x %x %x", now.i, now.o, now.c, now.l);
+	if (arg_count > 0) {
+		CHECK(tcgetpgrp(0) == getpgrp(), "group %d is in the foreground, want %d", tcgetpgrp(0), getpgrp());
+		CHECK(tcgetsid(0) == getsid(0), "the terminal is of session %d, want %d", tcgetsid(0), getsid(0));
+		int fd = SYS(open("/dev/tty", O_RDWR | O_CLOEXEC));
+		struct stat a, b;
+		SYS(fstat(0, &a));
+		unsigned dev = 0;
+		SYS(ioctl(fd, _IOR('T', 0x32, unsigned), &dev)); // TIOCGDEV
+		SYS(fstat(1, &b));
+		CHECK(a.st_rdev == dev && b.st_rdev == dev, "standard files are %lx and %lx, the controlling terminal is %x", a.st_rdev, b.st_rdev, dev);
+		close(fd);
+	}
+	static int winches;
+	static const struct timespec at_once;
+	while (sigtimedwait(&shelljob_winch, NULL, &at_once) == SIGWINCH) winches++;
+	while (events(0) & POLLIN) {
+		ssize_t r = SYS(read(0, line + n, sizeof line - 1 - n));
+		CHECK(r > 0, "end of the terminal");
+		n += r;
+		line[n] = 0;
+		char *end = strchr(line, '\n');
+		if (!end) return;
+		*end = 0;
+		struct winsize w;
+		SYS(ioctl(1, TIOCGWINSZ, &w));
+		if (strcmp(line, "size") == 0) dprintf(1, "size %d %d, told %d times\n", w.ws_row, w.ws_col, winches);
+		else dprintf(1, "you said %s\n", line);
+		n = 0;
+	}
+}
+
+COMMAND(shelljob) {
+	CHECK(isatty(0) && isatty(1), "no terminal");
+	sigemptyset(&shelljob_winch);
+	sigaddset(&shelljob_winch, SIGWINCH);
+	sigprocmask(SIG_BLOCK, &shelljob_winch, NULL);
+	shelljob_settings = settings(0);
+	shelljob_settings.l &= ~(ECHO | ICANON);
+	shelljob_settings.cc[6] = 0; // VMIN
+	shelljob_settings.cc[5] = 1; // VTIME
+	SYS(ioctl(0, SET_SETTINGS, &shelljob_settings));
+	for (int i = 0; i <= 2; i++) {
+		struct stat st;
+		SYS(fstat(i, &st));
+		CHECK(S_ISCHR(st.st_mode), "fd %d is no terminal", i);
+	}
+	loop(shelljob_check);
+}
