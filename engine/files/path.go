@@ -81,6 +81,9 @@ func (d *Dumper) locate(o *object) (string, where) {
 	if o.mode()&unix.S_IFMT == unix.S_IFDIR && o.deleted() {
 		return path, gone // some file systems never count a directory down
 	}
+	if o.deleted() && o.stat.Nlink == 1 && onOverlay(o.file) {
+		return path, gone // its one name is still in a lower layer, where nobody sees it
+	}
 	if alt, ok := sibling(root+filepath.Dir(path), &o.stat); ok {
 		return filepath.Join(filepath.Dir(path), alt), atPath
 	}
@@ -88,6 +91,12 @@ func (d *Dumper) locate(o *object) (string, where) {
 		return alt, atPath
 	}
 	return path, unlinked
+}
+
+// onOverlay says whether a file is on an overlayfs.
+func onOverlay(f *os.File) bool {
+	var fs unix.Statfs_t
+	return f != nil && unix.Fstatfs(int(f.Fd()), &fs) == nil && fs.Type == unix.OVERLAYFS_SUPER_MAGIC
 }
 
 // alias is a path of o's file that the kernel happens to remember (d_find_alias).
