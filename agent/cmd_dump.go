@@ -32,6 +32,7 @@ type dumpFlags struct {
 	fileLocks      bool
 	files          fileFlags
 	incremental
+	extUnixSk bool
 }
 
 func cmdDump() *cobra.Command {
@@ -70,14 +71,15 @@ func (f *dumpFlags) addDump(cmd *cobra.Command) {
 	fs.IntVarP(&f.tree, "tree", "t", 0, "pid of the tree's root")
 	fs.BoolVarP(&f.leaveRunning, "leave-running", "R", false, "let the tree run on after the dump")
 	fs.BoolVarP(&f.leaveStopped, "leave-stopped", "s", false, "leave the tree stopped (SIGSTOP) after the dump")
-	fs.StringArrayVar(&f.external, "external", nil, "what whoever restores provides: file[mnt_id:inode] or tty[rdev:dev], hexadecimal, or mnt[MOUNTPOINT]:NAME; may be repeated")
+	fs.StringArrayVar(&f.external, "external", nil, "what whoever restores provides: file[mnt_id:inode] or tty[rdev:dev], hexadecimal, unix[inode] of a socket whose peer is outside, or mnt[MOUNTPOINT]:NAME; may be repeated")
 	fs.StringArrayVar(&f.skipMounts, "skip-mnt", nil, "a mount point that a tree with mounts of its own goes without; may be repeated")
 	fs.StringVar(&f.ghostLimit, "ghost-limit", "", "largest size of a deleted file that is carried, with K, M or G (default 1G)")
 	fs.IntVar(&f.timeout, "timeout", 0, "seconds within which all tasks have to stop (default 10)")
 	fs.BoolVarP(&f.fileLocks, "file-locks", "l", false, "carry file locks and leases")
+	fs.BoolVarP(&f.extUnixSk, "ext-unix-sk", "x", false, "carry datagram unix sockets that are connected to a named one outside the tree")
 	fs.BoolVar(&f.tcpEstablished, "tcp-established", false, "carry TCP connections; the network is locked for those that lead out of the tree, from the dump to the restore")
 	fs.BoolVar(&f.tcpClose, "tcp-close", false, "let TCP connections come back closed; restore so, too")
-	fs.BoolVar(&f.skipInFlight, "skip-in-flight", false, "leave TCP connections behind that wait to be accepted")
+	fs.BoolVar(&f.skipInFlight, "skip-in-flight", false, "leave connections behind that wait to be accepted, of unix sockets those from outside the tree")
 	fs.StringVar(&f.networkLock, "network-lock", "nftables", "how the network is locked: nftables, or skip if it is locked by other means")
 	f.files.add(fs, true)
 	foreignFlags(fs,
@@ -96,7 +98,6 @@ func (f *dumpFlags) addDump(cmd *cobra.Command) {
 		"enable-fs",
 		"exec-cmd",
 		"ext-mount-map,M",
-		"ext-unix-sk,x",
 		"freeze-cgroup",
 		"join-ns",
 		"lazy-pages",
@@ -159,6 +160,7 @@ func (f *dumpFlags) options() (engine.DumpOptions, error) {
 	opts := engine.DumpOptions{TCPEstablished: f.tcpEstablished, TCPClose: f.tcpClose, SkipInFlight: f.skipInFlight, NetworkLock: lock, External: f.external, GhostLimit: limit, FileLocks: f.fileLocks, Timeout: time.Duration(f.timeout) * time.Second}
 	opts.SkipMounts = f.skipMounts
 	opts.ShellJob = f.shellJob
+	opts.ExtUnixSk = f.extUnixSk
 	opts.Files, err = f.files.dump(f.leaveRunning || f.leaveStopped)
 	return opts, err
 }
@@ -170,6 +172,7 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 	if err != nil {
 		return err
 	}
+	opts.Ends = !f.leaveRunning && !f.leaveStopped
 	if err := f.actions().run(ctx, stagePreDump, 0); err != nil {
 		return fmt.Errorf("dump pid %d, nothing of it was touched: %w", f.tree, err)
 	}

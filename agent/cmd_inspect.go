@@ -53,7 +53,7 @@ list of what stands in the way is on stderr.`,
 }
 
 func runInspect(ctx context.Context, eng Engine, f inspectFlags, out io.Writer) error {
-	p, err := eng.Plan(ctx, f.tree, engine.DumpOptions{External: f.external, FileLocks: true, TCPEstablished: true})
+	p, err := eng.Plan(ctx, f.tree, engine.DumpOptions{External: f.external, FileLocks: true, ExtUnixSk: true, TCPEstablished: true})
 	if err != nil {
 		return refusedExit(err)
 	}

@@ -27,6 +27,7 @@ type restoreFlags struct {
 	pidNamespace   string
 	timeNamespace  string
 	fileLocks      bool
+	extUnixSk      bool
 	leaveStopped   bool
 	autoDedup      bool
 	files          fileFlags
@@ -68,6 +69,7 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 	fs.StringVar(&f.pidNamespace, "pid-namespace", "same", "same: the pids must be free here; new: in a pid namespace of its own")
 	fs.StringVar(&f.timeNamespace, "time-namespace", "auto", "auto: monotonic and boot-time clocks go on, in a time namespace where this host's are others; new: in any case, from where they stood at the dump; keep: this host's clocks")
 	fs.BoolVarP(&f.fileLocks, "file-locks", "l", false, "set file locks and leases again; images that have some need it")
+	fs.BoolVarP(&f.extUnixSk, "ext-unix-sk", "x", false, "connect datagram unix sockets to named ones outside the tree again")
 	fs.BoolVar(&f.tcpEstablished, "tcp-established", false, "make the TCP connections of the tree again, and unlock the network")
 	fs.BoolVar(&f.tcpClose, "tcp-close", false, "make sockets that had a TCP connection again as if it had ended")
 	fs.StringVar(&f.networkLock, "network-lock", "nftables", "how the network was locked: nftables, or skip to leave it as it is")
@@ -91,7 +93,6 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 		"enable-fs",
 		"exec-cmd",
 		"ext-mount-map,M",
-		"ext-unix-sk,x",
 		"freeze-cgroup",
 		"join-ns",
 		"lazy-pages",
@@ -123,7 +124,7 @@ func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logge
 	if err != nil {
 		return err
 	}
-	opts := engine.RestoreOptions{TCPEstablished: f.tcpEstablished, TCPClose: f.tcpClose, NetworkLock: lock, FileLocks: f.fileLocks}
+	opts := engine.RestoreOptions{TCPEstablished: f.tcpEstablished, TCPClose: f.tcpClose, NetworkLock: lock, FileLocks: f.fileLocks, ExtUnixSk: f.extUnixSk}
 	opts.Root, opts.External = f.root, f.external
 	if opts.Files, err = f.files.restore(); err != nil {
 		return err

@@ -150,7 +150,7 @@ func (d *destination) begin() error {
 func (d *destination) options() engine.RestoreOptions {
 	return engine.RestoreOptions{
 		Inherit: d.held.files, NewPidNamespace: d.req.Options.GetPidNamespaceNew(), Host: d.a.cfg.Host,
-		FileLocks: true, TCPEstablished: true,
+		FileLocks: true, ExtUnixSk: true, TCPEstablished: true,
 	}
 }
 

@@ -84,7 +84,7 @@ func checkOptions(o *wire.MigrateOptions) error {
 func (a *Agent) dumpOptions(o *wire.MigrateOptions) engine.DumpOptions {
 	return engine.DumpOptions{
 		External: o.GetExternal(), Timeout: a.cfg.Timeouts.Freeze, Host: a.cfg.Host, GhostLimit: a.cfg.GhostLimit,
-		FileLocks: true, TCPEstablished: true, // nothing else would keep them
+		FileLocks: true, ExtUnixSk: true, TCPEstablished: true, // nothing else would keep them
 		Elsewhere: true,
 	}
 }

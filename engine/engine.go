@@ -76,6 +76,13 @@ type DumpOptions struct {
 	// ShellJob carries a tree on a terminal of which the master is outside; the
 	// restore uses another terminal in its place.
 	ShellJob bool
+	// ExtUnixSk carries datagram unix sockets that are connected to a named one
+	// outside the tree; without it they are refused.
+	ExtUnixSk bool
+	// Ends: the tree is killed after the dump. Only then is data carried that waits
+	// in connections of unix sockets not accepted yet: to read it they are
+	// accepted, and are lost to the tree if it runs on because the dump failed.
+	Ends bool
 }
 
 // NetworkLock is a way to lock the network for TCP connections.
@@ -120,6 +127,9 @@ type RestoreOptions struct {
 	// session, with Terminal in the place of the terminal that it had.
 	ShellJob bool
 	Terminal *os.File // the caller's; nil: there is none
+	// ExtUnixSk connects datagram unix sockets to named ones outside the tree
+	// again; without it images with such sockets are refused.
+	ExtUnixSk bool
 	// Host names this host in messages; empty means os.Hostname.
 	Host string
 }

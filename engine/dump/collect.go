@@ -43,6 +43,8 @@ type Options struct {
 	Elsewhere      bool     // the tree goes to another host
 	Mounts         ns.MountOptions
 	ShellJob       bool // a terminal outside the tree is carried, not refused
+	ExtUnixSk      bool // carried, not refused
+	Ends           bool // the tree does not run on
 	Host           string
 	Files          plan.FileOptions
 }
@@ -90,7 +92,8 @@ type collector struct {
 func newCollector(log hclog.Logger, o Options, root int, emit func(image.Entry) error) *collector {
 	return &collector{
 		log: log, o: o,
-		files:   files.NewDumper(log, files.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, SkipInFlight: o.SkipInFlight, NetworkLock: o.NetworkLock, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, ShellJob: o.ShellJob, FileOptions: o.Files}, emit),
+		files: files.NewDumper(log, files.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, SkipInFlight: o.SkipInFlight, NetworkLock: o.NetworkLock, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, ShellJob: o.ShellJob, FileOptions: o.Files,
+			ExtUnixSk: o.ExtUnixSk, Ends: o.Ends}, emit),
 		refusal: refuse.Refusal{Doing: fmt.Sprintf("dump of pid %d", root)},
 		shmems:  map[uint32]*shmem{}, segments: map[uint32]*segment{},
 		limits: map[int]plan.Rlimit{},

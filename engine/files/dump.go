@@ -45,6 +45,12 @@ type Options struct {
 	// ShellJob carries a terminal of which the master is outside the tree: the
 	// restore uses the one that it is started on.
 	ShellJob bool
+	// ExtUnixSk carries datagram sockets that are connected to a named one outside
+	// the tree: they are connected to that name again.
+	ExtUnixSk bool
+	// Ends: the tree does not run on after the dump. Only then is data that waits
+	// in connections not accepted yet carried: to read it, they are accepted.
+	Ends bool
 	plan.FileOptions
 }
 
@@ -69,7 +75,7 @@ type Data struct {
 type holder struct {
 	proc *Proc
 	fd   int
-	role string // of AddPath: "mapping", "exe", "cwd", "root"
+	role string // of AddPath: "mapping", "exe", "cwd", "root"; "in flight"
 }
 
 func (h holder) String() string {
@@ -90,12 +96,15 @@ type object struct {
 	flags   int    // F_GETFL
 	info    procfs.Fdinfo
 	holders []holder
-	kind    *kind
-	refused bool
-	ext     bool
-	key     Key // valid if hasKey
-	hasKey  bool
-	fown    *fown.FownEntry
+	// inFlight: no process has it, it was sent over a socket (SCM_RIGHTS) and
+	// not received yet, or is a connection that was not accepted yet.
+	inFlight bool
+	kind     *kind
+	refused  bool
+	ext      bool
+	key      Key // valid if hasKey
+	hasKey   bool
+	fown     *fown.FownEntry
 
 	entries []*fdinfo.FileEntry
 	facts   *image.FileFacts
@@ -165,6 +174,10 @@ type Dumper struct {
 	locks   []heldLock
 	lockIDs map[lockID]bool
 	wanted  []*wantedKey
+	vpid    map[int]int // of the tree's processes, by their pid on this host
+	flights map[*object]*flight
+	apart   map[uint32]bool // inodes of sockets that were declared external
+	externs map[uint32]bool // inodes of sockets outside the tree that have an entry
 	shmids  map[inodeID]uint32
 	memfds  map[inodeID]*memfdInode
 	ghosts  map[inodeID]*ghost
@@ -221,12 +234,17 @@ func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumpe
 		log: log.Named("files"), opts: o, emit: emit, lockIDs: map[lockID]bool{},
 		inside: map[int]bool{}, vpids: map[int]bool{}, tables: map[uint32]*Proc{}, fds: map[uint32][]fdSlot{}, pidfds: map[int]int{},
 		groups: map[groupKey]*orderedObjects{}, budget: fdBudget(), texts: map[string]string{}, paths: map[pathKey]*object{}, shmids: map[inodeID]uint32{},
+		vpid: map[int]int{}, flights: map[*object]*flight{}, apart: map[uint32]bool{}, externs: map[uint32]bool{},
 		remapOf: map[inodeID]*linkRemap{},
 		memfds:  map[inodeID]*memfdInode{}, ghosts: map[inodeID]*ghost{}, mntns: map[int]bool{}, wantedTTYs: map[string]bool{},
 	}
 	for _, s := range o.External {
 		if key, ok, err := parseTTYKey(s); ok && err == nil {
 			d.wantedTTYs[key] = false
+			continue
+		}
+		if ino, ok := parseUnixKey(s); ok {
+			d.apart[ino] = true
 			continue
 		}
 		keys, err := ParseKey(s)
@@ -284,6 +302,7 @@ func release(f *os.File) {
 // preflight, the process is stopped.
 func (d *Dumper) AddProcess(p Proc) error {
 	d.inside[p.Pid], d.vpids[p.VPid] = true, true
+	d.vpid[p.Pid] = p.VPid
 	if _, ok := d.tables[p.FilesID]; ok {
 		return nil
 	}
@@ -380,7 +399,7 @@ func (d *Dumper) identify(o *object) (*object, error) {
 		g = &orderedObjects{}
 		d.groups[k] = g
 	}
-	found, add, err := g.find(o.first())
+	found, add, err := g.find(o)
 	if err != nil && !d.dry() {
 		return nil, err
 	}
@@ -479,7 +498,11 @@ func (d *Dumper) Finish() error {
 		return errors.New("files: Finish called twice")
 	}
 	d.done = true
+	if err := d.findInFlight(); err != nil {
+		return fmt.Errorf("look at what is in flight in unix sockets: %w", err)
+	}
 	d.checkKeys()
+	d.checkUnixKeys()
 	byKind := map[*kind][]*object{}
 	for i := 0; i < len(d.objects); i++ { // watches add the files that they are on
 		o := d.objects[i]
@@ -688,7 +711,7 @@ func (d *Dumper) Plan() (files []plan.File, ext []plan.External, ports []plan.Po
 	byPath := map[string]int{}
 	byKey := map[string]bool{}
 	for _, o := range d.objects {
-		if o.first().fd >= 0 {
+		if o.first().fd >= 0 || o.inFlight {
 			descriptions++
 		}
 		if o.refused || o.kind == nil {

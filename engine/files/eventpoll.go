@@ -56,6 +56,10 @@ func finishEventpolls(d *Dumper, os []*object) error {
 }
 
 func (d *Dumper) dumpTargets(o *object) error {
+	if o.inFlight && len(o.info.Epoll) > 0 {
+		d.refuse(o, "it is in flight in a unix socket and watches files", "retry when the program has received it")
+		return nil
+	}
 	e := o.entries[0].GetEpfd()
 	seen := map[int]int{} // several files may have been added under one number
 	for _, t := range o.info.Epoll {
@@ -104,9 +108,9 @@ func (d *Dumper) settled(o *object, t procfs.EpollTarget) bool {
 // target finds the description that is the nth added to o under the number of t.
 // same says that a process with the epoll has it under this very number.
 func (d *Dumper) target(o *object, t procfs.EpollTarget, nth int) (found *object, same bool, err error) {
-	h := o.first()
-	is := func(c holder) (bool, error) {
-		ord, err := sys.KcmpEpoll(c.proc.Pid, c.fd, h.proc.Pid, h.fd, t.FD, nth)
+	epid, efd := o.ref()
+	is := func(pid, fd int) (bool, error) {
+		ord, err := sys.KcmpEpoll(pid, fd, epid, efd, t.FD, nth)
 		if err != nil {
 			if d.dry() {
 				return false, nil
@@ -117,7 +121,7 @@ func (d *Dumper) target(o *object, t procfs.EpollTarget, nth int) (found *object
 	}
 	for _, eh := range o.holders {
 		if s := d.slot(eh.proc.FilesID, t.FD); s != nil {
-			if ok, err := is(holder{proc: eh.proc, fd: t.FD}); err != nil {
+			if ok, err := is(eh.proc.Pid, t.FD); err != nil {
 				return nil, false, err
 			} else if ok {
 				return s.obj, true, nil
@@ -128,10 +132,10 @@ func (d *Dumper) target(o *object, t procfs.EpollTarget, nth int) (found *object
 	// those that match are only the first to be asked.
 	for _, likely := range []bool{true, false} {
 		for _, c := range d.objects {
-			if (c.stat.Ino == t.Ino) != likely || c.first().fd < 0 {
+			if (c.stat.Ino == t.Ino) != likely || c.first().fd < 0 && !c.inFlight {
 				continue
 			}
-			if ok, err := is(c.first()); err != nil {
+			if ok, err := is(c.ref()); err != nil {
 				return nil, false, err
 			} else if ok {
 				return c, false, nil

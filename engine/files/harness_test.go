@@ -244,7 +244,7 @@ func restore(t *testing.T, d *dumped, o RestoreOptions) *restored {
 			t.Error(err)
 		}
 	})
-	if err := r.Open(); err != nil {
+	if err := errors.Join(r.Open(), r.OpenUnix()); err != nil {
 		t.Fatal(err)
 	}
 	for id, b := range d.data {

@@ -95,7 +95,7 @@ func TestThroughDirectory(t *testing.T) {
 			r, err := NewRestorer(nil, set, RestoreOptions{})
 			check(err)
 			defer func() { check(r.Close()) }()
-			check(r.Open())
+			check(errors.Join(r.Open(), r.OpenUnix()))
 			for {
 				id, off, p, err := src.Next(t.Context())
 				if errors.Is(err, io.EOF) {
@@ -132,7 +132,7 @@ func TestNoLeaks(t *testing.T) {
 				if err != nil {
 					return
 				}
-				if err := r.Open(); err == nil {
+				if err := errors.Join(r.Open(), r.OpenUnix()); err == nil {
 					_ = r.Seal()
 				}
 				if err := errors.Join(r.Close(), r.Close()); err != nil {
@@ -215,7 +215,7 @@ func TestPaths(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = r.Close() }()
-	if err := r.Open(); err != nil {
+	if err := errors.Join(r.Open(), r.OpenUnix()); err != nil {
 		t.Fatal(err)
 	}
 	for name, id := range ids {

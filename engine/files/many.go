@@ -34,11 +34,22 @@ type orderedObjects struct{ pieces [][]*object }
 // pieceMax bounds the length of a piece.
 const pieceMax = 512
 
-// find looks for the object behind h. If there is none, add puts one there.
-func (g *orderedObjects) find(h holder) (found *object, add func(*object), err error) {
+// ref is a descriptor that leads to o, for kcmp(2): of a process of the tree, or
+// of this one if only it has o.
+func (o *object) ref() (pid, fd int) {
+	if h := o.first(); h.fd >= 0 {
+		return h.proc.Pid, h.fd
+	}
+	return os.Getpid(), int(o.file.Fd())
+}
+
+// find looks for the object that is the same description as h. If there is none,
+// add puts one there.
+func (g *orderedObjects) find(h *object) (found *object, add func(*object), err error) {
+	pid, fd := h.ref()
 	cmp := func(have *object) int {
-		hh := have.first()
-		ord, cerr := sys.KcmpFile(hh.proc.Pid, hh.fd, h.proc.Pid, h.fd)
+		hpid, hfd := have.ref()
+		ord, cerr := sys.KcmpFile(hpid, hfd, pid, fd)
 		switch {
 		case cerr != nil:
 			err = cerr
@@ -50,14 +61,14 @@ func (g *orderedObjects) find(h holder) (found *object, add func(*object), err e
 		}
 		return 1
 	}
-	n, exact := slices.BinarySearchFunc(g.pieces, h, func(p []*object, _ holder) int { return cmp(p[0]) })
+	n, exact := slices.BinarySearchFunc(g.pieces, h, func(p []*object, _ *object) int { return cmp(p[0]) })
 	if err == nil && exact {
 		return g.pieces[n][0], nil, nil
 	}
 	if n = max(n-1, 0); len(g.pieces) == 0 {
 		g.pieces = [][]*object{nil}
 	}
-	i, exact := slices.BinarySearchFunc(g.pieces[n], h, func(o *object, _ holder) int { return cmp(o) })
+	i, exact := slices.BinarySearchFunc(g.pieces[n], h, func(o *object, _ *object) int { return cmp(o) })
 	if err == nil && exact {
 		return g.pieces[n][i], nil, nil
 	}
@@ -143,6 +154,13 @@ func (r *Restorer) planLate() {
 	for _, t := range r.tables {
 		for _, w := range t.watches {
 			r.needed[w.file] = true
+		}
+	}
+	for _, ms := range r.queues {
+		for _, m := range ms {
+			for _, id := range m.rights {
+				r.needed[r.byID[id]] = true
+			}
 		}
 	}
 	for _, ls := range r.locks {

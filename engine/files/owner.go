@@ -16,7 +16,7 @@ import (
 // dumpOwner reads who gets the signals of a description (F_SETOWN, F_SETSIG).
 // The pid is translated into the innermost pid namespace of its bearer.
 func (d *Dumper) dumpOwner(o *object) (*fown.FownEntry, error) {
-	if o.isPath() || o.first().fd < 0 {
+	if o.isPath() || o.first().fd < 0 && !o.inFlight {
 		return noOwner(), nil // no owner is possible, or nobody's description
 	}
 	fd := int(o.file.Fd())
@@ -33,6 +33,11 @@ func (d *Dumper) dumpOwner(o *object) (*fown.FownEntry, error) {
 	}
 	e := &fown.FownEntry{Uid: proto.Uint32(0), Euid: proto.Uint32(0), Signum: proto.Uint32(uint32(sig)), PidType: proto.Uint32(0), Pid: proto.Uint32(0)}
 	if ow.Pid == 0 {
+		return e, nil
+	}
+	if o.inFlight {
+		// It is set by a process that has the description.
+		d.refuse(o, "it is in flight in a unix socket and sends signals", "retry when the program has received it")
 		return e, nil
 	}
 	pid, state := d.innerPid(ow)

@@ -50,6 +50,12 @@ type RestoreOptions struct {
 	// LockSkip leaves the network lock of the dump to the caller.
 	LockSkip bool
 	plan.FileRestoreOptions
+	// ExtUnixSk connects datagram sockets to named ones outside the tree again;
+	// without it images with such sockets are refused.
+	ExtUnixSk bool
+	// Actor gives a process that has a pid in the images, of the tree or made for
+	// the purpose; 0 is any. nil: this process makes all sockets, and their peers see it.
+	Actor func(pid int) (Actor, error)
 }
 
 // Inherit is an open file that the caller hands in. It stays the caller's.
@@ -126,6 +132,7 @@ type Restorer struct {
 	bpf       map[uint32]*bpfMap           // by the id in the images
 	tcps      map[tcpPair]bool             // TCP connections of this host
 	lockID    string                       // of the dump's network lock; empty: none
+	made      []string                     // socket files
 
 	ttySides map[uint32]*ttySide
 	ttys     []*ttyMade
@@ -509,13 +516,16 @@ func (r *Restorer) byKind(k *kind) []*description {
 	return out
 }
 
-// Open makes every description: with its flags, position, queued data, size,
+// Open makes every description but unix sockets (OpenUnix): with its flags, position, queued data, size,
 // address and state. Memory files and deleted files are empty but of full size.
 // Everything that fails is told in one error; Close then cleans up.
 func (r *Restorer) Open() error {
 	r.planLate()
 	var errs []error
 	for _, k := range kinds {
+		if k == kindUnix {
+			continue
+		}
 		if xs := r.byKind(k); len(xs) > 0 {
 			errs = append(errs, k.open(r, xs)...)
 		} else if k == kindMemfd && len(r.memfds) > 0 {
@@ -524,6 +534,16 @@ func (r *Restorer) Open() error {
 	}
 	errs = append(errs, r.probeLocks()...)
 	return list("open the files of the tree", errs)
+}
+
+// OpenUnix makes the unix sockets, with what is in flight in them, after Open and
+// once there are processes to act (RestoreOptions.Actor).
+func (r *Restorer) OpenUnix() error {
+	xs := r.byKind(kindUnix)
+	if len(xs) == 0 {
+		return nil
+	}
+	return list("open the unix sockets of the tree", kindUnix.open(r, xs))
 }
 
 // Seal finishes what must wait until all data is written (DataFile): sizes,
@@ -610,7 +630,7 @@ func (r *Restorer) Calls(filesID uint32) ([]*ptrace.Call, error) {
 		o, flags := r.ownerOf(x)
 		out = append(out, ownerCalls(x.at[0].fd, o, flags)...)
 		if x.kind == kindUnix {
-			out = append(out, listenCalls(x)...)
+			out = append(out, r.listenCalls(x)...)
 		}
 	}
 	return out, nil
@@ -629,6 +649,10 @@ func (r *Restorer) firstIn(filesID uint32) []*description {
 	}
 	return r.firsts[filesID]
 }
+
+// Made lists the socket files that were made: they are to go with a tree that does
+// not come to life.
+func (r *Restorer) Made() []string { return r.made }
 
 // Close closes everything that was made and not handed on. It may be called twice.
 func (r *Restorer) Close() error {

@@ -264,8 +264,8 @@ func TestUnixPathTaken(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = r.Close() }()
-	if err := r.Open(); err == nil || !strings.Contains(err.Error(), "its path is taken by another socket") {
-		t.Errorf("Open says %v", err)
+	if err := r.OpenUnix(); err == nil || !strings.Contains(err.Error(), "its path is taken by another socket") {
+		t.Errorf("OpenUnix says %v", err)
 	}
 	if _, err := os.Lstat(filepath.Join(c.dir, "sock")); err != nil {
 		t.Errorf("the live socket's file: %v", err)
@@ -280,21 +280,45 @@ func init() {
 		must(unix.Listen(l, 5))
 		out["listen"], out["client"] = l, usock(unix.SOCK_STREAM)
 		must(unix.Connect(out["client"], abstract(dir, "p")))
-		out["ra"], out["rb"] = upair(unix.SOCK_STREAM)
-		must(unix.Sendmsg(out["ra"], []byte("x"), unix.UnixRights(0), nil, 0))
-		// The far end, with unread data, is closed: an error waits.
-		a, b := upair(unix.SOCK_STREAM)
-		send(a, "unread")
-		must(unix.Close(b))
-		out["reset"] = a
+		send(out["client"], "request")
+		out["da"], out["db"] = upair(unix.SOCK_DGRAM)
+		send(out["db"], "lost")
+		other := usock(unix.SOCK_DGRAM)
+		must(unix.Bind(other, abstract(dir, "other")))
+		must(unix.Connect(out["da"], abstract(dir, "other"))) // an error waits at db
 		return out
+	}
+}
+
+// peekParts is what a peeker makes of a stream.
+func TestPeekParts(t *testing.T) {
+	a, b := upair(unix.SOCK_STREAM)
+	defer closeAll([]int{a, b})
+	send(a, "one")
+	must(unix.Sendmsg(a, []byte("two"), unix.UnixRights(0), nil, 0))
+	must(unix.Sendmsg(a, []byte("x"), unix.UnixRights(0, 1), nil, 0))
+	send(a, "three")
+	for range 2 {
+		p := &peeker{fd: b, stream: true, buf: make([]byte, 1000), oobAt: -1}
+		ms, err := p.all()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, m := range ms {
+			got = append(got, fmt.Sprintf("%s %d", m.data, len(m.fds)))
+			closeAll(m.fds)
+		}
+		if diff := cmp.Diff([]string{"one 0", "two 1", "x 2", "three 0"}, got); diff != "" {
+			t.Errorf("parts differ (-want +got):\n%s", diff)
+		}
 	}
 }
 
 func TestUnixRefused(t *testing.T) {
 	c := start(t, "unix-refused")
 	d := dumpAll(t, Options{}, c)
-	for _, s := range []string{"1 connections wait to be accepted", "has not been accepted yet", "SCM_RIGHTS", "an error of the connection"} {
+	for _, s := range []string{"a connection that has brought data already waits", "an error of the connection"} {
 		wantProblem(t, d.problems, s)
 	}
 	// A pair of which this process has an end.

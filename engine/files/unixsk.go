@@ -2,27 +2,30 @@ package files
 
 import (
 	"bytes"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fown"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/sk-opts"
-	"github.com/checkpoint-restore/go-criu/v8/crit/images/sk-packet"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/sk-unix"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
-	"godwit/engine/ptrace"
+	"godwit/engine/image"
+	"godwit/engine/procfs"
+	"godwit/engine/refuse"
 	"godwit/engine/sys"
 )
 
 // kindUnix carries unix sockets: pairs and connections with both ends in the
-// tree, with what is queued in them; listeners nobody waits at; bound and unbound
-// ones.
+// tree, with what is queued in them, descriptors and credentials included;
+// listeners with the connections that wait there; bound and unbound ones.
 var kindUnix = &kind{
 	name: "unix socket", typ: fdinfo.FdTypes_UNIXSK,
 	takes: func(_ *Dumper, o *object) bool {
@@ -39,8 +42,10 @@ var kindUnix = &kind{
 }
 
 type unixState struct {
-	diag unixDiag
-	e    *sk_unix.UnixSkEntry
+	diag  unixDiag
+	e     *sk_unix.UnixSkEntry
+	facts *image.UnixFacts
+	outer *unixDiag // of a peer outside the tree to which it is connected again
 }
 
 func isDgram(typ uint32) bool { return typ == unix.SOCK_DGRAM }
@@ -86,14 +91,14 @@ func dumpUnix(d *Dumper, o *object) error {
 	}
 	st := &unixState{diag: u, e: e}
 	o.state = st
+	if st.facts, err = d.dumpUnixFacts(o, &u); err != nil {
+		return err
+	}
 	if u.state == stateListen {
 		e.Backlog = proto.Uint32(u.wqueue)
-		if u.rqueue > 0 || len(u.pending) > 0 {
-			d.refuse(o, fmt.Sprintf("%d connections wait to be accepted", max(int(u.rqueue), len(u.pending))), "retry when the program has accepted them")
-		}
 	}
 	if name != "" && name[0] != 0 {
-		if err := d.dumpUnixPath(o, e); err != nil {
+		if err := d.dumpUnixPath(o, st); err != nil {
 			return err
 		}
 	}
@@ -101,11 +106,33 @@ func dumpUnix(d *Dumper, o *object) error {
 	return nil
 }
 
+// dumpUnixFacts reads what the entry has no field for.
+func (d *Dumper) dumpUnixFacts(o *object, u *unixDiag) (*image.UnixFacts, error) {
+	f := &image.UnixFacts{}
+	fd := int(o.file.Fd())
+	var err error
+	if f.PeerCred, err = d.dumpPeerCred(o); err != nil {
+		return nil, err
+	}
+	if u.state != stateListen && u.hasPeer && u.peer == 0 {
+		if f.PeerName, err = sys.UnixPeerName(fd); err != nil && !errors.Is(err, unix.ENOTCONN) {
+			return nil, err
+		}
+		if fl := d.flights[o]; fl != nil {
+			f.Reset = fl.reset
+		} else if f.Reset, err = hasError(fd); err != nil {
+			return nil, err
+		}
+	}
+	return f, nil
+}
+
 // siocUnixFile is SIOCUNIXFILE (include/uapi/linux/un.h, Linux 4.13).
 const siocUnixFile = 0x89e0
 
 // dumpUnixPath looks at the file to which a socket is bound.
-func (d *Dumper) dumpUnixPath(o *object, e *sk_unix.UnixSkEntry) error {
+func (d *Dumper) dumpUnixPath(o *object, st0 *unixState) error {
+	e := st0.e
 	name := string(e.Name)
 	// The description of the file that bind(2) made, wherever it is now.
 	n, err := unix.IoctlRetInt(int(o.file.Fd()), siocUnixFile)
@@ -131,9 +158,20 @@ func (d *Dumper) dumpUnixPath(o *object, e *sk_unix.UnixSkEntry) error {
 		e.Deleted = proto.Bool(true)
 		path = strings.TrimSuffix(path, deletedSuffix)
 	}
-	if !filepath.IsAbs(name) {
-		dir, ok := strings.CutSuffix(path, "/"+name)
+	if filepath.IsAbs(name) {
+		root, err := os.Readlink(procfs.Path(o.first().proc.Pid, "root"))
+		if err != nil {
+			return err
+		}
+		if root != "/" && strings.HasPrefix(path, root+"/") && d.rootOf(o) == "" {
+			st0.facts.Root = root
+		}
+	} else {
+		dir, ok := strings.CutSuffix(path, "/"+filepath.Clean(name))
 		if !ok {
+			if e.GetDeleted() {
+				return nil // its name is all that is left
+			}
 			d.refuse(o, fmt.Sprintf("it is bound to the relative name %q, but its file is %s", name, path), "bind it to an absolute path")
 			return nil
 		}
@@ -147,200 +185,252 @@ func (d *Dumper) dumpUnixPath(o *object, e *sk_unix.UnixSkEntry) error {
 	return nil
 }
 
+// unixTree is what finishUnix knows of all unix sockets together.
+type unixTree struct {
+	d     *Dumper
+	byIno map[uint32]*object
+	// waits are the clients that were not accepted yet, by inode, with the listener.
+	waits map[uint32]*object
+}
+
 func finishUnix(d *Dumper, os []*object) error {
-	byIno := map[uint32]*object{}
+	t := &unixTree{d: d, byIno: map[uint32]*object{}, waits: map[uint32]*object{}}
 	for _, o := range os {
-		byIno[uint32(o.stat.Ino)] = o
+		t.byIno[uint32(o.stat.Ino)] = o
+	}
+	for _, o := range os {
+		if st, ok := o.state.(*unixState); ok && !o.refused && st.diag.state == stateListen {
+			t.pending(o, st)
+		}
 	}
 	for _, o := range os {
 		st, ok := o.state.(*unixState)
 		if !ok || o.refused {
 			continue
 		}
-		u, e := st.diag, st.e
-		if o.facts != nil && !e.GetDeleted() && (u.state == stateListen || !u.hasPeer) {
-			// Bound for itself, not by the listener that accepted it.
-			o.path, o.create = o.facts.Path, true
-		}
-		switch {
-		case u.state == stateListen:
-		case u.hasPeer && u.peer == 0 && !isDgram(uint32(u.typ)) && u.shutdown != 3:
-			d.refuse(o, "the connection has not been accepted yet", "retry when the peer has accepted it")
-		case u.hasPeer && u.peer != 0 && byIno[u.peer] == nil:
-			hint := "include the process that has the other end in the tree, or let the program close the connection"
-			if x, ok := d.outside(fmt.Sprintf("socket:[%d]", u.peer)); ok {
-				hint = fmt.Sprintf("the other end belongs to pid %d (%s): include it in the tree, or let the program close the connection", x.pid, x.comm)
-			}
-			d.refuse(o, fmt.Sprintf("its peer, socket %d, is outside the tree", u.peer), hint)
-		}
-		if x, ok := d.outside(o.link); ok && (u.hasPeer || isDgram(uint32(u.typ))) {
-			d.refuse(o, fmt.Sprintf("the socket is also held by pid %d (%s), fd %d, outside the tree", x.pid, x.comm, x.fd), "include that process in the tree")
-		}
-		for _, kv := range o.info.Other {
-			if kv.Key == "scm_fds" && strings.TrimSpace(kv.Value) != "0" {
-				d.refuse(o, "descriptors sent through it (SCM_RIGHTS) have not been received yet", "retry when the program has received them")
-			}
-		}
-		// An error that waits to be reported is taken away by whoever looks first.
-		if p := []unix.PollFd{{Fd: int32(o.file.Fd())}}; !o.refused && u.state != stateListen {
-			if _, err := unix.Poll(p, 0); err == nil && p[0].Revents&unix.POLLERR != 0 {
-				d.refuse(o, "an error of the connection, whose peer is closed, has not been reported yet", "retry when the program has closed it")
-			}
-		}
-		if o.refused {
-			continue
-		}
-		if isDgram(uint32(u.typ)) && u.peer != 0 {
-			p := byIno[u.peer].state.(*unixState)
-			if p.diag.peer != uint32(o.stat.Ino) && len(p.e.Name) == 0 {
-				d.refuse(o, "it sends to an unnamed socket that is connected elsewhere", "bind that socket to a name")
-				continue
-			}
-		}
-		if d.dry() || u.state == stateListen {
-			continue
-		}
-		if err := d.dumpSockQueue(o, st, byIno[u.peer]); err != nil {
+		if err := t.finish(o, st); err != nil {
 			return fmt.Errorf("%s: %w", o.link, err)
 		}
 	}
 	return nil
 }
 
-// message is one datagram, or a piece of a stream.
-type message struct {
-	data []byte
-	from string // name of the sender, if it has one
-}
-
-// dumpSockQueue emits what is queued at a socket, unless it cannot be put back.
-func (d *Dumper) dumpSockQueue(o *object, st *unixState, peer *object) error {
-	if st.diag.rqueue == 0 && st.e.GetType() == unix.SOCK_STREAM {
-		return nil
+// pending looks at the connections that wait to be accepted at a listener.
+func (t *unixTree) pending(o *object, st *unixState) {
+	foreign := 0
+	for _, ino := range st.diag.pending {
+		t.waits[ino] = o
 	}
-	ms, rights, err := d.peekQueue(int(o.file.Fd()), st.e.GetType() == unix.SOCK_STREAM, st.diag.shutdown&1 != 0)
-	if err != nil {
-		return err
+	for _, ino := range st.diag.pending {
+		c := t.byIno[ino]
+		switch {
+		case c == nil && ino != 0:
+			foreign++
+			continue
+		case (c == nil || unsent(c) > 0) && !t.d.opts.Ends:
+			t.d.refuse(o, "a connection that has brought data already waits to be accepted", "retry when the program has accepted it, or let the tree end with the dump")
+			return
+		case c == nil:
+			continue // a preflight: it will be accepted for the dump
+		}
+		st.facts.Pending = append(st.facts.Pending, ino)
 	}
-	if rights {
-		d.refuse(o, "descriptors sent through it (SCM_RIGHTS) have not been received yet", "retry when the program has received them")
-		return nil
-	}
-	for _, m := range ms {
-		if isDgram(st.e.GetType()) && m.from != "" && (peer == nil || m.from != string(peer.state.(*unixState).e.Name)) {
-			d.refuse(o, fmt.Sprintf("a datagram from %q waits to be received", m.from), "retry when the program has received it")
-			return nil
+	for _, x := range t.d.objects {
+		if f := t.d.flights[x]; f != nil && f.listener == o {
+			st.facts.Pending = append(st.facts.Pending, uint32(x.stat.Ino))
 		}
 	}
-	for _, m := range ms {
-		e := &sk_packet.SkPacketEntry{IdFor: proto.Uint32(o.id), Length: proto.Uint32(uint32(len(m.data)))}
-		if err := d.put(skQueuesImage, skQueuesMagic, e, m.data); err != nil {
+	switch {
+	case foreign > 0 && !t.d.opts.SkipInFlight:
+		t.d.refuse(o, fmt.Sprintf("%d connections from outside the tree wait to be accepted", foreign), "retry when the program has accepted them, or give --skip-in-flight to leave them out")
+	case foreign > 0:
+		t.d.log.Warn("connections from outside the tree that wait to be accepted are left out", "listener", o.link, "connections", foreign)
+	}
+}
+
+func (t *unixTree) finish(o *object, st *unixState) error {
+	d, u, e := t.d, &st.diag, st.e
+	if e.FilePerms != nil && !e.GetDeleted() && (u.state == stateListen || !u.hasPeer) {
+		// Bound for itself, not by the listener that accepted it.
+		o.path, o.create = o.facts.Path, true
+	}
+	if o.facts == nil {
+		o.fact(o.id)
+	}
+	o.facts.Unix = st.facts
+	if x, ok := d.outside(o.link); ok && (u.hasPeer || isDgram(uint32(u.typ))) {
+		d.refuse(o, fmt.Sprintf("the socket is also held by pid %d (%s), fd %d, outside the tree", x.pid, x.comm, x.fd), "include that process in the tree")
+		return nil
+	}
+	if isDgram(uint32(u.typ)) {
+		if bad, err := hasError(int(o.file.Fd())); err != nil || bad {
+			d.refuse(o, "an error of the connection, whose peer is connected elsewhere, has not been reported yet", "retry when the program has seen it")
 			return err
 		}
 	}
-	return nil
+	peer := t.byIno[u.peer]
+	switch l := t.waits[uint32(o.stat.Ino)]; {
+	case u.state == stateListen || !u.hasPeer:
+	case l != nil:
+		e.Peer = proto.Uint32(uint32(l.stat.Ino))
+		var err error
+		if st.facts.Connector, err = d.holderCred(o); err != nil {
+			return err
+		}
+		st.facts.PeerName, st.facts.Reset = nil, false
+	case u.peer == 0 && !isDgram(uint32(u.typ)) && u.shutdown != 3:
+		d.refuse(o, "the connection has not been accepted yet", "include the process that listens in the tree, or retry when it has accepted it")
+	case u.peer != 0 && peer == nil && d.dry() && t.sending() && !t.held(u.peer):
+		// A preflight does not look at what is in flight: the peer may be.
+	case u.peer != 0 && peer == nil:
+		return t.outer(o, st)
+	case isDgram(uint32(u.typ)) && u.peer != 0:
+		p := peer.state.(*unixState)
+		if p.diag.peer != uint32(o.stat.Ino) && len(p.e.Name) == 0 {
+			d.refuse(o, "it sends to an unnamed socket that is connected elsewhere", "bind that socket to a name")
+		}
+	}
+	return t.queue(o, st)
 }
 
-// maxMessages bounds one socket's queue; its buffers do so long before.
-const maxMessages = 1 << 20
-
-// peekQueue reads what is queued at a socket without taking it out. The peek
-// offset is the socket's own, so it is put back as it was. rights: descriptors
-// are in the queue.
-func (d *Dumper) peekQueue(fd int, stream, closed bool) (ms []message, rights bool, err error) {
-	old, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF)
-	if err != nil {
-		return nil, false, os.NewSyscallError("getsockopt SO_PEEK_OFF", err)
-	}
-	defer func() { _ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, old) }()
-	if d.buf == nil {
-		d.buf = make([]byte, 256<<10)
-	}
-	for {
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, 0); err != nil {
-			return nil, false, os.NewSyscallError("setsockopt SO_PEEK_OFF", err)
-		}
-		var longest int
-		ms, longest, rights, err = peekAll(fd, stream, closed, d.buf)
-		if err != nil || longest <= len(d.buf) || stream {
-			return ms, rights, err
-		}
-		d.buf = make([]byte, longest) // a datagram did not fit: once more
-	}
-}
-
-func peekAll(fd int, stream, closed bool, buf []byte) (ms []message, longest int, rights bool, err error) {
-	oob := make([]byte, 4096)
-	for len(ms) < maxMessages {
-		n, oobn, _, from, err := unix.Recvmsg(fd, buf, oob, unix.MSG_PEEK|unix.MSG_DONTWAIT|unix.MSG_TRUNC|unix.MSG_CMSG_CLOEXEC)
-		switch {
-		case errors.Is(err, unix.EINTR):
-			continue
-		case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOTCONN):
-			return ms, longest, rights, nil // empty, or never connected
-		case err != nil:
-			return nil, 0, false, os.NewSyscallError("recvmsg", err)
-		}
-		rights = hasRights(oob[:oobn]) || rights
-		if n == 0 && (stream || closed) {
-			return ms, longest, rights, nil
-		}
-		longest = max(longest, n)
-		m := message{data: bytes.Clone(buf[:min(n, len(buf))])}
-		if sa, ok := from.(*unix.SockaddrUnix); ok && sa != nil {
-			m.from = sa.Name
-			if strings.HasPrefix(m.from, "@") { // how the package writes NUL
-				m.from = "\x00" + m.from[1:]
+// sending says whether descriptors are in the queues of the tree's sockets.
+func (t *unixTree) sending() bool {
+	for _, o := range t.byIno {
+		for _, kv := range o.info.Other {
+			if kv.Key == "scm_fds" && strings.TrimSpace(kv.Value) != "0" {
+				return true
 			}
 		}
-		ms = append(ms, m)
 	}
-	return nil, 0, false, fmt.Errorf("more than %d messages are queued", maxMessages)
+	return false
 }
 
-// hasRights looks for descriptors in control messages, and closes the duplicates
-// that peeking at them has made.
-func hasRights(oob []byte) bool {
-	ms, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return false
-	}
-	found := false
-	for i := range ms {
-		if ms[i].Header.Level != unix.SOL_SOCKET || ms[i].Header.Type != unix.SCM_RIGHTS {
-			continue
-		}
-		found = true
-		fds, err := unix.ParseUnixRights(&ms[i])
-		if err != nil {
-			continue
-		}
-		for _, fd := range fds {
-			_ = unix.Close(fd)
-		}
-	}
-	return found
+// held says whether a process outside the tree has a socket.
+func (t *unixTree) held(ino uint32) bool {
+	_, ok := t.d.outside(fmt.Sprintf("socket:[%d]", ino))
+	return ok
 }
 
-func (r *Restorer) loadSockQueues() error {
-	r.queues = map[uint32][]message{}
-	for i, e := range r.set.Entries(skQueuesImage) {
-		m, ok := e.Msg.(*sk_packet.SkPacketEntry)
-		switch {
-		case !ok:
-			return fmt.Errorf("image %s: entry %d is a %T", skQueuesImage, i, e.Msg)
-		case int(m.GetLength()) != len(e.Extra):
-			return fmt.Errorf("image %s: entry %d tells of %d bytes, but there are %d", skQueuesImage, i, m.GetLength(), len(e.Extra))
-		case len(m.GetScm()) > 0:
-			return fmt.Errorf("image %s: entry %d carries descriptors or credentials, which is not supported", skQueuesImage, i)
+// queue emits what is in the queue of a socket.
+func (t *unixTree) queue(o *object, st *unixState) error {
+	fl := t.d.flights[o]
+	if fl == nil || o.refused {
+		return nil
+	}
+	if fl.trouble != "" {
+		t.d.refuse(o, fl.trouble, "retry when the program has read more")
+		return nil
+	}
+	for _, m := range fl.messages {
+		if len(m.data) == 0 && len(m.rights) > 0 && st.e.GetType() == unix.SOCK_STREAM {
+			t.d.refuse(o, "descriptors without data are in its queue", "retry when the program has received them")
+			return nil
 		}
-		x := r.byID[m.GetIdFor()]
-		if x == nil || x.entry.GetType() != fdinfo.FdTypes_UNIXSK {
-			return fmt.Errorf("image %s: entry %d is for file %d, which is no unix socket", skQueuesImage, i, m.GetIdFor())
+	}
+	var err error
+	st.facts.Messages, err = t.d.emitQueue(o)
+	return err
+}
+
+// outer sees to a socket whose peer is outside the tree.
+func (t *unixTree) outer(o *object, st *unixState) error {
+	d, u, e := t.d, &st.diag, st.e
+	if _, ok := d.apart[uint32(o.stat.Ino)]; !ok {
+		_, ok = d.apart[u.peer]
+		if !ok {
+			return t.named(o, st)
 		}
-		r.queues[m.GetIdFor()] = append(r.queues[m.GetIdFor()], message{data: e.Extra})
+	}
+	// Whoever restores hands in a socket in its place, or it hangs up.
+	st.facts.External = true
+	e.Peer = proto.Uint32(0)
+	return t.queue(o, st)
+}
+
+// named carries a datagram socket that is connected to a named one outside the
+// tree, if that is asked for: it is connected to that name again.
+func (t *unixTree) named(o *object, st *unixState) error {
+	d, u := t.d, &st.diag
+	reason := fmt.Sprintf("its peer, socket %d, is outside the tree", u.peer)
+	p, err := readUnixDiag(u.peer)
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	name := p.name
+	if name != "" && name[0] != 0 {
+		name = strings.TrimRight(name, "\x00")
+	}
+	reachable := err == nil && isDgram(uint32(u.typ)) && name != "" && (name[0] == 0 || name[0] == '/')
+	switch {
+	case reachable && p.hasPeer:
+		d.refuse(o, reason+" and connected itself, so that it takes no other's datagrams", "end that process, or include it in the tree")
+	case reachable && !d.opts.ExtUnixSk:
+		d.refuse(o, reason+fmt.Sprintf(", at %q", name), "give --ext-unix-sk to connect it to that name again")
+	case reachable:
+		return t.extern(o, st, p, name)
+	default:
+		hint := "include the process that has the other end in the tree, let the program close the connection"
+		if x, ok := d.outside(fmt.Sprintf("socket:[%d]", u.peer)); ok {
+			hint = fmt.Sprintf("the other end belongs to pid %d (%s): include it in the tree, let the program close the connection", x.pid, x.comm)
+		}
+		d.refuse(o, reason, fmt.Sprintf("%s, or declare it external (--external unix[%d]), to hand in another socket or let it hang up", hint, o.stat.Ino))
 	}
 	return nil
+}
+
+// extern emits an entry for a socket outside the tree, once.
+func (t *unixTree) extern(o *object, st *unixState, p unixDiag, name string) error {
+	if t.d.dry() {
+		return nil
+	}
+	if err := t.queue(o, st); err != nil || t.d.externs[st.diag.peer] {
+		return err
+	}
+	t.d.externs[st.diag.peer] = true
+	id := t.d.newID()
+	zero := proto.Uint32(0)
+	o.entries = append(o.entries, &fdinfo.FileEntry{Type: fdinfo.FdTypes_UNIXSK.Enum(), Id: proto.Uint32(id), Usk: &sk_unix.UnixSkEntry{
+		Id: proto.Uint32(id), Ino: proto.Uint32(st.diag.peer), Type: proto.Uint32(uint32(p.typ)), State: proto.Uint32(uint32(p.state)),
+		Flags: proto.Uint32(unix.O_RDWR), Uflags: proto.Uint32(uskExtern), Backlog: zero, Peer: zero,
+		Fown: &fown.FownEntry{Uid: zero, Euid: zero, Signum: zero, PidType: zero, Pid: zero},
+		Opts: &sk_opts.SkOptsEntry{SoSndbuf: zero, SoRcvbuf: zero, SoSndTmoSec: proto.Uint64(0), SoSndTmoUsec: proto.Uint64(0),
+			SoRcvTmoSec: proto.Uint64(0), SoRcvTmoUsec: proto.Uint64(0)},
+		Name: []byte(name),
+	}})
+	return nil
+}
+
+// holderCred gives the credentials of the first process that has o.
+func (d *Dumper) holderCred(o *object) (*image.Credentials, error) {
+	p := o.first().proc
+	st, err := procfs.ReadStatus(p.Pid)
+	if err != nil {
+		return nil, err
+	}
+	return &image.Credentials{PID: uint32(p.VPid), UID: st.Uid[1], GID: st.Gid[1], Groups: st.Groups}, nil
+}
+
+// parseUnixKey parses CRIU's key of a unix socket, "unix[inode]", decimal.
+func parseUnixKey(s string) (ino uint32, ok bool) {
+	in, ok := strings.CutPrefix(s, "unix[")
+	in, ok2 := strings.CutSuffix(in, "]")
+	n, err := strconv.ParseUint(in, 10, 32)
+	return uint32(n), ok && ok2 && err == nil
+}
+
+// checkUnixKeys refuses keys of unix sockets that match nothing.
+func (d *Dumper) checkUnixKeys() {
+	for ino := range d.apart {
+		peer := ^uint32(0)
+		if u, err := readUnixDiag(ino); err == nil && u.hasPeer {
+			peer = u.peer
+		}
+		if !slices.ContainsFunc(d.objects, func(o *object) bool {
+			return o.mode()&unix.S_IFMT == unix.S_IFSOCK && (o.stat.Ino == uint64(ino) || o.stat.Ino == uint64(peer))
+		}) {
+			d.refusal.Add(refuse.Problem{Key: fmt.Sprintf("unix[%d]", ino), Reason: "no process of the tree has this socket or one connected to it"})
+		}
+	}
 }
 
 // unixName is the name as the kernel has it: a path without NUL behind it.
@@ -352,18 +442,21 @@ func unixName(e *sk_unix.UnixSkEntry) []byte {
 	return n
 }
 
-// unixPath is the path of the file to which the socket is bound; "" if it is not
-// bound to one.
-func unixPath(e *sk_unix.UnixSkEntry) string {
+// unixPath is the path of the file to which the socket is bound, which it meant
+// below root; "" if it is not bound to one.
+func unixPath(root string, e *sk_unix.UnixSkEntry) string {
 	n := unixName(e)
 	switch {
 	case len(n) == 0 || n[0] == 0:
 		return ""
 	case n[0] == '/':
-		return string(n)
+		return filepath.Join(root, string(n))
 	}
 	return filepath.Join(e.GetNameDir(), string(n))
 }
+
+// maxName is the size of sun_path.
+const maxName = 108
 
 func checkUnix(r *Restorer, x *description) error {
 	e := x.entry.GetUsk()
@@ -379,536 +472,82 @@ func checkUnix(r *Restorer, x *description) error {
 		return fmt.Errorf("a unix socket cannot be in state %d", e.GetState())
 	}
 	switch {
+	case len(name) > 0 && (len(name) > maxName || name[0] != 0 && bytes.IndexByte(name, 0) >= 0):
+		return fmt.Errorf("%q is no name of a unix socket", name)
+	case isExtern(e):
+		return checkExtern(r, x)
 	case e.GetOpts() == nil:
 		return errors.New("its options are missing")
 	case checkSockOpts(e.GetOpts()) != nil:
 		return checkSockOpts(e.GetOpts())
-	case len(name) > 0 && (len(name) > 108 || name[0] != 0 && bytes.IndexByte(name, 0) >= 0):
-		return fmt.Errorf("%q is no name of a unix socket", name)
-	case len(name) > 0 && name[0] != 0 && name[0] != '/' && !filepath.IsAbs(e.GetNameDir()):
+	case len(name) > 0 && name[0] != 0 && name[0] != '/' && !e.GetDeleted() && !filepath.IsAbs(e.GetNameDir()):
 		return fmt.Errorf("its name %q is relative, and the directory is missing", name)
 	case e.GetState() == stateListen && (isDgram(e.GetType()) || e.GetPeer() != 0 || len(name) == 0):
 		return errors.New("a listener has a name and no peer")
+	}
+	if err := r.checkUnixFacts(x); err != nil {
+		return err
 	}
 	if e.GetPeer() == 0 || r.handed[fmt.Sprintf("socket:[%d]", e.GetIno())] != nil {
 		return nil
 	}
 	p := r.byIno[e.GetPeer()]
-	switch {
-	case p == nil:
+	if p == nil {
 		return fmt.Errorf("its peer, socket %d, is not in the images", e.GetPeer())
+	}
+	pe := p.entry.GetUsk()
+	switch {
 	case p == x:
 		return errors.New("it is its own peer")
-	case p.entry.GetUsk().GetType() != e.GetType():
+	case pe.GetType() != e.GetType():
 		return fmt.Errorf("its peer, socket %d, is of another type", e.GetPeer())
-	case p.entry.GetUsk().GetPeer() != e.GetIno() && !isDgram(e.GetType()):
+	case pe.GetState() == stateListen: // it waits there to be accepted
+	case pe.GetPeer() != e.GetIno() && !isDgram(e.GetType()):
 		return fmt.Errorf("its peer, socket %d, has another peer", e.GetPeer())
-	case p.entry.GetUsk().GetPeer() != e.GetIno() && len(unixName(p.entry.GetUsk())) == 0:
+	case pe.GetPeer() != e.GetIno() && len(unixName(pe)) == 0:
 		return fmt.Errorf("its peer, socket %d, has no name", e.GetPeer())
 	}
 	return nil
 }
 
-// unixOpener makes the unix sockets of a tree: first listeners and others that
-// only have a name, then connections, then what they hold.
-type unixOpener struct {
-	boot  string // id of this boot
-	r     *Restorer
-	byIno map[uint32]*description
-	// sharing counts the sockets with a name; those beyond the listener were accepted.
-	sharing   map[string]int
-	listeners map[string]*description
-	temporary map[string]*os.File       // listeners made only to accept connections under a name
-	closers   map[*description]*os.File // far ends of connections whose peer is closed
-	tmpPaths  []string
-}
-
-func openUnix(r *Restorer, xs []*description) (errs []error) {
-	boot := bootID()
-	_ = r.inRoot(func() error {
-		errs = openUnixInside(r, xs, boot)
-		return nil
-	})
-	return errs
-}
-
-// openUnixInside is openUnix where paths are the tree's. boot is the id of this boot.
-func openUnixInside(r *Restorer, xs []*description, boot string) []error {
-	u := &unixOpener{r: r, boot: boot, byIno: map[uint32]*description{}, sharing: map[string]int{}, listeners: map[string]*description{}, temporary: map[string]*os.File{},
-		closers: map[*description]*os.File{}}
-	defer u.close()
-	var todo []*description
-	var errs []error
-	for _, x := range xs {
-		e := x.entry.GetUsk()
-		if done, err := r.openHandedSocket(x, e.GetIno()); done {
-			if err != nil {
-				errs = append(errs, fmt.Errorf("%s: %w", r.who(x), err))
-			}
-			continue
-		}
-		if u.byIno[e.GetIno()] != nil {
-			errs = append(errs, fmt.Errorf("%s: socket %d is there twice", r.who(x), e.GetIno()))
-			continue
-		}
-		u.byIno[e.GetIno()] = x
-		u.sharing[string(unixName(e))]++
-		if e.GetState() == stateListen {
-			u.listeners[string(unixName(e))] = x
-		}
-		todo = append(todo, x)
-	}
-	if len(errs) > 0 {
-		return errs
-	}
-	for _, step := range []func(*description) error{u.alone, u.connected, u.fill, u.settle} {
-		for _, x := range todo {
-			if err := step(x); err != nil {
-				errs = append(errs, fmt.Errorf("%s: %w", r.who(x), err))
-			}
-		}
-		if len(errs) > 0 {
-			return errs
-		}
-	}
-	return nil
-}
-
-func (u *unixOpener) close() {
-	for _, f := range u.closers {
-		_ = f.Close()
-	}
-	for _, f := range u.temporary {
-		_ = f.Close()
-	}
-	for _, p := range u.tmpPaths {
-		_ = unix.Unlink(p)
-	}
-}
-
-func mutual(a, b *description) bool {
-	return b != nil && b.entry.GetUsk().GetPeer() == a.entry.GetUsk().GetIno() && a.entry.GetUsk().GetPeer() == b.entry.GetUsk().GetIno()
-}
-
-// paired says whether a socket is made by socketpair(2) or connect(2) with a far
-// end, which may be gone.
-func (u *unixOpener) paired(x *description) bool {
-	e := x.entry.GetUsk()
-	if e.GetState() == stateListen {
-		return false
-	}
-	if e.GetPeer() == 0 {
-		// CRIU keeps the kernel's state of datagram sockets (dumpUnix).
-		return e.GetState() == stateEstablished && (!isDgram(e.GetType()) || u.r.set.Facts != nil)
-	}
-	return mutual(x, u.byIno[e.GetPeer()])
-}
-
-func socketFile(fd int) *os.File { return os.NewFile(uintptr(fd), "unix socket") }
-
-func newUnix(typ uint32) (*os.File, error) {
-	fd, err := unix.Socket(unix.AF_UNIX, int(typ)|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return nil, os.NewSyscallError("socket", err)
-	}
-	return socketFile(fd), nil
-}
-
-// alone makes a socket that stands for itself.
-func (u *unixOpener) alone(x *description) error {
-	e := x.entry.GetUsk()
-	if u.paired(x) {
-		return nil
-	}
-	f, err := newUnix(e.GetType())
-	if err != nil {
-		return err
-	}
-	x.file = f
-	if len(unixName(e)) > 0 {
-		if err := u.bind(x, f); err != nil {
-			return err
-		}
-	}
-	if e.GetState() == stateListen {
-		return os.NewSyscallError("listen", unix.Listen(int(f.Fd()), int(min(e.GetBacklog(), 1<<30))))
-	}
-	return nil
-}
-
-// bind gives a socket its name. A path must be free, but for the socket file that
-// the tree itself left behind.
-func (u *unixOpener) bind(x *description, f *os.File) error {
-	e := x.entry.GetUsk()
-	if path := unixPath(e); path != "" {
-		if err := u.vacate(x, path); err != nil {
-			return err
-		}
-	}
-	return u.bindName(f, e)
-}
-
-func (u *unixOpener) bindName(f *os.File, e *sk_unix.UnixSkEntry) error {
-	name := unixName(e)
-	return u.byName(e, func() error {
-		if err := sys.BindUnix(int(f.Fd()), name); err != nil {
-			return fmt.Errorf("bind it to %q: %w", name, err)
-		}
-		return nil
-	})
-}
-
-// byName runs fn where the name of e, if it is a relative path, is valid.
-func (u *unixOpener) byName(e *sk_unix.UnixSkEntry, fn func() error) error {
-	if n := unixName(e); len(n) > 0 && n[0] != 0 && n[0] != '/' {
-		return u.r.inDir(e.GetNameDir(), fn)
-	}
-	return fn()
-}
-
-// vacate makes sure that a path is free. A socket file stands in the way, unless
-// it is the very one of the dead tree: the same inode, since the same boot, with
-// nobody listening.
-func (u *unixOpener) vacate(x *description, path string) error {
-	var st unix.Stat_t
-	if err := unix.Lstat(path, &st); err != nil {
-		if errors.Is(err, unix.ENOENT) {
-			return nil
-		}
-		return &os.PathError{Op: "lstat", Path: path, Err: err}
-	}
-	if st.Mode&unix.S_IFMT != unix.S_IFSOCK {
-		return fmt.Errorf("its path is taken by a %s: remove that first", modeKind(st.Mode))
-	}
-	f := u.r.facts[x.id]
-	if f == nil || f.Dev != uint64(st.Dev) || f.Ino != st.Ino || u.r.set.Facts == nil || u.r.set.Facts.BootID == "" ||
-		u.r.set.Facts.BootID != u.boot || answered(path, x.entry.GetUsk().GetType()) {
-		return fmt.Errorf("its path is taken by another socket: end the program that owns it, or remove the file %s", path)
-	}
-	if err := unix.Unlink(path); err != nil {
-		return &os.PathError{Op: "unlink", Path: path, Err: err}
-	}
-	return nil
-}
-
-func bootID() string {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return ""
-	}
-	return strings.TrimSpace(string(b))
-}
-
-// answered says whether a socket is bound to the file at path. Connecting to a
-// datagram socket tells nobody; a listener would see a connection come and go.
-func answered(path string, typ uint32) bool {
-	f, err := newUnix(typ)
-	if err != nil {
-		return true
-	}
-	defer func() { _ = f.Close() }()
-	if err := unix.SetNonblock(int(f.Fd()), true); err != nil {
-		return true
-	}
-	err = sys.ConnectUnix(int(f.Fd()), []byte(path))
-	return !errors.Is(err, unix.ECONNREFUSED)
-}
-
-// connected makes both ends of a connection, or the one that is left; and connects
-// datagram sockets that send one way.
-func (u *unixOpener) connected(x *description) error {
-	e := x.entry.GetUsk()
-	peer := u.byIno[e.GetPeer()]
-	if !u.paired(x) {
-		if e.GetPeer() == 0 || peer == nil {
-			return nil
-		}
-		pe := peer.entry.GetUsk()
-		err := u.byName(pe, func() error { return sys.ConnectUnix(int(x.file.Fd()), unixName(pe)) })
-		if err != nil {
-			return fmt.Errorf("connect it to %q: %w", unixName(pe), err)
-		}
-		return nil
-	}
-	if x.file != nil {
-		return nil // made with its peer
-	}
-	// The end with the name of a listener was accepted there.
-	accepted, client := x, peer
-	if peer != nil && u.listener(x) == nil && u.listener(peer) != nil {
-		accepted, client = peer, x
-	}
-	var near, far *os.File
-	var err error
-	if l := u.listener(accepted); l != nil {
-		near, far, err = u.accept(l, accepted, client)
-	} else {
-		near, far, err = u.pair(accepted, client)
-	}
-	if err != nil {
-		return err
-	}
-	accepted.file = near
-	if client != nil {
-		client.file = far
-	} else {
-		u.closers[accepted] = far
-	}
-	return nil
-}
-
-func (u *unixOpener) pair(a, b *description) (near, far *os.File, err error) {
-	p, err := unix.Socketpair(unix.AF_UNIX, int(a.entry.GetUsk().GetType())|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return nil, nil, os.NewSyscallError("socketpair", err)
-	}
-	near, far = socketFile(p[0]), socketFile(p[1])
-	for _, end := range []struct {
-		x *description
-		f *os.File
-	}{{a, near}, {b, far}} {
-		if end.x == nil || len(unixName(end.x.entry.GetUsk())) == 0 {
-			continue
-		}
-		if err := u.bind(end.x, end.f); err != nil {
-			if isDgram(end.x.entry.GetUsk().GetType()) {
-				return nil, nil, errors.Join(err, near.Close(), far.Close())
-			}
-			// The connection works without it; the name was perhaps that of a listener
-			// outside the tree.
-			u.r.log.Warn("connection of a unix socket restored without its name", "file", u.r.who(end.x), "error", err)
-		}
-	}
-	return near, far, nil
-}
-
-// listener finds, or for a name that several connections share makes, a listener
-// at the name of an end of a stream connection. nil: it needs none.
-func (u *unixOpener) listener(x *description) *os.File {
-	if x == nil {
-		return nil
-	}
+// checkExtern validates the entry of a socket outside the tree.
+func checkExtern(r *Restorer, x *description) error {
 	e := x.entry.GetUsk()
 	name := unixName(e)
-	if len(name) == 0 || isDgram(e.GetType()) {
-		return nil
-	}
-	if l := u.listeners[string(name)]; l != nil {
-		if l.entry.GetUsk().GetType() != e.GetType() {
-			return nil
-		}
-		return l.file
-	}
-	if f, ok := u.temporary[string(name)]; ok {
-		return f
-	}
-	path := unixPath(e)
-	if path == "" && u.sharing[string(name)] < 2 {
-		return nil
-	}
-	if path != "" {
-		if _, err := os.Lstat(path); err == nil {
-			return nil
-		}
-	}
-	f, err := newUnix(e.GetType())
-	if err != nil {
-		return nil
-	}
-	if err := u.bindName(f, e); err != nil {
-		_ = f.Close()
-		return nil
-	}
-	if path != "" {
-		u.tmpPaths = append(u.tmpPaths, path)
-	}
-	if err := unix.Listen(int(f.Fd()), 16); err != nil {
-		_ = f.Close()
-		return nil
-	}
-	u.temporary[string(name)] = f
-	return f
-}
-
-// accept connects a new socket to l and accepts it there. Strangers may connect
-// to a name at any time: the token tells which connection is ours. Strangers'
-// connections are closed, as if the listener had not been there yet.
-func (u *unixOpener) accept(l *os.File, a, client *description) (near, far *os.File, err error) {
-	e := a.entry.GetUsk()
-	if far, err = newUnix(e.GetType()); err != nil {
-		return nil, nil, err
-	}
-	defer func() {
-		if err != nil {
-			_ = far.Close()
-		}
-	}()
-	if client != nil && len(unixName(client.entry.GetUsk())) > 0 {
-		if err = u.bind(client, far); err != nil {
-			return nil, nil, err
-		}
-	}
-	if err = u.byName(e, func() error { return sys.ConnectUnix(int(far.Fd()), unixName(e)) }); err != nil {
-		return nil, nil, fmt.Errorf("connect to %q: %w", unixName(e), err)
-	}
-	token := make([]byte, 16)
-	_, _ = rand.Read(token) // never fails
-	if _, err = unix.SendmsgN(int(far.Fd()), token, nil, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT); err != nil {
-		return nil, nil, os.NewSyscallError("sendmsg", err)
-	}
-	if near, err = acceptToken(l, token); err != nil {
-		return nil, nil, fmt.Errorf("accept our own connection to %q: %w", unixName(e), err)
-	}
-	return near, far, nil
-}
-
-func acceptToken(l *os.File, token []byte) (*os.File, error) {
-	for range 4096 {
-		p := []unix.PollFd{{Fd: int32(l.Fd()), Events: unix.POLLIN}}
-		n, err := unix.Poll(p, 1000)
-		switch {
-		case errors.Is(err, unix.EINTR):
-			continue
-		case err != nil:
-			return nil, os.NewSyscallError("poll", err)
-		case n == 0:
-			return nil, errors.New("it did not come")
-		}
-		fd, _, err := unix.Accept4(int(l.Fd()), unix.SOCK_CLOEXEC)
-		if err != nil {
-			return nil, os.NewSyscallError("accept4", err)
-		}
-		got := make([]byte, len(token))
-		if n, _, err := unix.Recvfrom(fd, got, unix.MSG_DONTWAIT); err == nil && n == len(got) && bytes.Equal(got, token) {
-			return socketFile(fd), nil
-		}
-		_ = unix.Close(fd)
-	}
-	return nil, errors.New("too many others came first")
-}
-
-// fill queues again what a socket had not received.
-func (u *unixOpener) fill(x *description) error {
-	ms := u.r.queues[x.id]
-	if len(ms) == 0 {
-		return nil
-	}
-	e := x.entry.GetUsk()
-	var err error
-	var from *os.File
-	var name []byte // where to send; empty: to the peer
-	peer := u.byIno[e.GetPeer()]
 	switch {
-	case u.paired(x) && peer != nil:
-		from = peer.file
-	case u.paired(x):
-		from = u.closers[x]
-	case !isDgram(e.GetType()) || len(unixName(e)) == 0:
-		return errors.New("it holds data, but nobody could have sent it")
-	default:
-		name = unixName(e)
-		if peer != nil {
-			from = peer.file
-			break
-		}
-		f, err := newUnix(e.GetType())
-		if err != nil {
-			return err
-		}
-		defer func() { _ = f.Close() }()
-		from = f
-	}
-	total := 0
-	for _, m := range ms {
-		total += len(m.data) + 4096
-	}
-	// Room enough at the sender, whose own limit settle sets.
-	if err := unix.SetsockoptInt(int(from.Fd()), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, min(max(4*total, 1<<16), 1<<29)); err != nil {
-		return os.NewSyscallError("setsockopt SO_SNDBUFFORCE", err)
-	}
-	for i, m := range ms {
-		send := func() error { return sendAll(from, name, m.data, e.GetType() == unix.SOCK_STREAM) }
-		if len(name) > 0 {
-			err = u.byName(e, send)
-		} else {
-			err = send()
-		}
-		if err != nil {
-			return fmt.Errorf("queue message %d of %d, %d bytes: %w", i+1, len(ms), len(m.data), err)
-		}
+	case !isDgram(e.GetType()):
+		return errors.New("only datagram sockets can be connected to one outside the tree again")
+	case len(name) == 0 || name[0] != 0 && name[0] != '/':
+		return fmt.Errorf("it is a socket outside the tree, and its name is %q", name)
+	case len(x.at) > 0 || e.GetPeer() != 0:
+		return errors.New("it is a socket outside the tree, but a process has it")
+	case !r.opts.ExtUnixSk:
+		return fmt.Errorf("a socket is connected to %q outside the tree: give --ext-unix-sk to connect it there again", name)
 	}
 	return nil
 }
 
-func sendAll(f *os.File, name, p []byte, stream bool) error {
-	const flags = unix.MSG_DONTWAIT | unix.MSG_NOSIGNAL
-	if len(name) > 0 {
-		return sys.SendtoUnix(int(f.Fd()), p, flags, name)
+func (r *Restorer) checkUnixFacts(x *description) error {
+	f := r.unixFacts(x)
+	creds := []*image.Credentials{f.PeerCred, f.Connector}
+	for i := range f.Messages {
+		creds = append(creds, f.Messages[i].Cred)
 	}
-	for {
-		n, err := unix.SendmsgN(int(f.Fd()), p, nil, nil, flags)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil {
-			return os.NewSyscallError("sendmsg", err)
-		}
-		if p = p[n:]; !stream || len(p) == 0 {
-			return nil
+	for _, c := range creds {
+		if err := checkCred(c); err != nil {
+			return err
 		}
 	}
-}
-
-// settle gives a socket its options, permissions and flags, and closes what was closed.
-func (u *unixOpener) settle(x *description) error {
-	for _, f := range u.closers { // everything is queued by now
-		_ = f.Close()
-	}
-	clear(u.closers)
-	e := x.entry.GetUsk()
-	fd := int(x.file.Fd())
-	if err := u.r.restoreSockOpts(x, e.GetOpts(), nil); err != nil {
-		return err
-	}
-	if how, ok := map[sk_opts.SkShutdown]int{sk_opts.SkShutdown_READ: unix.SHUT_RD, sk_opts.SkShutdown_WRITE: unix.SHUT_WR, sk_opts.SkShutdown_BOTH: unix.SHUT_RDWR}[e.GetShutdown()]; ok {
-		if err := unix.Shutdown(fd, how); err != nil && !errors.Is(err, unix.ENOTCONN) {
-			return os.NewSyscallError("shutdown", err)
+	switch {
+	case len(f.PeerName) > maxName || len(f.PeerName) > 0 && f.PeerName[0] != 0 && bytes.IndexByte(f.PeerName, 0) >= 0:
+		return fmt.Errorf("%q is no name of a unix socket", f.PeerName)
+	case f.Root != "":
+		if err := checkName(f.Root); err != nil {
+			return err
 		}
 	}
-	if path := unixPath(e); path != "" && u.ownsPath(x) {
-		if e.GetDeleted() {
-			if err := unix.Unlink(path); err != nil {
-				return &os.PathError{Op: "unlink", Path: path, Err: err}
-			}
-		} else if p := e.GetFilePerms(); p != nil {
-			if err := unix.Lchown(path, int(p.GetUid()), int(p.GetGid())); err != nil {
-				return &os.PathError{Op: "chown", Path: path, Err: err}
-			}
-			if err := unix.Chmod(path, p.GetMode()&0o7777); err != nil {
-				return &os.PathError{Op: "chmod", Path: path, Err: err}
-			}
-		}
+	if len(f.Pending) > 0 && x.entry.GetUsk().GetState() != stateListen {
+		return errors.New("connections wait at a socket that does not listen")
 	}
-	return setStatus(x.file, e.GetFlags())
-}
-
-// ownsPath says whether it was x for which the file at its path was made.
-func (u *unixOpener) ownsPath(x *description) bool {
-	e := x.entry.GetUsk()
-	if e.GetState() == stateListen || !u.paired(x) {
-		return true
-	}
-	name := unixName(e)
-	return isDgram(e.GetType()) && u.listeners[string(name)] == nil && u.temporary[string(name)] == nil
-}
-
-func listenCalls(x *description) []*ptrace.Call {
-	e := x.entry.GetUsk()
-	if e.GetState() != stateListen {
-		return nil
-	}
-	// Once more, by the process: its credentials are what those who connect see
-	// (SO_PEERCRED, net/unix/af_unix.c unix_listen).
-	return []*ptrace.Call{ptrace.NewCall(fmt.Sprintf("listen on fd %d", x.at[0].fd), unix.SYS_LISTEN,
-		ptrace.Int(x.at[0].fd), ptrace.Int(min(e.GetBacklog(), 1<<30)))}
+	return nil
 }

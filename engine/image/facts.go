@@ -224,6 +224,8 @@ type FileFacts struct {
 	Watches []WatchFacts `json:"watches,omitempty"`
 	// Overflow: events waited in an inotify file; IN_Q_OVERFLOW stands for them.
 	Overflow bool `json:"overflow,omitempty"`
+	// Unix is of unix sockets.
+	Unix *UnixFacts `json:"unix,omitempty"`
 	// Holders are "pid:fd" texts for messages.
 	Holders []string `json:"holders,omitempty"`
 	// Sock is of a socket that has something sk_opts_entry and its kin have no field for.
@@ -339,4 +341,46 @@ type GhostFacts struct {
 	MtimeNS int64 `json:"mtime_ns"`
 	// Xattrs are the extended attributes by name.
 	Xattrs map[string][]byte `json:"xattrs,omitempty"`
+}
+
+// UnixFacts belongs to a unix socket.
+type UnixFacts struct {
+	// PeerCred is what SO_PEERCRED says; none: the socket has no such peer.
+	PeerCred *Credentials `json:"peer_cred,omitempty"`
+	// Connector is who connected the socket, as far as is known, if it waits to be
+	// accepted: what the other end will see.
+	Connector *Credentials `json:"connector,omitempty"`
+	// PeerName is the name of a peer that is closed, as the kernel has it.
+	PeerName []byte `json:"peer_name,omitempty"`
+	// Reset: an error, ECONNRESET, waits to be reported.
+	Reset bool `json:"reset,omitempty"`
+	// External: its peer, outside the tree, was declared external.
+	External bool `json:"external,omitempty"`
+	// Pending are the connections that wait to be accepted here, in order, by the
+	// inode of the client's socket or, if that is not all there is to tell, of
+	// the one that is to be accepted, which has an entry then.
+	Pending []uint32 `json:"pending,omitempty"`
+	// Messages is what the entries of the socket in sk-queues.img have no field for.
+	Messages []MessageFacts `json:"messages,omitempty"`
+	// Root is the directory that the bound path was meant in; empty: "/".
+	Root string `json:"root,omitempty"`
+}
+
+// Credentials are those of a process as the peer of its sockets sees them.
+type Credentials struct {
+	PID    uint32   `json:"pid,omitempty"` // in the images' pid namespace; 0: unknown
+	UID    uint32   `json:"uid"`
+	GID    uint32   `json:"gid"`
+	Groups []uint32 `json:"groups,omitempty"`
+}
+
+// MessageFacts belongs to one message in a socket's queue.
+type MessageFacts struct {
+	Index int `json:"index"` // among the entries of this socket
+	// From is the name of the sender, as the kernel has it.
+	From []byte `json:"from,omitempty"`
+	// Cred are the credentials that came with it (SCM_CREDENTIALS).
+	Cred *Credentials `json:"cred,omitempty"`
+	// OOB: its one byte was sent out of band.
+	OOB bool `json:"oob,omitempty"`
 }

@@ -31,6 +31,7 @@ type Options struct {
 	TCPClose        bool
 	TCPOutside      bool
 	LockSkip        bool
+	ExtUnixSk       bool
 	Inherit         map[string]files.Inherit
 	NewPidNamespace bool
 	FileLocks       bool
@@ -65,6 +66,9 @@ type Tree struct {
 	made      []int        // System V segments that go with a Discard
 	spare     uint64
 	filler    *filler // nil: memory is not inherited
+
+	paths  []string               // socket files that go with a Discard
+	extras map[int]*ptrace.Remote // processes made only to act, by pid in the images
 	// live are the threads that exist, by tid on this host, in order of birth.
 	live []int
 	pids []int
@@ -104,7 +108,7 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 		return nil, err
 	}
 	m.outliveAgent(log)
-	t := &Tree{log: log, o: o, model: m, terminals: files.MakesTerminals(set), tracer: ptrace.NewTracer(), shmems: map[uint32]*os.File{}}
+	t := &Tree{log: log, o: o, model: m, terminals: files.MakesTerminals(set), tracer: ptrace.NewTracer(), shmems: map[uint32]*os.File{}, extras: map[int]*ptrace.Remote{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, t.Discard())
@@ -147,6 +151,9 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 		if err := t.openFiles(); err != nil {
 			return nil, err
 		}
+	}
+	if err := t.openUnix(); err != nil {
+		return nil, err
 	}
 	if err := t.tracer.Do(func() error { return t.build(ctx) }); err != nil {
 		return nil, err
@@ -228,6 +235,7 @@ func (t *Tree) sow() (err error) {
 // readFiles checks what the images say of files, before anything is built.
 func (t *Tree) readFiles(set *image.Set) (err error) {
 	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, TCPClose: t.o.TCPClose, TCPOutside: t.o.TCPOutside, LockSkip: t.o.LockSkip, Inherit: t.o.Inherit, FileLocks: t.o.FileLocks, ShellJob: t.o.ShellJob, Terminal: t.o.Terminal, FileRestoreOptions: t.o.Files}
+	fo.ExtUnixSk, fo.Actor = t.o.ExtUnixSk, t.actor
 	fo.Pid = t.hostPid
 	t.files, err = files.NewRestorer(t.log, set, fo)
 	return err
@@ -911,6 +919,11 @@ func (t *Tree) Discard() error {
 		return errors.Join(errs...)
 	})
 	t.tracer.Close()
+	for _, p := range t.paths {
+		if rerr := os.Remove(p); rerr != nil && !errors.Is(rerr, os.ErrNotExist) {
+			err = errors.Join(err, rerr)
+		}
+	}
 	t.landing.Close()
 	err = errors.Join(err, t.discardSegments(), t.releaseFiles())
 	t.links.Close()
