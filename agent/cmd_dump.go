@@ -26,7 +26,7 @@ type dumpFlags struct {
 	leaveRunning   bool
 	leaveStopped   bool
 	external       []string
-	skipMounts     []string
+	namespaces     dumpNamespaces
 	ghostLimit     string
 	timeout        int
 	fileLocks      bool
@@ -71,8 +71,8 @@ func (f *dumpFlags) addDump(cmd *cobra.Command) {
 	fs.IntVarP(&f.tree, "tree", "t", 0, "pid of the tree's root")
 	fs.BoolVarP(&f.leaveRunning, "leave-running", "R", false, "let the tree run on after the dump")
 	fs.BoolVarP(&f.leaveStopped, "leave-stopped", "s", false, "leave the tree stopped (SIGSTOP) after the dump")
-	fs.StringArrayVar(&f.external, "external", nil, "what whoever restores provides: file[mnt_id:inode] or tty[rdev:dev], hexadecimal, unix[inode] of a socket whose peer is outside, or mnt[MOUNTPOINT]:NAME; may be repeated")
-	fs.StringArrayVar(&f.skipMounts, "skip-mnt", nil, "a mount point that a tree with mounts of its own goes without; may be repeated")
+	fs.StringArrayVar(&f.external, "external", nil, "what whoever restores provides: file[mnt_id:inode] or tty[rdev:dev], hexadecimal, unix[inode] of a socket whose peer is outside, mnt[MOUNTPOINT]:NAME or net[INODE]:NAME; may be repeated")
+	f.namespaces.add(fs)
 	fs.StringVar(&f.ghostLimit, "ghost-limit", "", "largest size of a deleted file that is carried, with K, M or G (default 1G)")
 	fs.IntVar(&f.timeout, "timeout", 0, "seconds within which all tasks have to stop (default 10)")
 	fs.BoolVarP(&f.fileLocks, "file-locks", "l", false, "carry file locks and leases")
@@ -92,12 +92,10 @@ func (f *dumpFlags) addDump(cmd *cobra.Command) {
 		"cgroup-yard",
 		"cpu-cap",
 		"deprecated",
-		"empty-ns",
 		"enable-external-masters",
 		"enable-external-sharing",
 		"enable-fs",
 		"exec-cmd",
-		"ext-mount-map,M",
 		"freeze-cgroup",
 		"join-ns",
 		"lazy-pages",
@@ -158,9 +156,11 @@ func (f *dumpFlags) options() (engine.DumpOptions, error) {
 		lock = engine.LockSkip // its connections go on
 	}
 	opts := engine.DumpOptions{TCPEstablished: f.tcpEstablished, TCPClose: f.tcpClose, SkipInFlight: f.skipInFlight, NetworkLock: lock, External: f.external, GhostLimit: limit, FileLocks: f.fileLocks, Timeout: time.Duration(f.timeout) * time.Second}
-	opts.SkipMounts = f.skipMounts
 	opts.ShellJob = f.shellJob
 	opts.ExtUnixSk = f.extUnixSk
+	if err := f.namespaces.set(&opts); err != nil {
+		return opts, err
+	}
 	opts.Files, err = f.files.dump(f.leaveRunning || f.leaveStopped)
 	return opts, err
 }

@@ -31,8 +31,7 @@ type restoreFlags struct {
 	leaveStopped   bool
 	autoDedup      bool
 	files          fileFlags
-	root           string
-	external       []string
+	namespaces     restoreNamespaces
 }
 
 func cmdRestore() *cobra.Command {
@@ -74,10 +73,8 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 	fs.BoolVar(&f.tcpClose, "tcp-close", false, "make sockets that had a TCP connection again as if it had ended")
 	fs.StringVar(&f.networkLock, "network-lock", "nftables", "how the network was locked: nftables, or skip to leave it as it is")
 	f.files.add(fs, false)
-	fs.StringVarP(&f.root, "root", "r", "", "the directory that becomes the root of a tree with mounts of its own")
-	fs.StringArrayVar(&f.external, "external", nil, "a mount that the images call external: mnt[NAME]:PATH; may be repeated")
-	fs.Bool("mntns-compat-mode", false, "accepted for scripts: mounts are made in one way only, on every kernel")
 	fs.BoolVar(&f.autoDedup, "auto-dedup", false, "free the space of pages in the images, and in those that these build on, once the tree runs: they cannot be restored again")
+	f.namespaces.add(fs)
 	foreignFlags(fs,
 		"address",
 		"cgroup-dump-controller",
@@ -87,14 +84,11 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 		"cgroup-yard",
 		"cpu-cap",
 		"deprecated",
-		"empty-ns",
 		"enable-external-masters",
 		"enable-external-sharing",
 		"enable-fs",
 		"exec-cmd",
-		"ext-mount-map,M",
 		"freeze-cgroup",
-		"join-ns",
 		"lazy-pages",
 		"log-pid",
 		"lsm-mount-context",
@@ -111,8 +105,6 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 		"tls",
 		"tree,t",
 		"unprivileged",
-		"veth-pair",
-		"weak-sysctls",
 	)
 	return cmd
 }
@@ -125,7 +117,9 @@ func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logge
 		return err
 	}
 	opts := engine.RestoreOptions{TCPEstablished: f.tcpEstablished, TCPClose: f.tcpClose, NetworkLock: lock, FileLocks: f.fileLocks, ExtUnixSk: f.extUnixSk}
-	opts.Root, opts.External = f.root, f.external
+	if err := f.namespaces.set(&opts); err != nil {
+		return err
+	}
 	if opts.Files, err = f.files.restore(); err != nil {
 		return err
 	}

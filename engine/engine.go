@@ -54,9 +54,12 @@ type DumpOptions struct {
 	// needs LockSkip.
 	NetworkLock NetworkLock
 	// External are keys of files that the destination provides: file[mnt:ino],
-	// both hexadecimal; and mounts that it provides, in a tree with mounts of its
-	// own: mnt[MOUNTPOINT]:NAME. What matches nothing is a refusal.
+	// both hexadecimal; of a tree with such namespaces of its own, mounts that it
+	// provides, mnt[MOUNTPOINT]:NAME, and the network namespace, net[INODE]:NAME.
+	// A file or mount that is not there is a refusal.
 	External []string
+	// EmptyNet leaves out what is in a network namespace of the tree's own.
+	EmptyNet bool
 	// SkipMounts are mount points that a tree with mounts of its own goes without.
 	SkipMounts []string
 	// Files says how open files are dumped.
@@ -100,8 +103,15 @@ type RestoreOptions struct {
 	// Root is the directory that becomes the root of a tree with mounts of its own;
 	// empty: what it was.
 	Root string
-	// External are mounts that this host provides: mnt[NAME]:PATH.
+	// External are mounts that this host provides, mnt[NAME]:PATH, and names of outer
+	// ends of veth pairs, veth[INNER]:OUTER or veth[INNER]:OUTER@BRIDGE.
 	External []string
+	// Join are open namespaces in which the tree is made, by kind: ipc, net, uts.
+	Join map[string]*os.File
+	// EmptyNet makes nothing in a network namespace of the tree's own.
+	EmptyNet bool
+	// WeakSysctls passes over settings that this kernel does not have.
+	WeakSysctls bool
 	// TCPEstablished makes TCP connections again; without it images with
 	// connections are refused.
 	TCPEstablished bool

@@ -2,9 +2,12 @@ package engine
 
 import (
 	"fmt"
+	"os"
 	"strings"
 
+	"godwit/engine/dump"
 	"godwit/engine/ns"
+	"godwit/engine/restore"
 )
 
 // hostMounts is the name that images have for mounts of the host.
@@ -20,35 +23,52 @@ func externalParts(s string) (kind, key, value string) {
 	return kind, rest[:i], strings.TrimPrefix(rest[i+1:], ":")
 }
 
-// external tells keys of files and mounts apart.
-func (o DumpOptions) external() (files []string, mounts ns.MountOptions, err error) {
-	mounts = ns.MountOptions{External: map[string]string{}, Skip: o.SkipMounts}
+// namespaces fills in what the options say of namespaces: keys of files, mounts and
+// network namespaces are told apart.
+func (o DumpOptions) namespaces(d *dump.Options) error {
+	d.Mounts = ns.MountOptions{External: map[string]string{}, Skip: o.SkipMounts}
+	d.Networks, d.EmptyNet = map[string]string{}, o.EmptyNet
 	for _, x := range o.External {
-		kind, point, name := externalParts(x)
+		kind, key, name := externalParts(x)
 		switch {
-		case kind != "mnt":
-			files = append(files, x)
-		case point == "": // mounts of the host are found by themselves
-		case name == "" || name == hostMounts:
-			return nil, mounts, fmt.Errorf("--external %s: not of the form mnt[MOUNTPOINT]:NAME", x)
+		case kind == "mnt" && key == "": // mounts of the host are found by themselves
+		case kind == "mnt" && name != "" && name != hostMounts:
+			d.Mounts.External[key] = name
+		case kind == "net" && name != "":
+			d.Networks["net:["+key+"]"] = name
+		case kind == "veth": // the restore needs it
+		case kind == "mnt" || kind == "net":
+			return fmt.Errorf("--external %s: not of the form mnt[MOUNTPOINT]:NAME or net[INODE]:NAME", x)
 		default:
-			mounts.External[point] = name
+			d.External = append(d.External, x)
 		}
 	}
-	return files, mounts, nil
+	return nil
 }
 
-// mounts are the external mounts of a restore, by their names in the images.
-func (o RestoreOptions) mounts() (map[string]string, error) {
-	out := map[string]string{}
+// namespaces is what the options say of namespaces.
+func (o RestoreOptions) namespaces() (restore.NamespaceOptions, error) {
+	n := restore.NamespaceOptions{Root: o.Root, Mounts: map[string]string{}, Veth: map[string]ns.Veth{}, Join: map[ns.Set]*os.File{},
+		WeakSysctls: o.WeakSysctls, EmptyNet: o.EmptyNet}
 	for _, x := range o.External {
-		kind, name, path := externalParts(x)
+		kind, key, value := externalParts(x)
 		switch {
-		case kind != "mnt" || name != "" && path == "":
-			return nil, fmt.Errorf("--external %s: not of the form mnt[NAME]:PATH", x)
-		case name != "":
-			out[name] = path
+		case kind == "mnt" && key == "":
+		case kind == "mnt" && value != "":
+			n.Mounts[key] = value
+		case kind == "veth" && key != "" && value != "":
+			name, bridge, _ := strings.Cut(value, "@")
+			n.Veth[key] = ns.Veth{Name: name, Bridge: bridge}
+		default:
+			return n, fmt.Errorf("--external %s: not of the form mnt[NAME]:PATH or veth[INNER]:OUTER@BRIDGE", x)
 		}
 	}
-	return out, nil
+	for name, f := range o.Join {
+		kind, ok := map[string]ns.Set{"ipc": ns.Ipc, "net": ns.Net, "uts": ns.Uts}[name]
+		if !ok {
+			return n, fmt.Errorf("a tree cannot join a namespace of kind %q: only ipc, net and uts", name)
+		}
+		n.Join[kind] = f
+	}
+	return n, nil
 }

@@ -35,8 +35,7 @@ func (o DumpOptions) internal() (dump.Options, error) {
 	d := dump.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, SkipInFlight: o.SkipInFlight, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Elsewhere: o.Elsewhere, Host: o.Host}
 	d.ExtUnixSk, d.Ends = o.ExtUnixSk, o.Ends
 	d.Files = o.Files
-	var err error
-	if d.External, d.Mounts, err = o.external(); err != nil {
+	if err := o.namespaces(&d); err != nil {
 		return d, err
 	}
 	switch o.NetworkLock {
@@ -293,11 +292,11 @@ func (e *Engine) Restore(ctx context.Context, src image.Source, o RestoreOptions
 	for k, v := range o.Inherit {
 		in[k] = files.Inherit{File: v.File, Forward: v.Forward}
 	}
-	mounts, err := o.mounts()
+	spaces, err := o.namespaces()
 	if err != nil {
 		return nil, err
 	}
-	t, err := restore.Restore(ctx, e.log, src, restore.Options{Root: o.Root, Mounts: mounts, TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, TCPOutside: o.NetworkLock != LockNone, LockSkip: o.NetworkLock == LockSkip, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Terminal: o.Terminal, Files: o.Files, ExtUnixSk: o.ExtUnixSk, TimeNamespace: o.TimeNamespace})
+	t, err := restore.Restore(ctx, e.log, src, restore.Options{Namespaces: spaces, TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, TCPOutside: o.NetworkLock != LockNone, LockSkip: o.NetworkLock == LockSkip, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Terminal: o.Terminal, Files: o.Files, ExtUnixSk: o.ExtUnixSk, TimeNamespace: o.TimeNamespace})
 	if err != nil {
 		return nil, err
 	}

@@ -42,11 +42,15 @@ type Options struct {
 	FileLocks      bool     // carried, not refused
 	Elsewhere      bool     // the tree goes to another host
 	Mounts         ns.MountOptions
-	ShellJob       bool // a terminal outside the tree is carried, not refused
-	ExtUnixSk      bool // carried, not refused
-	Ends           bool // the tree does not run on
-	Host           string
-	Files          plan.FileOptions
+	// Networks are keys under which the restorer provides network namespaces, by the
+	// texts of their links.
+	Networks  map[string]string
+	EmptyNet  bool // what is in the tree's own network namespace is left out
+	ShellJob  bool // a terminal outside the tree is carried, not refused
+	ExtUnixSk bool // carried, not refused
+	Ends      bool // the tree does not run on
+	Host      string
+	Files     plan.FileOptions
 }
 
 // process is one process as the collector sees it.
@@ -84,6 +88,7 @@ type collector struct {
 	segments map[uint32]*segment // System V shared memory by id
 	own      ns.Set              // namespaces that the tree has for itself
 	links    ns.Links            // those of the root
+	net      *ns.Network         // of a network namespace of its own
 	mounts   *ns.Mounts          // of a mount namespace of its own
 	rss      uint64
 	limits   map[int]plan.Rlimit
@@ -231,6 +236,9 @@ func (c *collector) collect(procs []*process, running bool) error {
 
 func (c *collector) collectInside(running bool) error {
 	procs := c.procs
+	if err := c.network(); err != nil {
+		return err
+	}
 	if err := c.kernelObjects(); err != nil {
 		return err
 	}

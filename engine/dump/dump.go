@@ -108,13 +108,13 @@ func Dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 	facts.Ghosts = c.files.GhostFacts()
 	facts.TTYs = c.files.TTYFacts()
 	facts.SysV = c.sysvFacts()
-	facts.Mounts = c.mounts.Facts()
+	facts.Mounts, facts.NetSysctls = c.mounts.Facts(), c.net.Sysctls()
 	if !c.own.Has(ns.Ipc) { // else they end with their namespace
 		for _, s := range facts.SysV {
 			st.Segments = append(st.Segments, int(s.ID))
 		}
 	}
-	if err := ns.Dump(ns.Dumped{Pid: c.procs[0].pid, Own: c.own, Shm: facts.SysV, Mounts: c.mounts}, sink.Entry); err != nil {
+	if err := ns.Dump(ns.Dumped{Pid: c.procs[0].pid, Own: c.own, Shm: facts.SysV, Mounts: c.mounts, Net: c.net}, sink.Entry); err != nil {
 		return st, err
 	}
 	if err := sink.Facts(facts); err != nil {

@@ -11,7 +11,7 @@ import (
 )
 
 // carried are the kinds of namespaces that a tree may have of its own.
-const carried = ns.Uts | ns.Ipc | ns.Pid | ns.Mnt | ns.Time
+const carried = ns.Uts | ns.Ipc | ns.Pid | ns.Mnt | ns.Net | ns.Time
 
 // setOwn finds out which namespaces the tree has of its own.
 func (c *collector) setOwn(root *process) error {
@@ -27,6 +27,9 @@ func (c *collector) setOwn(root *process) error {
 		// It landed in a pid namespace of its own, and for its /proc in a mount
 		// namespace: both are made anew by the next restore, if that is asked for.
 		c.own &^= ns.Pid | ns.Mnt
+	}
+	if c.own.Has(ns.Net) {
+		c.files.SkipLock()
 	}
 	if !c.own.Has(ns.Mnt) {
 		return nil
@@ -78,6 +81,24 @@ func (c *collector) namespaces(p *process) error {
 			return err
 		}
 		c.refuse(p, "", "makes its children in another "+name+" namespace (unshare or setns), which cannot be carried", "")
+	}
+	return nil
+}
+
+// network reads the network namespace of the tree's own.
+// Preconditions: on a thread inside.
+func (c *collector) network() (err error) {
+	if !c.own.Has(ns.Net) || c.o.EmptyNet {
+		return nil
+	}
+	root := c.procs[0]
+	if key := c.o.Networks[c.links[ns.Net]]; key != "" {
+		c.net = ns.ExternalNet(key)
+		return nil
+	}
+	c.net, err = ns.ReadNet(func(path, reason, hint string) { c.refuse(root, path, reason, hint) })
+	if err != nil {
+		return fmt.Errorf("read the network namespace of pid %d: %w", root.pid, err)
 	}
 	return nil
 }

@@ -44,6 +44,9 @@ type Facts struct {
 	// Mounts are of those mounts of a tree's own mount namespace that are bound from
 	// what other mounts cover on the host.
 	Mounts []MountFacts `json:"mounts,omitempty"`
+	// NetSysctls are the settings of a tree's own network namespace that differ from
+	// those of a new one, in the order in which they are to be set.
+	NetSysctls []SysctlFacts `json:"net_sysctls,omitempty"`
 }
 
 // TaskFacts belongs to one thread.
@@ -175,6 +178,12 @@ type SysVFacts struct {
 type MountFacts struct {
 	ID      uint32 `json:"id"`
 	Covered int    `json:"covered"` // how many mounts cover its source on the host
+}
+
+// SysctlFacts is one setting below /proc/sys.
+type SysctlFacts struct {
+	Path  string `json:"path"` // such as net/ipv4/ip_forward
+	Value string `json:"value"`
 }
 
 // Range is a range of addresses, page-aligned.

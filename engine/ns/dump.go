@@ -16,6 +16,8 @@ type Dumped struct {
 	Shm []image.SysVFacts
 	// Mounts are those of a mount namespace of its own.
 	Mounts *Mounts
+	// Net is what its own network namespace holds, nil for nothing.
+	Net *Network
 }
 
 // Dump emits the images of the namespaces that a tree has of its own.
@@ -36,6 +38,11 @@ func Dump(d Dumped, emit Emit) error {
 	}
 	if d.Own.Has(Pid) {
 		if err := emit(image.Entry{File: image.PidnsFile(Pid.id()), Magic: image.MagicPidns, Msg: &pidns.PidnsEntry{}}); err != nil {
+			return err
+		}
+	}
+	if d.Net != nil {
+		if err := d.Net.dump(emit); err != nil {
 			return err
 		}
 	}

@@ -10,7 +10,7 @@ import (
 
 // Restorable are the kinds of namespaces that can be made again. One of clocks
 // is made, or not, as the clocks of the host want it.
-const Restorable = Uts | Ipc | Pid | Mnt | Time
+const Restorable = Uts | Ipc | Pid | Mnt | Net | Time
 
 // RestoreOptions says how namespaces are filled.
 type RestoreOptions struct {
@@ -23,6 +23,20 @@ type RestoreOptions struct {
 	Root string
 	// External are paths on this host of external mounts, by their keys.
 	External map[string]string
+	// Veth are the outer ends of veth pairs, by the names of the inner ones.
+	Veth map[string]Veth
+	// WeakSysctls passes over settings that this kernel does not have.
+	WeakSysctls bool
+	// Joined are namespaces that were there before: nothing is made in them.
+	Joined Set
+	// EmptyNet leaves a network namespace as it is made.
+	EmptyNet bool
+}
+
+// Veth is the end of a veth pair in the host's network namespace.
+type Veth struct {
+	Name   string
+	Bridge string // that it is a port of, may be empty
 }
 
 // Restore fills the new namespaces of a tree. root is the root directory of its
@@ -36,11 +50,21 @@ func Restore(set *image.Set, im Images, o RestoreOptions) (root *os.File, err er
 		{Uts, restoreUts},
 		{Ipc, restoreIpc},
 	} {
-		if !im.Own.Has(x.kind) {
+		if !im.Own.Has(x.kind) || o.Joined.Has(x.kind) {
 			continue
 		}
 		if err := Do(o.Pid, x.kind, func() error { return x.fill(set, im.ids[x.kind]) }); err != nil {
 			return nil, fmt.Errorf("make the %s namespace of the tree: %w", x.kind.Names()[0], err)
+		}
+	}
+	if im.Own.Has(Net) && !o.EmptyNet && !o.Joined.Has(Net) {
+		host, err := os.Open("/proc/self/ns/net")
+		if err != nil {
+			return nil, err
+		}
+		defer func() { _ = host.Close() }()
+		if err := Do(o.Pid, Net, func() error { return restoreNet(set, im.ids[Net], o, host) }); err != nil {
+			return nil, fmt.Errorf("make the network of the tree: %w", err)
 		}
 	}
 	if im.Own.Has(Mnt) {

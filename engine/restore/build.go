@@ -35,12 +35,9 @@ type Options struct {
 	Inherit         map[string]files.Inherit
 	NewPidNamespace bool
 	FileLocks       bool
-	// Root and Mounts are where a tree with mounts of its own has its root and its
-	// external mounts, by their keys.
-	Root          string
-	Mounts        map[string]string
-	Files         plan.FileRestoreOptions
-	TimeNamespace Clocks
+	Namespaces      NamespaceOptions
+	Files           plan.FileRestoreOptions
+	TimeNamespace   Clocks
 	// ShellJob lands sessions whose leader is not in the tree in that of this
 	// process, and puts Terminal in the place of one that was outside the tree.
 	ShellJob bool
@@ -61,6 +58,7 @@ type Tree struct {
 	shmems  map[uint32]*os.File
 	// terminals: the images have pseudoterminals that are to be made.
 	terminals bool
+	joined    ns.Set       // namespaces that were there before
 	rootDir   *os.File     // root directory of a mount namespace of the tree's own
 	links     *files.Links // names to remove once the tree runs
 	made      []int        // System V segments that go with a Discard
@@ -234,7 +232,7 @@ func (t *Tree) sow() (err error) {
 
 // readFiles checks what the images say of files, before anything is built.
 func (t *Tree) readFiles(set *image.Set) (err error) {
-	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, TCPClose: t.o.TCPClose, TCPOutside: t.o.TCPOutside, LockSkip: t.o.LockSkip, Inherit: t.o.Inherit, FileLocks: t.o.FileLocks, ShellJob: t.o.ShellJob, Terminal: t.o.Terminal, FileRestoreOptions: t.o.Files}
+	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, TCPClose: t.o.TCPClose, TCPOutside: t.o.TCPOutside, LockSkip: t.o.LockSkip || t.inside().Has(ns.Net), Inherit: t.o.Inherit, FileLocks: t.o.FileLocks, ShellJob: t.o.ShellJob, Terminal: t.o.Terminal, FileRestoreOptions: t.o.Files}
 	fo.ExtUnixSk, fo.Actor = t.o.ExtUnixSk, t.actor
 	fo.Pid = t.hostPid
 	t.files, err = files.NewRestorer(t.log, set, fo)
@@ -243,8 +241,7 @@ func (t *Tree) readFiles(set *image.Set) (err error) {
 
 func (t *Tree) openFiles() (err error) {
 	// What the tree uses in these namespaces is made by a thread inside.
-	inside := t.model.own.Own & (ns.Net | ns.Ipc)
-	if err := ns.Do(t.root, inside, t.files.Open); err != nil {
+	if err := ns.Do(t.root, t.inside(), t.files.Open); err != nil {
 		return err
 	}
 	for id, o := range t.model.sharedAnons() {

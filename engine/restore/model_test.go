@@ -55,7 +55,7 @@ func TestParse(t *testing.T) {
 		{"nothing", image.NewSet(), "inventory"},
 		{"unknown version", images(9, task3{10, 0, alive}), "version 9"},
 		{"no process", images(2), "no process"},
-		{"pid 1", images(2, task3{1, 0, alive}), "impossible"},
+		{"pid 1", images(2, task3{1, 0, alive}), "no pid namespace of its own"},
 		{"pid beyond all", images(2, task3{maxPid + 1, 0, alive}), "impossible"},
 		{"pid twice", images(2, task3{10, 0, alive}, task3{10, 10, alive}), "2 entries"},
 		{"dead root", images(2, task3{10, 0, dead}), "has exited"},

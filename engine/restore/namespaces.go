@@ -2,11 +2,16 @@ package restore
 
 import (
 	"fmt"
+	"maps"
+	"os"
 	"strings"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
+	"golang.org/x/sys/unix"
 
+	"godwit/engine/image"
 	"godwit/engine/ns"
+	"godwit/engine/ptrace"
 )
 
 // namespaces finds out which namespaces the tree has for itself; all its
@@ -27,6 +32,56 @@ func (m *model) namespaces(inv *inventory.InventoryEntry) error {
 	}
 	return nil
 }
+
+// NamespaceOptions says how namespaces of a tree's own are made.
+type NamespaceOptions struct {
+	// Root and Mounts are where a tree with mounts of its own has its root and its
+	// external mounts, by their keys.
+	Root   string
+	Mounts map[string]string
+	// Veth are the outer ends of veth pairs, by the names of the inner ones.
+	Veth map[string]ns.Veth
+	// Join are namespaces in which the tree is made, whether it had such of its own or not.
+	Join        map[ns.Set]*os.File
+	WeakSysctls bool // settings that this kernel does not have are passed over
+	EmptyNet    bool // nothing is made in a network namespace of its own
+}
+
+// join has everything that is cloned from the stub live in namespaces that are there.
+// Preconditions: nothing has been cloned yet.
+func (t *Tree) join(set *image.Set) error {
+	list := map[ns.Set]*os.File{}
+	for kind, f := range t.o.Namespaces.Join {
+		list[kind] = f
+	}
+	if key := t.model.own.NetKey(set); key != "" && t.model.own.Own.Has(ns.Net) && list[ns.Net] == nil {
+		in, ok := t.o.Inherit[key]
+		if !ok {
+			return fmt.Errorf("the network namespace of the tree is external: hand it in (--inherit-fd 'fd[N]:%s', with the namespace open as descriptor N)", key)
+		}
+		list[ns.Net] = in.File
+		// It is no file of the tree.
+		t.o.Inherit = maps.Clone(t.o.Inherit)
+		delete(t.o.Inherit, key)
+	}
+	for kind, f := range list {
+		nums, err := t.ch.give(t.stub.remote, []*os.File{f})
+		if err != nil {
+			return err
+		}
+		what := fmt.Sprintf("join the %s namespace %s", kind.Names()[0], f.Name())
+		if err := t.stub.remote.Run(ptrace.NewCall(what, unix.SYS_SETNS, ptrace.Int(nums[0]), ptrace.Int(kind)),
+			ptrace.NewCall("close", unix.SYS_CLOSE, ptrace.Int(nums[0]))); err != nil {
+			return err
+		}
+		t.joined |= kind
+	}
+	return nil
+}
+
+// inside are the namespaces, other than this process's, in which objects of the
+// tree are made.
+func (t *Tree) inside() ns.Set { return (t.model.own.Own | t.joined) & (ns.Net | ns.Ipc) }
 
 // newPid tells whether the stub is the init of a pid namespace for the tree.
 func (t *Tree) newPid() bool { return t.o.NewPidNamespace && !t.model.own.Own.Has(ns.Pid) }

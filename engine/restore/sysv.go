@@ -54,7 +54,7 @@ func (m *model) checkSegments(facts []image.SysVFacts) error {
 }
 
 // inIPC runs f in the IPC namespace of the tree.
-func (t *Tree) inIPC(f func() error) error { return ns.Do(t.root, t.model.own.Own&ns.Ipc, f) }
+func (t *Tree) inIPC(f func() error) error { return ns.Do(t.root, t.inside()&ns.Ipc, f) }
 
 // openSegments makes the System V segments.
 // Preconditions: in the IPC namespace of the tree.
@@ -137,7 +137,7 @@ func (t *Tree) removeSegments() error {
 
 // discardSegments removes what was made, for a tree that will not be.
 func (t *Tree) discardSegments() (err error) {
-	if t.model.own.Own.Has(ns.Ipc) {
+	if t.inside().Has(ns.Ipc) && !t.joined.Has(ns.Ipc) {
 		return nil // they went with their namespace
 	}
 	for _, id := range t.made {

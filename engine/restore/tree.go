@@ -48,15 +48,20 @@ func (t *Tree) rootProcess(set *image.Set) error {
 		// The stub is the init of the namespace and stays the root's parent.
 		flags, exitSignal = 0, uint64(unix.SIGCHLD)
 	}
-	flags |= uint64(t.model.own.Own &^ ns.Time) // setClocks
+	if err := t.join(set); err != nil {
+		return err
+	}
+	flags |= uint64(t.model.own.Own &^ ns.Time &^ t.joined) // setClocks
 	r, err := t.clone(t.stub.remote, flags, exitSignal, root.vpid)
 	if err != nil {
 		return fmt.Errorf("make %s: %w", root, err)
 	}
 	t.root = r.Tid
 	root.leader().remote = r
+	o := t.o.Namespaces
 	t.rootDir, err = ns.Restore(set, t.model.own, ns.RestoreOptions{
-		Pid: t.root, Root: t.o.Root, External: t.o.Mounts, Run: func(calls ...*ptrace.Call) error { return r.Run(calls...) },
+		Pid: t.root, Root: o.Root, External: o.Mounts, Veth: o.Veth, WeakSysctls: o.WeakSysctls, EmptyNet: o.EmptyNet, Joined: t.joined,
+		Run: func(calls ...*ptrace.Call) error { return r.Run(calls...) },
 	})
 	if err != nil {
 		return err

@@ -114,6 +114,7 @@ type object struct {
 var objects = map[string]object{
 	"container": {elsewhere: true},
 	"execed":    {elsewhere: true},
+	"netns":     {elsewhere: true},
 	"external":  {elsewhere: true},
 	"forker":    {elsewhere: true},
 	"linkremap": {options: []string{"--link-remap"}},

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"godwit/testenv/hosts"
 	"godwit/testenv/workloads"
 )
@@ -64,6 +66,18 @@ func hostMounts(t *testing.T, h *hosts.Host) string {
 	return string(b)
 }
 
+// network is how the network namespace of a process is configured.
+func network(ctx context.Context, t *testing.T, h *hosts.Host, pid int) []string {
+	t.Helper()
+	out, err := h.Run(ctx, "nsenter", fmt.Sprintf("--net=/proc/%d/ns/net", pid), "sh", "-c",
+		"ip -o link | sed 's/ state [A-Z]*//'; ip -o addr; for t in main 77; do ip route show table $t; done; ip -6 route show table all | sort; ip rule; ip -6 rule; cd /proc/sys/net; "+
+			"grep . core/somaxconn unix/max_dgram_qlen ipv4/ip_forward ipv4/ip_local_port_range ipv4/conf/*/proxy_arp ipv4/conf/*/forwarding ipv6/conf/*/accept_dad")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Split(out, "\n")
+}
+
 // TestContainer moves trees that made namespaces of their own.
 func TestContainer(t *testing.T) {
 	h := newHosts(t, "alpha").Host("alpha")
@@ -72,6 +86,19 @@ func TestContainer(t *testing.T) {
 		ctx := deadline(t, 2*time.Minute)
 		r := contained(ctx, t, h, newDir(t), "container")
 		moveContained(ctx, t, r, 10)
+		goes(ctx, t, r, 20)
+		stop(ctx, t, r)
+	})
+	t.Run("network", func(t *testing.T) {
+		ctx := deadline(t, 2*time.Minute)
+		r := selfcheck(ctx, t, h, newDir(t), "netns")
+		want := network(ctx, t, h, r.Pid)
+		for range 10 {
+			dumpRestore(ctx, t, r, 1, "--tcp-established")
+			if diff := cmp.Diff(want, network(ctx, t, h, r.Pid)); diff != "" {
+				t.Fatalf("the network changed (-was +is):\n%s", diff)
+			}
+		}
 		goes(ctx, t, r, 20)
 		stop(ctx, t, r)
 	})

@@ -1,0 +1,115 @@
+package agent
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/pflag"
+
+	"godwit/engine"
+)
+
+// dumpNamespaces are the flags of dump for namespaces of the tree's own.
+type dumpNamespaces struct {
+	skipMounts, mountMap, emptyNS []string
+}
+
+func (f *dumpNamespaces) add(fs *pflag.FlagSet) {
+	fs.StringArrayVar(&f.skipMounts, "skip-mnt", nil, "a mount point that a tree with mounts of its own goes without; may be repeated")
+	fs.StringArrayVarP(&f.mountMap, "ext-mount-map", "M", nil, "MOUNTPOINT:NAME, an older form of --external mnt[MOUNTPOINT]:NAME; auto does nothing, mounts of the host are found anyway")
+	fs.StringArrayVar(&f.emptyNS, "empty-ns", nil, "net: leave out what is in the tree's own network namespace")
+}
+
+// set puts them into the options of a dump.
+func (f *dumpNamespaces) set(o *engine.DumpOptions) error {
+	o.SkipMounts = f.skipMounts
+	ext, err := externalMounts(f.mountMap)
+	if err != nil {
+		return err
+	}
+	o.External = append(o.External, ext...)
+	o.EmptyNet, err = emptyNet(f.emptyNS)
+	return err
+}
+
+// restoreNamespaces are the flags of restore for namespaces.
+type restoreNamespaces struct {
+	root                                           string
+	external, mountMap, emptyNS, joinNS, vethPairs []string
+	weakSysctls                                    bool
+}
+
+func (f *restoreNamespaces) add(fs *pflag.FlagSet) {
+	fs.StringVarP(&f.root, "root", "r", "", "the directory that becomes the root of a tree with mounts of its own")
+	fs.StringArrayVar(&f.external, "external", nil, "what the images call external: a mount, mnt[NAME]:PATH, or the outer end of a veth pair, veth[INNER]:OUTER or veth[INNER]:OUTER@BRIDGE; may be repeated")
+	fs.StringArrayVarP(&f.mountMap, "ext-mount-map", "M", nil, "NAME:PATH, an older form of --external mnt[NAME]:PATH; auto does nothing, mounts of the host are found anyway")
+	fs.StringArrayVar(&f.vethPairs, "veth-pair", nil, "INNER=OUTER or INNER=OUTER@BRIDGE, an older form of --external veth[INNER]:OUTER@BRIDGE")
+	fs.StringArrayVar(&f.emptyNS, "empty-ns", nil, "net: make nothing in the tree's own network namespace")
+	fs.StringArrayVarP(&f.joinNS, "join-ns", "J", nil, "NS:FILE or NS:PID: make the tree in a namespace that is there, of kind ipc, net or uts; may be repeated")
+	fs.BoolVar(&f.weakSysctls, "weak-sysctls", false, "pass over settings of the network that this kernel does not have")
+	fs.Bool("mntns-compat-mode", false, "accepted for scripts: mounts are made in one way only, on every kernel")
+}
+
+// set puts them into the options of a restore. What is in o.Join stays open.
+func (f *restoreNamespaces) set(o *engine.RestoreOptions) error {
+	o.Root, o.WeakSysctls = f.root, f.weakSysctls
+	o.External = f.external
+	ext, err := externalMounts(f.mountMap)
+	if err != nil {
+		return err
+	}
+	o.External = append(o.External, ext...)
+	for _, v := range f.vethPairs {
+		in, out, ok := strings.Cut(v, "=")
+		if !ok || in == "" || out == "" {
+			return fmt.Errorf("--veth-pair %s: not of the form INNER=OUTER", v)
+		}
+		o.External = append(o.External, fmt.Sprintf("veth[%s]:%s", in, out))
+	}
+	if o.EmptyNet, err = emptyNet(f.emptyNS); err != nil {
+		return err
+	}
+	o.Join = map[string]*os.File{}
+	for _, j := range f.joinNS {
+		kind, from, ok := strings.Cut(j, ":")
+		if !ok || from == "" {
+			return fmt.Errorf("--join-ns %s: not of the form NS:FILE or NS:PID", j)
+		}
+		if pid, err := strconv.Atoi(from); err == nil {
+			from = fmt.Sprintf("/proc/%d/ns/%s", pid, kind)
+		}
+		if o.Join[kind] != nil {
+			return fmt.Errorf("--join-ns %s: a namespace of that kind is joined already", j)
+		}
+		if o.Join[kind], err = os.Open(from); err != nil {
+			return fmt.Errorf("--join-ns %s: %w", j, err)
+		}
+	}
+	return nil
+}
+
+// externalMounts turns KEY:VALUE of --ext-mount-map into the form of --external.
+func externalMounts(list []string) (out []string, err error) {
+	for _, x := range list {
+		if x == "auto" {
+			continue
+		}
+		key, value, ok := strings.Cut(x, ":")
+		if !ok || key == "" || value == "" {
+			return nil, fmt.Errorf("--ext-mount-map %s: not of the form KEY:VALUE", x)
+		}
+		out = append(out, fmt.Sprintf("mnt[%s]:%s", key, value))
+	}
+	return out, nil
+}
+
+func emptyNet(list []string) (bool, error) {
+	for _, x := range list {
+		if x != "net" {
+			return false, fmt.Errorf("--empty-ns %s: only net can be left empty", x)
+		}
+	}
+	return len(list) > 0, nil
+}
