@@ -183,6 +183,7 @@ type frozen struct {
 	timeout time.Duration
 
 	segments []int              // System V shared memory that was dumped
+	sockets  []files.SocketFile // of the dumped tree
 	conns    *files.Connections // of the dumped tree
 	links    *files.Links       // names that the dump made
 }
@@ -208,7 +209,7 @@ func (f *frozen) Dump(ctx context.Context, sink image.Sink) (DumpStats, error) {
 		}
 		f.conns, f.links = s.Connections, s.Links
 		if err == nil {
-			f.segments = s.Segments
+			f.segments, f.sockets = s.Segments, s.Sockets
 		}
 		return DumpStats{
 			Processes: s.Processes, Threads: s.Threads, Pages: s.Pages, Bytes: s.Bytes,
@@ -269,6 +270,15 @@ func (f *frozen) Kill() error {
 	f.links.Close() // for the restore to find
 	if t := f.conns.LockTable(); t != "" {
 		f.e.log.Info("the network stays locked for the connections that lead out of the tree, until the restore", "pid", f.pid, "table", "inet "+t)
+	}
+	if f.o.Elsewhere {
+		// Here they would be in the way when the tree comes back. A restore on this
+		// host finds and replaces them.
+		for _, s := range f.sockets {
+			if err := s.Remove(); err != nil {
+				f.e.log.Warn("a file is left", "pid", f.pid, "error", err)
+			}
+		}
 	}
 	return f.removeSegments()
 }

@@ -31,11 +31,12 @@ import (
 // Stats counts what a dump read.
 type Stats struct {
 	Processes, Threads int
-	Pages              uint64        // of the process memory and of shared memory
-	ShmemPages         uint64        // those of shared memory
-	Scanned            uint64        // pages that were looked at in private mappings
-	Bytes              uint64        // of data, all kinds
-	Segments           []int         // ids of System V shared memory
+	Pages              uint64 // of the process memory and of shared memory
+	ShmemPages         uint64 // those of shared memory
+	Scanned            uint64 // pages that were looked at in private mappings
+	Bytes              uint64 // of data, all kinds
+	Segments           []int  // ids of System V shared memory
+	Sockets            []files.SocketFile
 	DataDur            time.Duration // reading all data and giving it to the sink
 	// Connections are the TCP connections, for the tree's end; the caller closes
 	// them. Nil if there are none or the dump failed.
@@ -105,6 +106,7 @@ func Dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 		return st, err
 	}
 	facts.Files = c.files.Facts()
+	st.Sockets = c.files.SocketFiles()
 	facts.Ghosts = c.files.GhostFacts()
 	facts.TTYs = c.files.TTYFacts()
 	facts.SysV = c.sysvFacts()

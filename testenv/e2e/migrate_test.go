@@ -81,6 +81,8 @@ func TestMigrate(t *testing.T) {
 		{"files", func(p string) []string { return []string{programs.Selfcheck, "files", p} }},
 		{"deleted", func(p string) []string { return []string{programs.Selfcheck, "deleted", p} }},
 		{"pipe", func(p string) []string { return []string{programs.Selfcheck, "pipe", p} }},
+		{"pty", func(p string) []string { return []string{programs.Selfcheck, "pty", p} }},
+		{"ptyjobs", func(p string) []string { return []string{programs.Selfcheck, "ptyjobs", p} }},
 		{"inet", func(p string) []string { return []string{programs.Selfcheck, "inet", p} }},
 		{"tcpconn", func(p string) []string { return []string{programs.Selfcheck, "tcpconn", p} }},
 		{"guards", func(p string) []string { return []string{programs.Selfcheck, "guards", p} }},

@@ -348,6 +348,42 @@ func TestTmux(t *testing.T) {
 	tmux(ctx, t, h, "kill-server")
 }
 
+// TestMigrateTmux moves a tmux server with all that runs under it to and fro.
+func TestMigrateTmux(t *testing.T) {
+	ctx := deadline(t, 3*time.Minute)
+	f, alpha, beta := newFleet(ctx, t)
+	w := newWork(ctx, t, alpha)
+	// The directory of its socket is there, as on a host where tmux has run.
+	if _, err := beta.Run(ctx, "install", "-d", "-m", "700", "/tmp/tmux-0"); err != nil {
+		t.Fatal(err)
+	}
+	from, to := alpha, beta
+	for round := range 10 {
+		m, res, err := f.Migrate(ctx, from.Name(), w.pid, to.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if res.Code != 0 || m.Owner != "destination" {
+			t.Fatalf("round %d: exit code %d, state %s: %s%s", round, res.Code, m.State, res.Stdout, res.Stderr)
+		}
+		from, to = to, from
+		w.check(ctx, t, from, round)
+	}
+	w.attach(ctx, t, from)
+	// A terminal of the same number on the other host is found before anything is touched.
+	other := newTypist(ctx, t, to, "echo here; sleep 1000")
+	other.sees(ctx, 0, "here")
+	_, res, err := f.Migrate(ctx, from.Name(), w.pid, to.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.Code != 4 || !strings.Contains(res.Stdout+res.Stderr, "is in use here, and the tree needs a terminal of that number") {
+		t.Errorf("migration to a host where the terminal is taken: exit code %d, %s%s", res.Code, res.Stdout, res.Stderr)
+	}
+	w.check(ctx, t, from, 11)
+	tmux(ctx, t, from, "kill-server")
+}
+
 // spawner runs a shell on a terminal of its own (pty.spawn of Python), and has it
 // compute for ever.
 const spawner = `
