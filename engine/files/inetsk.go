@@ -211,6 +211,9 @@ func (d *Dumper) dumpTCP(o *object, fd int, e *sk_inet.InetSkEntry) error {
 			}
 		}
 	}
+	if err := d.refuseSigned(o, e); err != nil {
+		return err
+	}
 	d.dumpTCPOptions(o, fd, e)
 	e.TcpOpts = &tcp_stream.TcpOptsEntry{}
 	for _, x := range tcpOpts {

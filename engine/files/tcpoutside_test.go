@@ -183,3 +183,64 @@ func TestTCPOutsideImages(t *testing.T) {
 		})
 	}
 }
+
+// A socket with keys for signatures is told from others of its port.
+func TestTCPSigned(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("keys are told to root only")
+	}
+	for _, state := range []uint32{stateListen, stateEstablished} {
+		var fd int
+		if state == stateListen {
+			var err error
+			if fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = unix.Close(fd) })
+			if err := errors.Join(unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), unix.Listen(fd, 1)); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			_, fd = tcpSockets(t)
+		}
+		var st unix.Stat_t
+		if err := unix.Fstat(fd, &st); err != nil {
+			t.Fatal(err)
+		}
+		e := &sk_inet.InetSkEntry{Family: proto.Uint32(unix.AF_INET), SrcPort: proto.Uint32(0), DstPort: proto.Uint32(0)}
+		sa, err := unix.Getsockname(fd)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.SrcAddr, *e.SrcPort, _, err = sockaddrWords(sa); err != nil {
+			t.Fatal(err)
+		}
+		if sa, err := unix.Getpeername(fd); err == nil {
+			if e.DstAddr, *e.DstPort, _, err = sockaddrWords(sa); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if signed, err := tcpSigned(e, uint32(st.Ino)); signed || err != nil {
+			t.Errorf("state %d: signed %v, %v without a key", state, signed, err)
+		}
+		if err := unix.SetsockoptTCPMD5Sig(fd, unix.SOL_TCP, unix.TCP_MD5SIG, md5Key()); errors.Is(err, unix.ENOPROTOOPT) {
+			t.Skip("this kernel has no TCP_MD5SIG")
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		if signed, err := tcpSigned(e, uint32(st.Ino)); !signed || err != nil {
+			t.Errorf("state %d: signed %v, %v with a key", state, signed, err)
+		}
+		if signed, err := tcpSigned(e, uint32(st.Ino)+1); signed || err != nil {
+			t.Errorf("state %d: signed %v, %v for another inode", state, signed, err)
+		}
+	}
+}
+
+func md5Key() *unix.TCPMD5Sig {
+	k := &unix.TCPMD5Sig{Keylen: 3}
+	k.Addr.Family = unix.AF_INET
+	k.Addr.Data[2], k.Addr.Data[5] = 127, 1 // behind the port
+	copy(k.Key[:], "key")
+	return k
+}
