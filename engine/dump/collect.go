@@ -344,10 +344,21 @@ func (c *collector) shareable(name string, id func(*process) *uint32) {
 		}
 		ids[i] = *id(p)
 	}
-	_, _, err := task.Share(parent, ids)
+	with, _, err := task.Share(parent, ids)
 	var bad *task.SharingError
 	if errors.As(err, &bad) {
 		c.refuse(c.procs[bad.Process], "", "stands between processes that share a "+name+" with each other, and other ones that share another; that cannot be carried", "")
+	}
+	for i, shares := range with {
+		// One of another session than its parent's was born before that one began
+		// its session, or left to it by a parent that has ended.
+		if !shares || c.procs[i].vsid == c.procs[parent[i]].vsid || c.procs[i].vsid == c.procs[i].vpid {
+			continue
+		}
+		p, of := c.procs[i], c.procs[parent[i]]
+		if up := parent[parent[i]]; of.vsid != of.vpid || up >= 0 && c.procs[up].vsid != p.vsid {
+			c.refuse(p, "", fmt.Sprintf("is an orphan in a session of its own, but shares a %s with its new parent's family; that cannot be carried", name), "")
+		}
 	}
 }
 

@@ -69,6 +69,7 @@ type Tree struct {
 	extras map[int]*ptrace.Remote // processes made only to act, by pid in the images
 	// live are the threads that exist, by tid on this host, in order of birth.
 	live []int
+	late []latecomer
 	pids []int
 	root int
 	init int // the stub that stays as init of a new pid namespace, 0 otherwise

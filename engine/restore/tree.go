@@ -87,6 +87,9 @@ func (t *Tree) processes(ctx context.Context) error {
 	if err := t.grow(ctx, root, root.remote()); err != nil {
 		return err
 	}
+	if err := t.latecomers(ctx); err != nil {
+		return err
+	}
 	if err := t.groups(); err != nil {
 		return err
 	}
@@ -167,18 +170,93 @@ func (t *Tree) child(ctx context.Context, p, c *process) error {
 
 // stepchild makes a child c of p that is in a session which p is not in: in
 // the original tree its own parent, of that session, has ended. It is cloned,
-// as a sibling, by a child of p in that session, or by a helper that begins
-// the session and ends.
+// as a sibling, by a child of p in that session, or comes late.
 func (t *Tree) stepchild(ctx context.Context, p, c *process) error {
+	if s := p.childIn(c); s != nil {
+		return t.sibling(ctx, s, s.remote(), c)
+	}
+	t.late = append(t.late, latecomer{p, c})
+	return nil
+}
+
+// childIn finds a child of p that can clone c, which is in its session, as a sibling.
+func (p *process) childIn(c *process) *process {
 	for _, s := range p.children {
 		// One that is to be a zombie has not exited yet.
 		if s.remote() != nil && s.curSid == c.sid && s.with&c.with == c.with && s.exitSignal() == c.exitSignal() {
-			return t.sibling(ctx, s, s.remote(), c)
+			return s
+		}
+	}
+	return nil
+}
+
+// below tells whether p is an ancestor of q, or q itself.
+func (p *process) below(q *process) bool {
+	for ; q != nil; q = q.parent {
+		if q == p {
+			return true
+		}
+	}
+	return false
+}
+
+// latecomer is a child of p that is to be made when all are there who can be
+// made in order.
+type latecomer struct{ p, c *process }
+
+// latecomers makes those who came late, and their descendants.
+func (t *Tree) latecomers(ctx context.Context) error {
+	for len(t.late) > 0 {
+		pending := t.late
+		t.late = nil
+		progress := false
+		for _, x := range pending {
+			if x.c.remote() != nil {
+				progress = true
+				continue
+			}
+			done, err := t.latecomer(ctx, x, pending)
+			if err != nil {
+				return err
+			}
+			progress = progress || done
+			if !done {
+				t.late = append(t.late, x)
+			}
+		}
+		if !progress {
+			c := t.late[0].c
+			return fmt.Errorf("%s is in the session of pid %d, which its place in the tree does not lead to; such a tree cannot be rebuilt", c, c.sid)
+		}
+	}
+	return nil
+}
+
+// latecomer makes one of them, if that can be done now.
+func (t *Tree) latecomer(ctx context.Context, x latecomer, pending []latecomer) (bool, error) {
+	p, c := x.p, x.c
+	if s := p.childIn(c); s != nil {
+		return true, t.sibling(ctx, s, s.remote(), c)
+	}
+	for _, from := range t.model.procs {
+		if from.remote() != nil && from.curSid == c.sid && p.below(from) {
+			return true, t.orphan(ctx, p, from, c)
 		}
 	}
 	if t.model.ids[c.sid] {
-		return fmt.Errorf("%s is in the session of pid %d, which is no ancestor's and no sibling's; such a tree cannot be rebuilt", c, c.sid)
+		return false, nil // the leader may come yet
 	}
+	for _, y := range pending {
+		if y.c.remote() == nil && y.c.sid == c.sid && y.p != p && p.below(y.p) {
+			return false, nil // the session begins further down
+		}
+	}
+	return true, t.beginSession(ctx, p, c)
+}
+
+// beginSession makes c, and other children of p, by a helper that begins their
+// session, whose leader has ended, and ends.
+func (t *Tree) beginSession(ctx context.Context, p, c *process) error {
 	h, err := t.clone(p.remote(), c.with, c.exitSignal(), c.sid)
 	if err != nil {
 		return fmt.Errorf("begin session %d of %s: %w", c.sid, c, err)
@@ -194,6 +272,67 @@ func (t *Tree) stepchild(ctx context.Context, p, c *process) error {
 		}
 	}
 	return t.endHelper(p, h)
+}
+
+// orphan makes a child c of p in the session of from, who is further down: by
+// a helper that ends and leaves it to p, as its own parent has once left it.
+func (t *Tree) orphan(ctx context.Context, p, from, c *process) error {
+	if c.with != 0 || c.exitSignal() != uint64(unix.SIGCHLD) {
+		return fmt.Errorf("%s, an orphan, shares something with its new parent, or tells it of its end in another way; such a tree cannot be rebuilt", c)
+	}
+	subreaper := func(on int) error {
+		return p.remote().Run(ptrace.NewCall("take orphans", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_CHILD_SUBREAPER), ptrace.Int(on)))
+	}
+	if err := subreaper(1); err != nil {
+		return err
+	}
+	h, err := t.cloneSpare(from.remote(), c.vpid)
+	if err != nil {
+		return fmt.Errorf("make a helper for %s: %w", c, err)
+	}
+	c.curSid, c.heritage = c.sid, from.bequest()
+	n, err := t.clone(h, 0, uint64(unix.SIGCHLD), c.vpid)
+	if err != nil {
+		return fmt.Errorf("make %s: %w", c, err)
+	}
+	if err := t.endHelper(from, h); err != nil {
+		return err
+	}
+	st, err := procfs.ReadStat(n.Tid)
+	if err != nil {
+		return err
+	}
+	if st.PPid != p.remote().Tid {
+		return fmt.Errorf("%s was left to pid %d and not to %s", c, st.PPid, p)
+	}
+	if err := subreaper(0); err != nil {
+		return err
+	}
+	return t.grow(ctx, c, n)
+}
+
+// cloneSpare makes a helper whose pid, near another one, the tree has no use for.
+func (t *Tree) cloneSpare(r *ptrace.Remote, near int) (*ptrace.Remote, error) {
+	used := map[int]bool{}
+	for _, p := range t.model.procs {
+		used[p.sid], used[p.pgid] = true, true
+	}
+	var last error
+	for d := 1; d < 1000; d++ {
+		for _, id := range []int{near + d, near - d} {
+			if id < 2 || used[id] || t.model.ids[id] || living(id) {
+				continue
+			}
+			h, err := t.clone(r, 0, uint64(unix.SIGCHLD), id)
+			if err == nil {
+				return h, nil
+			}
+			if last = err; !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.EINVAL) {
+				return nil, err
+			}
+		}
+	}
+	return nil, fmt.Errorf("no pid is free near %d: %w", near, last)
 }
 
 // sibling clones c out of r's target, which has the address space of from.

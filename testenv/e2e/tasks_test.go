@@ -140,3 +140,18 @@ func TestRootOutlivesRestorer(t *testing.T) {
 	goes(ctx, t, r, 20)
 	stop(ctx, t, r)
 }
+
+// TestKinship moves trees whose sessions, groups, orphans and zombies came about
+// by chance, always the same for one seed.
+func TestKinship(t *testing.T) {
+	h := newHosts(t, "alpha").Host("alpha")
+	for seed := range 20 {
+		t.Run(strconv.Itoa(seed), func(t *testing.T) {
+			ctx := deadline(t, time.Minute)
+			r := selfcheck(ctx, t, h, newDir(t), "kinship", strconv.Itoa(seed))
+			dumpRestore(ctx, t, r, 2)
+			goes(ctx, t, r, 10)
+			stop(ctx, t, r)
+		})
+	}
+}
