@@ -24,6 +24,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/regfile"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/remap-file-path"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/sk-packet"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/tty"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
@@ -322,6 +323,7 @@ func FuzzImages(f *testing.F) {
 	seed(&criu_core.TaskKobjIdsEntry{FilesId: proto.Uint32(1)}, &fdinfo.FdinfoEntry{Id: proto.Uint32(1), Fd: proto.Uint32(3), Flags: proto.Uint32(0), Type: fdinfo.FdTypes_REG.Enum()},
 		&fdinfo.FileEntry{Type: fdinfo.FdTypes_REG.Enum(), Id: proto.Uint32(1), Reg: &regfile.RegFileEntry{Id: proto.Uint32(1), Flags: proto.Uint32(0), Pos: proto.Uint64(0), Fown: noOwner(), Name: proto.String("/a")}},
 		&file_lock.FileLockEntry{Flag: proto.Uint32(lockPosix), Type: proto.Uint32(1), Pid: proto.Int32(7), Fd: proto.Int32(3), Start: proto.Int64(0), Len: proto.Int64(0)})
+	seed(ttyInfo(1, 0x884d, nil), ttyInfo(2, 0x502, nil), ttyFile(10, 2, unix.O_RDWR), ttyFile(11, 1, 0), &tty.TtyDataEntry{TtyId: proto.Uint32(1), Data: []byte("x")})
 	seed(&memfd.MemfdInodeEntry{InodeId: proto.Uint64(1), Name: proto.String("m")})
 	f.Fuzz(func(_ *testing.T, b []byte) {
 		set := image.NewSet()
@@ -350,4 +352,5 @@ var fuzzed = []fuzzEntry{
 	{"files", &fdinfo.FileEntry{}}, {"fdinfo-1", &fdinfo.FdinfoEntry{}}, {"remap-fpath", &remap_file_path.RemapFilePathEntry{}},
 	{"ghost-file-1", &ghost_file.GhostFileEntry{}}, {"memfd", &memfd.MemfdInodeEntry{}}, {"pipes-data", &pipe_data.PipeDataEntry{}},
 	{"sk-queues", &sk_packet.SkPacketEntry{}}, {image.FileLocksFile, &file_lock.FileLockEntry{}}, {"ids-7", &criu_core.TaskKobjIdsEntry{}},
+	{image.TtyInfoFile, &tty.TtyInfoEntry{}}, {image.TtyDataFile, &tty.TtyDataEntry{}},
 }
