@@ -26,6 +26,10 @@ func Support() []plan.Support {
 			Note: "in every state, to the same address; the network is locked for them from the dump to the restore (--network-lock); migrations refuse them"},
 		plan.Support{Kind: "TCP connections that are to end", With: "--tcp-close", Note: "come back closed"},
 		plan.Support{Kind: "TCP connections that wait to be accepted", With: "--skip-in-flight", Note: "are left behind, and end"},
+		plan.Support{Kind: "unix datagram sockets that are connected to a named one outside the tree", With: "--ext-unix-sk", Note: "are connected to that name again"},
+		plan.Support{Kind: "unix sockets of which the peer is outside the tree", With: "--external unix[inode]",
+			Note: "the restore puts a socket that is handed in (--inherit-fd fd[N]:socket:[inode]) in their place, or they hang up"},
+		plan.Support{Kind: "connections of unix sockets from outside the tree that wait to be accepted", With: "--skip-in-flight", Note: "are left behind, and end"},
 		plan.Support{Kind: "file locks and leases", With: "--file-locks"},
 		plan.Support{Kind: "the terminal that the tree was started on", With: "--shell-job, or --external tty[rdev:dev]",
 			Note: "the restore puts its own terminal, or one that is handed in, in its place"})

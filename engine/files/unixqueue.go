@@ -36,9 +36,19 @@ type peeked struct {
 type flight struct {
 	messages []message
 	listener *object // of a connection that was not accepted yet
-	trouble  string  // why it cannot be carried
-	reset    bool    // an error waited to be reported
+	trouble  trouble
+	reset    bool // an error waited to be reported
 }
+
+// trouble is why a queue cannot be carried.
+type trouble int
+
+const (
+	noTrouble trouble = iota
+	packetsAndError
+	readMark
+	lostOOB
+)
 
 // maxMessages bounds one socket's queue; its buffers do so long before.
 const maxMessages = 1 << 20
@@ -124,7 +134,7 @@ func (d *Dumper) readFlight(o *object) error {
 			return os.NewSyscallError("ioctl SIOCINQ", err)
 		}
 		if !d.opts.Ends {
-			fl.trouble = "packets, and an error of the connection, whose peer is closed, wait to be received"
+			fl.trouble = packetsAndError
 			return nil
 		}
 	}
@@ -275,7 +285,7 @@ type peeker struct {
 	buf     []byte
 	left    int // of a stream: bytes behind the peek offset
 	oobAt   int // offset of the byte out of band in a stream, -1: none
-	trouble string
+	trouble trouble
 }
 
 func (p *peeker) set(opt, v int) error {
@@ -537,7 +547,7 @@ func (p *peeker) findOOB() error {
 	atMark := err == nil && mark != 0
 	switch pending := fds[0].Revents&unix.POLLPRI != 0; {
 	case !pending && atMark:
-		p.trouble = "it is at the mark of a byte out of band that was read"
+		p.trouble = readMark
 		return nil
 	case !pending:
 		return nil
@@ -559,7 +569,7 @@ func (p *peeker) findOOB() error {
 			return err
 		}
 		if end {
-			p.trouble = "the place of its byte out of band cannot be told"
+			p.trouble = lostOOB
 			break
 		}
 		at += n

@@ -317,8 +317,16 @@ func (t *unixTree) queue(o *object, st *unixState) error {
 	if fl == nil || o.refused {
 		return nil
 	}
-	if fl.trouble != "" {
-		t.d.refuse(o, fl.trouble, "retry when the program has read more")
+	switch fl.trouble {
+	case noTrouble:
+	case packetsAndError:
+		t.d.refuse(o, "packets, and an error of the connection, whose peer is closed, wait to be received", "retry when the program has received them, or let the tree end with the dump")
+		return nil
+	case readMark:
+		t.d.refuse(o, "it is at the mark of a byte out of band that was read", "retry when the program has read on")
+		return nil
+	case lostOOB:
+		t.d.refuse(o, "the place of its byte out of band cannot be told", "retry when the program has read it")
 		return nil
 	}
 	for _, m := range fl.messages {
@@ -351,7 +359,6 @@ func (t *unixTree) outer(o *object, st *unixState) error {
 // tree, if that is asked for: it is connected to that name again.
 func (t *unixTree) named(o *object, st *unixState) error {
 	d, u := t.d, &st.diag
-	reason := fmt.Sprintf("its peer, socket %d, is outside the tree", u.peer)
 	p, err := readUnixDiag(u.peer)
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return err
@@ -363,9 +370,9 @@ func (t *unixTree) named(o *object, st *unixState) error {
 	reachable := err == nil && isDgram(uint32(u.typ)) && name != "" && (name[0] == 0 || name[0] == '/')
 	switch {
 	case reachable && p.hasPeer:
-		d.refuse(o, reason+" and connected itself, so that it takes no other's datagrams", "end that process, or include it in the tree")
+		d.refuse(o, fmt.Sprintf("its peer, socket %d, is outside the tree and connected itself, so that it takes no other's datagrams", u.peer), "end that process, or include it in the tree")
 	case reachable && !d.opts.ExtUnixSk:
-		d.refuse(o, reason+fmt.Sprintf(", at %q", name), "give --ext-unix-sk to connect it to that name again")
+		d.refuse(o, fmt.Sprintf("its peer, socket %d, is outside the tree, at %q", u.peer, name), "give --ext-unix-sk to connect it to that name again")
 	case reachable:
 		return t.extern(o, st, p, name)
 	default:
@@ -373,7 +380,7 @@ func (t *unixTree) named(o *object, st *unixState) error {
 		if x, ok := d.outside(fmt.Sprintf("socket:[%d]", u.peer)); ok {
 			hint = fmt.Sprintf("the other end belongs to pid %d (%s): include it in the tree, let the program close the connection", x.pid, x.comm)
 		}
-		d.refuse(o, reason, fmt.Sprintf("%s, or declare it external (--external unix[%d]), to hand in another socket or let it hang up", hint, o.stat.Ino))
+		d.refuse(o, fmt.Sprintf("its peer, socket %d, is outside the tree", u.peer), fmt.Sprintf("%s, or declare it external (--external unix[%d]), to hand in another socket or let it hang up", hint, o.stat.Ino))
 	}
 	return nil
 }

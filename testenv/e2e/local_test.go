@@ -133,6 +133,11 @@ var objects = map[string]object{
 	"tcpopts":   {options: []string{"--tcp-established"}},
 	"tcpout":    {elsewhere: true},
 	"tcppeer":   {elsewhere: true},
+
+	"unixbusy":   {elsewhere: true},
+	"unixlogger": {elsewhere: true},
+	"unixpeer":   {elsewhere: true},
+	"unixserver": {elsewhere: true},
 }
 
 // TestObjects dumps and restores a program for each kind of object that a

@@ -131,6 +131,11 @@ func Start(ctx context.Context, h *hosts.Host, prefix string, argv ...string) (*
 
 // Launch is Start without the waiting.
 func Launch(ctx context.Context, h *hosts.Host, prefix string, argv ...string) (*Run, error) {
+	return LaunchWith(ctx, h, prefix, nil, argv...)
+}
+
+// LaunchWith is Launch with open files, which become descriptors 3 and on.
+func LaunchWith(ctx context.Context, h *hosts.Host, prefix string, files []*os.File, argv ...string) (*Run, error) {
 	if err := os.MkdirAll(filepath.Dir(prefix), 0o755); err != nil {
 		return nil, err
 	}
@@ -138,7 +143,7 @@ func Launch(ctx context.Context, h *hosts.Host, prefix string, argv ...string) (
 	if err := os.Chmod(filepath.Dir(prefix), 0o777); err != nil {
 		return nil, err
 	}
-	pid, err := h.Start(ctx, hosts.Spec{Args: argv, Env: []string{"PATH=" + os.Getenv("PATH"), "LANG=C.UTF-8"}, Stdout: prefix + ".out", Stderr: prefix + ".out"})
+	pid, err := h.Start(ctx, hosts.Spec{Args: argv, Env: []string{"PATH=" + os.Getenv("PATH"), "LANG=C.UTF-8"}, Stdout: prefix + ".out", Stderr: prefix + ".out", Files: files})
 	if err != nil {
 		return nil, err
 	}

@@ -789,3 +789,66 @@ COMMAND(unixnames) {
 	int t = usock(SOCK_STREAM);
 	CHECK(bind(t, (struct sockaddr *)&pairn.a, pairn.n) == -1 && errno == EADDRINUSE, "the name of a pair's end is free");
 }
+
+// ---- with somebody outside the tree: unixserver PREFIX PATH, unixlogger PREFIX PATH
+
+static int out_fd;
+static uint64_t out_next;
+
+static void server_check(void) {
+	struct { uint64_t n; char text[24]; } m;
+	for (ssize_t n; (n = recv(out_fd, &m, sizeof m, MSG_DONTWAIT)) >= 0; out_next++)
+		CHECK(n == sizeof m && m.n == out_next, "datagram %lu came, want %lu", m.n, out_next);
+	CHECK(errno == EAGAIN, "receive: %s", strerror(errno));
+}
+
+COMMAND(unixserver) {
+	CHECK(arg_count > 0, "usage: unixserver PREFIX PATH");
+	out_fd = bound(SOCK_DGRAM, path_addr(arg_values[0]));
+	loop(server_check);
+	server_check();
+	CHECK(out_next > 50, "only %lu datagrams came", out_next);
+}
+
+static void logger_check(void) {
+	names_check();
+	struct { uint64_t n; char text[24]; } m = {out_next++, "line"};
+	CHECK(SYS(send(out_fd, &m, sizeof m, 0)) == sizeof m, "send");
+}
+
+COMMAND(unixlogger) {
+	CHECK(arg_count > 0, "usage: unixlogger PREFIX PATH");
+	out_fd = usock(SOCK_DGRAM);
+	join(out_fd, path_addr(arg_values[0]));
+	HOLD(out_fd);
+	loop(logger_check);
+}
+
+// unixpeer PREFIX: descriptor 3 is one end of a pair. It answers a byte with the
+// next one; at the end of file it says so in PREFIX.end and goes on.
+static bool peer_ended;
+
+static void peer_check(void) {
+	unsigned char b;
+	if (peer_ended) return;
+	ssize_t n = recv(3, &b, 1, MSG_DONTWAIT);
+	if (n == 0) {
+		peer_ended = true;
+		close(SYS(open(path_of("end"), O_WRONLY | O_CREAT, 0644)));
+	} else if (n == 1) {
+		b++;
+		CHECK(SYS(send(3, &b, 1, MSG_NOSIGNAL)) == 1, "answer");
+	} else CHECK(errno == EAGAIN, "receive: %s", strerror(errno));
+}
+
+COMMAND(unixpeer) { loop(peer_check); }
+
+// unixbusy PREFIX PATH: a listener that accepts nobody until the end.
+COMMAND(unixbusy) {
+	CHECK(arg_count > 0, "usage: unixbusy PREFIX PATH");
+	struct addr a = path_addr(arg_values[0]);
+	out_fd = listener(SOCK_STREAM | SOCK_NONBLOCK, a, 5);
+	HOLD(out_fd);
+	loop(names_check);
+	serves(out_fd, a, "a new client");
+}
