@@ -260,49 +260,50 @@ func TestHTTPClients(t *testing.T) {
 	h := newHosts(t, "alpha").Host("alpha")
 	prefix := filepath.Join(newDir(t), "gocheck")
 	r := start(ctx, t, h, prefix, programs.Gocheck, prefix, "127.0.0.1:8080", "8", "keep")
-	const clients = 4
-	var dials atomic.Int32
 	var done atomic.Bool
-	var wg, connected sync.WaitGroup
-	connected.Add(clients)
+	var wg sync.WaitGroup
 	var mu sync.Mutex
 	var got []int
-	for range clients {
-		client := &http.Client{Transport: &http.Transport{MaxConnsPerHost: 1, DialContext: func(context.Context, string, string) (net.Conn, error) {
-			dials.Add(1)
-			return h.Dial("tcp", "127.0.0.1:8080", 5*time.Second)
-		}}}
+	ask := func(c net.Conn, in *bufio.Reader) error {
+		if _, err := io.WriteString(c, "GET /next HTTP/1.1\r\nHost: alpha\r\n\r\n"); err != nil {
+			return err
+		}
+		resp, err := http.ReadResponse(in, nil)
+		if err != nil {
+			return err
+		}
+		b, err := io.ReadAll(resp.Body)
+		if err != nil {
+			return err
+		}
+		n, err := strconv.Atoi(string(b))
+		mu.Lock()
+		defer mu.Unlock()
+		got = append(got, n)
+		return err
+	}
+	for range 4 {
+		c, err := h.Dial("tcp", "127.0.0.1:8080", 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = c.Close() }()
+		in := bufio.NewReader(c)
+		if err := ask(c, in); err != nil { // it has been accepted
+			t.Fatal(err)
+		}
 		wg.Go(func() {
-			first := sync.OnceFunc(connected.Done)
-			defer first()
 			for !done.Load() {
-				resp, err := client.Get("http://127.0.0.1:8080/next")
-				if err != nil {
+				if err := ask(c, in); err != nil {
 					t.Error(err)
 					return
 				}
-				b, err := io.ReadAll(resp.Body)
-				_ = resp.Body.Close()
-				n, cerr := strconv.Atoi(strings.TrimSpace(string(b)))
-				if err != nil || cerr != nil {
-					t.Errorf("answer %q: %v", b, errors.Join(err, cerr))
-					return
-				}
-				mu.Lock()
-				got = append(got, n)
-				mu.Unlock()
-				first()
 			}
-			client.CloseIdleConnections()
 		})
 	}
-	connected.Wait()
 	dumpRestore(ctx, t, r, 10, "--tcp-established")
 	done.Store(true)
 	wg.Wait()
-	if n := dials.Load(); n != clients {
-		t.Errorf("%d connections were made, want %d", n, clients)
-	}
 	slices.Sort(got)
 	for i, n := range got {
 		if n != i+1 {
