@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
@@ -29,8 +30,15 @@ func isDeviceEntry(x *description) bool {
 	return x.entry.GetReg().GetMode()&unix.S_IFMT == unix.S_IFCHR && x.entry.GetReg().GetFlags()&unix.O_PATH == 0
 }
 
-// stateful are devices whose open file holds what no image does, by major and
-// minor number (-1: all): Documentation/admin-guide/devices.txt.
+// stateless are devices whose open files hold nothing: null, zero, full, random,
+// urandom and the hardware's random numbers. Others may keep what no image holds.
+var stateless = [][2]int{{1, 3}, {1, 5}, {1, 7}, {1, 8}, {1, 9}, {10, 183}}
+
+// kernelLog is /dev/kmsg. Whoever only writes to it has no position in it.
+var kernelLog = [2]int{1, 11}
+
+// stateful names devices, by major and minor number (-1: all)
+// (Documentation/admin-guide/devices.txt).
 var stateful = []struct {
 	major, minor int
 	what         string
@@ -38,7 +46,7 @@ var stateful = []struct {
 	{1, 1, "physical memory"}, {1, 2, "kernel memory"}, {1, 4, "I/O ports"}, {1, 11, "the kernel's log"},
 	{10, 229, "a FUSE connection"}, {10, 232, "virtual machines"},
 	{10, 238, "a vhost device"}, {10, 241, "a vhost device"}, {10, 237, "loop devices"}, {10, 236, "device mapper"},
-	{10, 223, "an input device"}, {10, 196, "VFIO"}, {13, -1, "an input device"}, {21, -1, "a SCSI device"},
+	{10, 130, "a watchdog"}, {10, 135, "a clock"}, {254, 0, "a clock"}, {10, 223, "an input device"}, {10, 196, "VFIO"}, {13, -1, "an input device"}, {21, -1, "a SCSI device"},
 	{29, -1, "a frame buffer"}, {81, -1, "a video device"}, {89, -1, "an I2C bus"}, {108, -1, "a PPP interface"},
 	{116, -1, "a sound device"}, {14, -1, "a sound device"}, {180, -1, "a USB device"}, {189, -1, "a USB device"},
 	{195, -1, "a GPU"}, {226, -1, "a GPU"}, {202, -1, "machine registers"}, {203, -1, "CPU facts"},
@@ -46,17 +54,19 @@ var stateful = []struct {
 
 func dumpDevice(d *Dumper, o *object) error {
 	maj, minor := int(unix.Major(uint64(o.stat.Rdev))), int(unix.Minor(uint64(o.stat.Rdev)))
+	dev := [2]int{maj, minor}
+	if slices.Contains(stateless, dev) || dev == kernelLog && o.flags&unix.O_ACCMODE == unix.O_WRONLY {
+		return dumpNode(d, o)
+	}
+	what := "of a kind that is not known"
 	for _, s := range stateful {
 		if s.major == maj && (s.minor < 0 || s.minor == minor) {
-			d.refuse(o, fmt.Sprintf("character device %d:%d (%s) has a state that cannot be read", maj, minor, s.what), "let the program close it")
-			return nil
+			what = s.what
+			break
 		}
 	}
-	if o.held("mapping") && maj != 1 {
-		d.refuse(o, fmt.Sprintf("memory of character device %d:%d is mapped", maj, minor), "let the program unmap it")
-		return nil
-	}
-	return dumpNode(d, o)
+	d.refuse(o, fmt.Sprintf("character device %d:%d (%s) may have a state that cannot be read", maj, minor, what), "let the program close it")
+	return nil
 }
 
 // dumpNode notes where the node of a device is.

@@ -207,7 +207,7 @@ func openMemfd(r *Restorer, x *description) error {
 	e := x.entry.GetMemfd()
 	m := r.memfds[e.GetInodeId()]
 	flags := reopenFlags(int(e.GetFlags()), false)
-	if m.msg.GetSeals()&(unix.F_SEAL_WRITE|unix.F_SEAL_FUTURE_WRITE) != 0 && len(x.at) == 0 && flags&unix.O_ACCMODE == unix.O_RDWR {
+	if m.msg.GetSeals()&unix.F_SEAL_WRITE != 0 && len(x.at) == 0 && flags&unix.O_ACCMODE == unix.O_RDWR {
 		// Nobody has it as a descriptor, so it is there to be mapped. A shared
 		// mapping through a writable description, even a read-only one, keeps the
 		// write seal from being put on after the data has come (mm/memfd.c).

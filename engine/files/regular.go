@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
@@ -12,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"godwit/engine/procfs"
 	"godwit/engine/sys"
 )
 
@@ -78,7 +80,17 @@ func (d *Dumper) refuseLost(o *object) {
 			"dump with --link-remap, link it under its old name again (ln), or declare it external")
 		return
 	}
+	if d.detached(o) {
+		d.refuse(o, "it is on a mount that is nowhere any more (umount -l, open_tree)", "mount it, or declare the file external")
+		return
+	}
 	d.refuse(o, "another file stands at its path, or none", "a mount may hide it: unmount that, or declare the file external")
+}
+
+// detached says whether o is on a mount that its process no longer sees.
+func (d *Dumper) detached(o *object) bool {
+	mounts, err := procfs.Mountinfo(o.first().proc.Pid)
+	return err == nil && !slices.ContainsFunc(mounts, func(m procfs.Mount) bool { return m.ID == o.info.MntID })
 }
 
 // regEntry is the image entry of a file found by name.

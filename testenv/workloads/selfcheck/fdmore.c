@@ -7,10 +7,12 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/pidfd.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/timerfd.h>
 
 // ---- nsfd: descriptors of the namespaces in which the tree lives
@@ -339,4 +341,202 @@ COMMAND(epollmore) {
 	loop(epollmore_check);
 	end_child(em_child);
 	CHECK(em_events(em) & 1u << 7, "the end of the child is not told through its pidfd");
+}
+
+// ---- memfdmore: seals of every sort, and programs in memory
+
+static unsigned char *seal_map;
+static int sealed[] = {F_SEAL_WRITE, F_SEAL_FUTURE_WRITE, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL, 0x20 /* F_SEAL_EXEC */};
+
+static void memfdmore_check(void) {
+	recheck();
+	char b[16];
+	for (int i = 0; i < 4; i++) {
+		CHECK(SYS(fcntl(20 + i, F_GET_SEALS)) == sealed[i], "memfd %d has seals %x, had %x", i, fcntl(20 + i, F_GET_SEALS), sealed[i]);
+		CHECK(SYS(pread(20 + i, b, 8, 4090)) == 8 && memcmp(b, "contents", 8) == 0, "memfd %d: wrong bytes", i);
+		ssize_t n = pwrite(20 + i, "x", 1, 0);
+		CHECK((n == 1) == (i == 3), "memfd %d: write gave %zd", i, n);
+	}
+	// Made before the seal, so that it still can be written.
+	seal_map[1]++;
+	SYS(pread(21, b, 2, 0));
+	CHECK((unsigned char)b[1] == seal_map[1], "the mapping and the memfd differ");
+	pid_t pid = SYS(fork());
+	if (pid == 0) {
+		char *argv[] = {"true", NULL}, *envp[] = {NULL};
+		fexecve(24, argv, envp);
+		_exit(99);
+	}
+	int st;
+	SYS(waitpid(pid, &st, 0));
+	CHECK(WIFEXITED(st) && WEXITSTATUS(st) == 0, "a program in a memfd ended with %x", st);
+	CHECK(fchmod(23, 0777) < 0 && errno == EPERM, "a memfd sealed against execution can be made executable");
+}
+
+COMMAND(memfdmore) {
+	for (int i = 0; i < 4; i++) {
+		at_fd(20 + i, SYS(memfd_create("sealed", MFD_ALLOW_SEALING)));
+		CHECK(SYS(pwrite(20 + i, "contents", 8, 4090)) == 8, "write");
+		if (i == 1) seal_map = SYS(mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, 21, 0));
+		if (i == 3) SYS(fchmod(23, 0600));
+		SYS(fcntl(20 + i, F_ADD_SEALS, sealed[i]));
+	}
+	at_fd(24, SYS(memfd_create("program", MFD_CLOEXEC)));
+	int fd = SYS(open("/bin/true", O_RDONLY | O_CLOEXEC));
+	char b[65536];
+	for (ssize_t n; (n = SYS(read(fd, b, sizeof b))) > 0;) CHECK(SYS(write(24, b, n)) == n, "write");
+	close(fd);
+	// Open for writing it could not be executed.
+	char p[64];
+	snprintf(p, sizeof p, "/proc/self/fd/%d", 24);
+	fd = SYS(open(p, O_RDONLY | O_CLOEXEC));
+	SYS(dup3(fd, 24, O_CLOEXEC));
+	close(fd);
+	for (int i = 20; i <= 24; i++) remember("memfd", i);
+	loop(memfdmore_check);
+}
+
+// ---- timerfdmore: timers that the clock cancels, and expiries nobody has read
+
+static long tfd_info(int fd, const char *key, int base) {
+	char path[64], line[256];
+	snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fd);
+	FILE *f = fopen(path, "re");
+	CHECK(f, "open %s", path);
+	long v = -1;
+	while (fgets(line, sizeof line, f)) if (strncmp(line, key, strlen(key)) == 0) v = strtol(line + strlen(key), NULL, base);
+	fclose(f);
+	return v;
+}
+
+static long unread;
+
+static void timerfdmore_check(void) {
+	recheck();
+	struct itimerspec is;
+	CHECK(tfd_info(20, "settime flags:", 8) == (TFD_TIMER_ABSTIME | TFD_TIMER_CANCEL_ON_SET), "flags are %lo", tfd_info(20, "settime flags:", 8));
+	SYS(timerfd_gettime(20, &is));
+	CHECK(is.it_value.tv_sec > 3000 && is.it_interval.tv_sec == 60, "%ld s left, interval %ld s", is.it_value.tv_sec, is.it_interval.tv_sec);
+	SYS(timerfd_gettime(21, &is)); // counts what has expired
+	long now = tfd_info(21, "ticks:", 10);
+	CHECK(now >= unread, "%ld expiries were unread, now %ld", unread, now);
+	unread = now;
+	CHECK(tfd_info(22, "ticks:", 10) == 1 && tfd_info(22, "clockid:", 10) == CLOCK_BOOTTIME, "%ld expiries of a one-shot timer", tfd_info(22, "ticks:", 10));
+	SYS(timerfd_gettime(23, &is));
+	CHECK(is.it_value.tv_sec > 1000000000, "a far timer has %ld s left", is.it_value.tv_sec);
+	SYS(timerfd_gettime(24, &is));
+	CHECK(is.it_interval.tv_nsec == 3000000, "interval is %ld ns", is.it_interval.tv_nsec);
+}
+
+COMMAND(timerfdmore) {
+	at_fd(20, SYS(timerfd_create(CLOCK_REALTIME, TFD_NONBLOCK)));
+	struct itimerspec is = {{60, 0}, {time(NULL) + 7200, 5}};
+	SYS(timerfd_settime(20, TFD_TIMER_ABSTIME | TFD_TIMER_CANCEL_ON_SET, &is, NULL));
+	at_fd(21, SYS(timerfd_create(CLOCK_MONOTONIC, 0)));
+	is = (struct itimerspec){{0, 2000000}, {0, 1}};
+	SYS(timerfd_settime(21, 0, &is, NULL));
+	at_fd(22, SYS(timerfd_create(CLOCK_BOOTTIME, TFD_CLOEXEC)));
+	is = (struct itimerspec){{0, 0}, {0, 1}};
+	SYS(timerfd_settime(22, 0, &is, NULL));
+	at_fd(23, SYS(timerfd_create(CLOCK_MONOTONIC, 0)));
+	is = (struct itimerspec){{0, 0}, {2000000000, 0}};
+	SYS(timerfd_settime(23, 0, &is, NULL));
+	at_fd(24, SYS(timerfd_create(CLOCK_MONOTONIC, 0)));
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	is = (struct itimerspec){{0, 3000000}, {t.tv_sec + 5, 0}};
+	SYS(timerfd_settime(24, TFD_TIMER_ABSTIME, &is, NULL));
+	for (int i = 20; i <= 24; i++) remember("timerfd", i);
+	nap_ms(5);
+	loop(timerfdmore_check);
+	uint64_t n;
+	CHECK(SYS(read(21, &n, 8)) == 8 && (long)n >= unread, "%lu expiries, want %ld", n, unread);
+}
+
+// ---- cloexec: one description, other flags in each process
+
+static pid_t clo_child;
+
+static void cloexec_check(void) {
+	recheck();
+	expect_alive(clo_child);
+	CHECK(SYS(fcntl(20, F_GETFD)) == FD_CLOEXEC && SYS(fcntl(21, F_GETFD)) == 0 && SYS(fcntl(22, F_GETFD)) == FD_CLOEXEC, "close-on-exec changed");
+	uint64_t v = (uint64_t)-2, got;
+	CHECK(SYS(read(23, &got, 8)) == 8 && got == v, "a full eventfd holds %lu", got);
+	CHECK(SYS(write(23, &v, 8)) == 8, "write");
+	uint64_t one = 1;
+	CHECK(write(23, &one, 8) < 0 && errno == EAGAIN, "a full eventfd can be written");
+}
+
+COMMAND(cloexec) {
+	at_fd(20, SYS(open(path_of("f"), O_RDWR | O_CREAT | O_CLOEXEC, 0600)));
+	SYS(dup2(20, 21));
+	at_fd(22, SYS(eventfd(3, EFD_CLOEXEC)));
+	at_fd(23, SYS(eventfd(0, EFD_NONBLOCK)));
+	uint64_t v = (uint64_t)-2;
+	CHECK(SYS(write(23, &v, 8)) == 8, "write");
+	clo_child = child();
+	if (clo_child == 0) {
+		SYS(fcntl(20, F_SETFD, 0));
+		SYS(fcntl(21, F_SETFD, FD_CLOEXEC));
+		SYS(fcntl(22, F_SETFD, 0));
+		for (off_t at = 0;; orphan_check()) {
+			CHECK(SYS(fcntl(20, F_GETFD)) == 0 && SYS(fcntl(21, F_GETFD)) == FD_CLOEXEC && SYS(fcntl(22, F_GETFD)) == 0, "close-on-exec changed in the child");
+			at = (at + 1) % 1000;
+			SYS(lseek(20, at, SEEK_SET));
+			CHECK(SYS(lseek(21, 0, SEEK_CUR)) == at, "they no longer share their position");
+			nap_ms(5);
+		}
+	}
+	for (int i = 20; i <= 23; i++) remember("shared file", i);
+	loop(cloexec_check);
+	end_child(clo_child);
+}
+
+// ---- exegone: a program whose file was replaced, as by an upgrade
+
+static void exegone_check(void) {
+	recheck();
+	char b[4096] = {0};
+	ssize_t n = SYS(readlink("/proc/self/exe", b, sizeof b - 1));
+	CHECK(n > 10 && strcmp(b + n - 10, " (deleted)") == 0, "the program is %s", b);
+	int fd = SYS(open("/proc/self/exe", O_RDONLY | O_CLOEXEC));
+	CHECK(SYS(read(fd, b, 4)) == 4 && memcmp(b, "\177ELF", 4) == 0, "the program begins with %.4s", b);
+	close(fd);
+}
+
+COMMAND(exegone) {
+	char *exe = path_of("exe");
+	if (arg_count == 0) {
+		int from = SYS(open("/proc/self/exe", O_RDONLY | O_CLOEXEC)), to = SYS(open(exe, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0755));
+		char b[65536];
+		for (ssize_t n; (n = SYS(read(from, b, sizeof b))) > 0;) CHECK(SYS(write(to, b, n)) == n, "write");
+		close(to);
+		char *argv[] = {"selfcheck", "exegone", (char *)prefix, "again", NULL};
+		SYS(execv(exe, argv));
+	}
+	SYS(unlink(exe));
+	close(SYS(open(exe, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0755))); // the new version
+	loop(exegone_check);
+}
+
+// ---- evasive: a node of /dev/null that a mount hides
+
+static void evasive_check(void) {
+	recheck();
+	char b[4];
+	CHECK(SYS(write(20, "x", 1)) == 1 && SYS(read(20, b, 1)) == 0, "it is not /dev/null");
+	CHECK(write(21, "<7>selfcheck", 0) >= 0 || errno == EINVAL, "/dev/kmsg: %s", strerror(errno));
+}
+
+COMMAND(evasive) {
+	SYS(mkdir(path_of("dev"), 0755));
+	SYS(mknod(path_of("dev/null"), S_IFCHR | 0666, makedev(1, 3)));
+	SYS(chmod(path_of("dev/null"), 0666));
+	at_fd(20, SYS(open(path_of("dev/null"), O_RDWR)));
+	SYS(mount("none", path_of("dev"), "tmpfs", 0, "size=16k"));
+	at_fd(21, SYS(open("/dev/kmsg", O_WRONLY)));
+	remember("/dev/kmsg", 21);
+	loop(evasive_check);
+	SYS(umount2(path_of("dev"), MNT_DETACH));
 }

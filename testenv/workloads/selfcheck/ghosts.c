@@ -88,6 +88,7 @@ static void ghosts_check(void) {
 	close(fd);
 	has("file that was replaced", 32, ghost_turn % 5000, 7);
 	CHECK(access(path_of("tree"), F_OK) < 0, "a directory that is gone is there again");
+	CHECK(SYS(read(33, b, sizeof b)) == 4 && memcmp(b, "kept", 4) == 0 && SYS(write(33, "kept", 4)) == 4, "a fifo whose directory is gone");
 	ghost_turn++;
 }
 
@@ -146,6 +147,13 @@ COMMAND(ghosts) {
 	put(32, 0, 5001, 7);
 	SYS(unlink(path_of("replaced")));
 	close(SYS(open(path_of("replaced"), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600)));
+	SYS(mkdir(path_of("fifos"), 0700));
+	SYS(mkfifo(path_of("fifos/p"), 0600));
+	at_fd(33, SYS(open(path_of("fifos/p"), O_RDWR | O_NONBLOCK)));
+	SYS(unlink(path_of("fifos/p")));
+	SYS(rmdir(path_of("fifos")));
+	CHECK(SYS(write(33, "kept", 4)) == 4, "write");
+	remember("fifo without a name", 33);
 	for (int i = 20; i <= 32; i++) {
 		SYS(fstat(i, &was[i]));
 		remember("file without a name", i);
