@@ -3,6 +3,8 @@ package dump
 import (
 	"errors"
 	"fmt"
+	"io/fs"
+	"math/bits"
 	"os"
 	"slices"
 
@@ -45,7 +47,11 @@ func (c *collector) sysv(p *process, v *mem.VMA) error {
 		return fmt.Errorf("open %s: %w", v, err)
 	}
 	c.shmems[id] = &shmem{id: id, file: f, size: int64(d.Segsz)}
-	return nil
+	page, huge, err := sys.HugePages(f)
+	if huge {
+		s.facts.Huge = sys.ShmHugetlb | uint32(bits.TrailingZeros64(page))<<sys.ShmHugeShift
+	}
+	return err
 }
 
 func segmentFacts(id uint32, d unix.SysvShmDesc) image.SysVFacts {
@@ -100,11 +106,11 @@ func (c *collector) unattached() error {
 		if err != nil {
 			return err
 		}
-		if d.Perm.Mode&sys.ShmHugetlb != 0 {
-			c.refuse(c.procs[0], "", fmt.Sprintf("System V segment %d is of huge pages, which cannot be carried", id), "")
+		f, err := sys.ShmFile(o.ID, sys.ShmPage(0))
+		if errors.Is(err, fs.ErrNotExist) {
+			c.refuse(c.procs[0], "", fmt.Sprintf("System V segment %d, which nobody has attached, is of huge pages; that cannot be carried", id), "")
 			continue
 		}
-		f, err := sys.ShmFile(o.ID)
 		if err != nil {
 			return fmt.Errorf("open System V segment %d: %w", id, err)
 		}

@@ -172,6 +172,9 @@ type SysVFacts struct {
 	GID  uint32 `json:"gid"`
 	CUID uint32 `json:"cuid"` // of the creator
 	CGID uint32 `json:"cgid"`
+	// Huge are the flags of shmget(2) that say which huge pages it consists of:
+	// SHM_HUGETLB and the logarithm of their size << SHM_HUGE_SHIFT; 0: none.
+	Huge uint32 `json:"hugetlb_flag,omitempty"`
 }
 
 // MountFacts belongs to one mount (by mnt_id in mountpoints).

@@ -34,10 +34,11 @@ func Common(vmas, parent []*VMA) bool {
 
 // inherits tells whether v can be made of what is there of p after a clone.
 func inherits(v, p *VMA) bool {
-	const never = unix.MAP_LOCKED | unix.MAP_HUGETLB | Droppable
+	const never = unix.MAP_HUGETLB | Droppable
 	const notCloned = 1<<unix.MADV_DONTFORK | 1<<unix.MADV_WIPEONFORK
 	switch {
-	case !v.HasPages(), v.Start < p.Start, v.Flags != p.Flags, v.Status != p.Status, v.Flags&never != 0,
+	// A clone is not locked.
+	case !v.HasPages(), v.Start < p.Start, v.Flags != p.Flags&^unix.MAP_LOCKED, v.Status != p.Status, v.Flags&never != 0,
 		v.ShmID != p.ShmID, v.OpenFlags != p.OpenFlags, v.Madvise != p.Madvise, v.Madvise&notCloned != 0, v.Name != p.Name:
 		return false
 	case v.Mapped() && (v.End > p.End || v.Offset-p.Offset != v.Start-p.Start):

@@ -47,6 +47,7 @@ func TestInherit(t *testing.T) {
 		{"elsewhere", private(30, 40), private(10, 20), 0},
 		{"other protection", private(10, 20, func(v *VMA) { v.Prot = 0 }), private(10, 20), 20},
 		{"locked", private(10, 20, flag(unix.MAP_LOCKED)), private(10, 20, flag(unix.MAP_LOCKED)), 0},
+		{"locked in the parent", private(10, 20), private(10, 20, flag(unix.MAP_LOCKED)), 20},
 		{"huge pages", private(10, 20, flag(unix.MAP_HUGETLB)), private(10, 20, flag(unix.MAP_HUGETLB)), 0},
 		{"other flags", private(10, 20, flag(unix.MAP_NORESERVE)), private(10, 20), 0},
 		{"other advice", private(10, 20, advice(unix.MADV_HUGEPAGE)), private(10, 20), 0},

@@ -60,6 +60,7 @@ func Support() []plan.Support {
 			refused = append(refused, plan.Support{Kind: reason, Refused: true})
 		}
 	}
+	out = append(out, plan.Support{Kind: "memory that parent and child share since a fork (copy on write)", Note: "stays shared, unless the tree has files of its own processes in /proc or pidfds open"})
 	out = append(out, plan.Support{Kind: "settings of a whole address space: merging (PR_SET_MEMORY_MERGE), no written code (PR_SET_MDWE), no huge pages, membarrier registrations"})
 	return append(out, refused...)
 }

@@ -185,31 +185,27 @@ func Classify(m *procfs.SmapsEntry) (v *VMA, reason string) {
 		v.Flags |= unix.MAP_PRIVATE
 	}
 	if m.Has("ht") {
-		if done, reason := v.huge(m); done {
-			return v, reason
+		if v.huge(m) {
+			return v, ""
 		}
 	}
 	return v, v.object(m.Shared)
 }
 
-// huge fills what is mapped if it is huge pages of no file that has a name of
-// its own; done is false for files of hugetlbfs and memfds.
-func (v *VMA) huge(m *procfs.SmapsEntry) (done bool, reason string) {
-	switch {
-	case strings.HasPrefix(m.Path, "/SYSV"):
-		return true, "a System V segment of huge pages"
-	// Anonymous memory shows the file that the kernel makes for it.
-	case !m.Deleted || m.Path != "/anon_hugepage" || m.KernelPageSize <= arch.PageSize:
-		return false, ""
+// huge fills what is mapped if it is anonymous huge pages, which show the file that
+// the kernel makes for them; false for files of hugetlbfs, memfds and segments.
+func (v *VMA) huge(m *procfs.SmapsEntry) bool {
+	if !m.Deleted || m.Path != "/anon_hugepage" || m.KernelPageSize <= arch.PageSize {
+		return false
 	}
 	v.Flags |= unix.MAP_ANONYMOUS | unix.MAP_HUGETLB | bits.TrailingZeros64(m.KernelPageSize)<<unix.MAP_HUGE_SHIFT
 	if m.Shared {
 		v.Status |= AnonShared
-		return true, ""
+		return true
 	}
 	v.Status |= AnonPrivate
 	v.Offset = 0
-	return true, ""
+	return true
 }
 
 // Droppable is MAP_DROPPABLE (include/uapi/linux/mman.h, Linux 6.11), a type of
@@ -243,7 +239,7 @@ func (v *VMA) object(shared bool) (reason string) {
 	case strings.HasPrefix(path, "/secretmem"):
 		return "memory that is hidden from the kernel (memfd_secret)"
 	case strings.HasPrefix(path, "/[aio]"):
-		return "a ring of asynchronous I/O (io_setup)"
+		return "a ring of asynchronous I/O (io_setup), of which nobody can tell whether requests are under way"
 	case strings.HasPrefix(path, "anon_inode:"), strings.HasPrefix(path, "/anon_inode:"):
 		return "memory of " + strings.TrimPrefix(path, "/")
 	case strings.HasPrefix(path, "socket:"):

@@ -90,9 +90,13 @@ func dumpIpc(emit Emit, shm []image.SysVFacts) error {
 	}
 	for i := range shm {
 		s := &shm[i]
-		err := emit(image.Entry{File: image.IpcShmFile(Ipc.id()), Magic: image.MagicIPCShm, Msg: &ipc_shm.IpcShmEntry{
+		e := &ipc_shm.IpcShmEntry{
 			Desc: desc(s.ID, s.Key, s.UID, s.GID, s.CUID, s.CGID, s.Mode&0o777), Size: proto.Uint64(s.Size), InPagemaps: proto.Bool(true),
-		}})
+		}
+		if s.Huge != 0 {
+			e.HugetlbFlag = proto.Uint32(s.Huge)
+		}
+		err := emit(image.Entry{File: image.IpcShmFile(Ipc.id()), Magic: image.MagicIPCShm, Msg: e})
 		if err != nil {
 			return err
 		}
@@ -309,12 +313,12 @@ func restoreIpcVars(set *image.Set, id uint32) error {
 func (im Images) Segments(set *image.Set) (out []image.SysVFacts, err error) {
 	for _, x := range set.Entries(image.IpcShmFile(im.ids[Ipc])) {
 		e, ok := x.Msg.(*ipc_shm.IpcShmEntry)
-		if !ok || !e.GetInPagemaps() || e.GetHugetlbFlag() != 0 {
-			return nil, fmt.Errorf("image %s: segment %d is not in lists of pages, or of huge pages", x.File, e.GetDesc().GetId())
+		if !ok || !e.GetInPagemaps() {
+			return nil, fmt.Errorf("image %s: segment %d is not in lists of pages", x.File, e.GetDesc().GetId())
 		}
 		d := e.GetDesc()
 		out = append(out, image.SysVFacts{ID: d.GetId(), Key: int32(d.GetKey()), Size: e.GetSize(), Mode: d.GetMode() & 0o777,
-			UID: d.GetUid(), GID: d.GetGid(), CUID: d.GetCuid(), CGID: d.GetCgid()})
+			UID: d.GetUid(), GID: d.GetGid(), CUID: d.GetCuid(), CGID: d.GetCgid(), Huge: e.GetHugetlbFlag()})
 	}
 	return out, nil
 }

@@ -247,7 +247,7 @@ func (t *Tree) openFiles() (err error) {
 	}
 	for id, o := range t.model.sharedAnons() {
 		if t.shmems[id], err = sys.SharedAnon(o.size, o.huge); err != nil {
-			return fmt.Errorf("make %d bytes of shared memory%s: %w", o.size, hugeHint(o.huge), err)
+			return fmt.Errorf("make %d bytes of shared memory%s: %w", o.size, hugeHint(o.huge != 0), err)
 		}
 	}
 	return t.inIPC(t.openSegments)
@@ -498,7 +498,7 @@ func (t *Tree) mapAll(p *process) error {
 			} else {
 				flags |= unix.MAP_ANONYMOUS | v.Flags&mem.HugeFlags
 			}
-			calls = append(calls, ptrace.NewCall("make "+v.String()+hugeHint(v.Flags), unix.SYS_MMAP, ptrace.Int(v.Start), ptrace.Int(v.Len()),
+			calls = append(calls, ptrace.NewCall("make "+v.String()+hugeHint(v.Flags&unix.MAP_HUGETLB != 0), unix.SYS_MMAP, ptrace.Int(v.Start), ptrace.Int(v.Len()),
 				ptrace.Int(v.Prot), ptrace.Int(flags), ptrace.Int(fd), ptrace.Int(off)))
 		}
 		calls = append(calls, advise(v)...)
@@ -519,9 +519,9 @@ func (t *Tree) mapAll(p *process) error {
 	return checkLocks(r.Tid, locked, locks)
 }
 
-// hugeHint is for messages on mappings with flags.
-func hugeHint(flags int) string {
-	if flags&unix.MAP_HUGETLB == 0 {
+// hugeHint is for messages on what may be of huge pages.
+func hugeHint(huge bool) string {
+	if !huge {
 		return ""
 	}
 	return " of huge pages (reserve some with vm.nr_hugepages)"

@@ -28,8 +28,8 @@ func (m *model) checkSegments(facts []image.SysVFacts) error {
 	m.segments = map[uint32]*image.SysVFacts{}
 	for i := range facts {
 		s := &facts[i]
-		if s.ID > 1<<31-1 || s.Size == 0 || s.Size > 1<<47 || s.Mode&sys.ShmHugetlb != 0 || m.segments[s.ID] != nil {
-			return fmt.Errorf("images hold an impossible System V segment: id %d, %d bytes, mode %#o", s.ID, s.Size, s.Mode)
+		if s.ID > 1<<31-1 || s.Size == 0 || s.Size > 1<<47 || !hugeSegment(s.Huge) || m.segments[s.ID] != nil {
+			return fmt.Errorf("images hold an impossible System V segment: id %d, %d bytes, mode %#o, huge pages %#x", s.ID, s.Size, s.Mode, s.Huge)
 		}
 		m.segments[s.ID] = s
 	}
@@ -42,7 +42,8 @@ func (m *model) checkSegments(facts []image.SysVFacts) error {
 		var err error
 		p.attached, err = mem.Attachments(p.vmas, func(id uint64) (uint64, error) {
 			if s := m.segments[uint32(id)]; s != nil && id == uint64(s.ID) {
-				return s.Size, nil
+				page := sys.ShmPage(s.Huge)
+				return (s.Size + page - 1) / page * page, nil
 			}
 			return 0, fmt.Errorf("the images do not hold System V segment %d", id)
 		})
@@ -53,6 +54,13 @@ func (m *model) checkSegments(facts []image.SysVFacts) error {
 	return nil
 }
 
+// hugeSegment tells whether flags of shmget name no huge pages or such as a CPU may
+// have: 64 KiB to 16 GiB.
+func hugeSegment(flags uint32) bool {
+	shift := flags >> sys.ShmHugeShift & sys.ShmHugeMask
+	return flags == 0 || flags == sys.ShmHugetlb|shift<<sys.ShmHugeShift && shift >= 16 && shift <= 34
+}
+
 // inIPC runs f in the IPC namespace of the tree.
 func (t *Tree) inIPC(f func() error) error { return ns.Do(t.root, t.inside()&ns.Ipc, f) }
 
@@ -61,16 +69,16 @@ func (t *Tree) inIPC(f func() error) error { return ns.Do(t.root, t.inside()&ns.
 func (t *Tree) openSegments() error {
 	for id, s := range t.model.segments {
 		d := unix.SysvShmDesc{Segsz: s.Size, Perm: unix.SysvIpcPerm{Key: s.Key, Uid: s.UID, Gid: s.GID, Cuid: s.CUID, Cgid: s.CGID, Mode: s.Mode}}
-		if err := sys.ShmCreate(int(id), &d); err != nil {
+		if err := sys.ShmCreate(int(id), &d, s.Huge); err != nil {
 			what := fmt.Sprintf("make System V segment %d with key %#x", id, uint32(s.Key))
 			if errors.Is(err, unix.EEXIST) {
 				return fmt.Errorf("%s: its id or key is taken on this host; remove what has it (ipcrm -m %d or ipcrm -M %#x): %w", what, id, uint32(s.Key), err)
 			}
-			return fmt.Errorf("%s: %w", what, err)
+			return fmt.Errorf("%s%s: %w", what, hugeHint(s.Huge != 0), err)
 		}
 		t.made = append(t.made, int(id))
 		var err error
-		if t.shmems[id], err = sys.ShmFile(int(id)); err != nil {
+		if t.shmems[id], err = sys.ShmFile(int(id), sys.ShmPage(s.Huge)); err != nil {
 			return fmt.Errorf("open System V segment %d: %w", id, err)
 		}
 	}
@@ -89,9 +97,11 @@ func (t *Tree) attach(p *process) (calls []*ptrace.Call, err error) {
 		if !a.Whole() {
 			// What is missing may be in the way of something else: its parts are
 			// moved to where they belong.
-			if at, err = p.free(a.End-a.Start, span{t.spare, t.spare + spareSize}); err != nil {
+			page := sys.ShmPage(t.model.segments[uint32(a.Segment)].Huge)
+			if at, err = p.free(a.End-a.Start+page, span{t.spare, t.spare + spareSize}); err != nil {
 				return nil, err
 			}
+			at = (at + page - 1) / page * page
 		}
 		add(fmt.Sprintf("attach System V segment %d at %x", a.Segment, at), unix.SYS_SHMAT, ptrace.Int(a.Segment), ptrace.Int(at), ptrace.Int(flags))
 		for _, v := range a.VMAs {

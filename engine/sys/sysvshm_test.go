@@ -18,7 +18,7 @@ func TestShmCreate(t *testing.T) {
 	// An id of the highest generation, which a fresh host does not reach by itself.
 	const id = 32767<<15 | 30123
 	want := unix.SysvShmDesc{Segsz: 5000, Perm: unix.SysvIpcPerm{Key: 0x60d31701, Uid: 11, Gid: 12, Cuid: 13, Cgid: 14, Mode: 0o640 | ShmLocked}}
-	if err := ShmCreate(id, &want); err != nil {
+	if err := ShmCreate(id, &want, 0); err != nil {
 		t.Fatal(err)
 	}
 	defer func() {
@@ -37,15 +37,15 @@ func TestShmCreate(t *testing.T) {
 	if got.Perm != want.Perm || got.Segsz != want.Segsz || got.Nattch != 0 {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
-	if err := ShmCreate(id, &want); !errors.Is(err, unix.EEXIST) {
+	if err := ShmCreate(id, &want, 0); !errors.Is(err, unix.EEXIST) {
 		t.Errorf("the same key and id again: %v", err)
 	}
 	other := want
 	other.Perm.Key = 0
-	if err := ShmCreate(id, &other); !errors.Is(err, unix.EEXIST) {
+	if err := ShmCreate(id, &other, 0); !errors.Is(err, unix.EEXIST) {
 		t.Errorf("the same id again: %v", err)
 	}
-	f, err := ShmFile(id)
+	f, err := ShmFile(id, 4096)
 	if err != nil {
 		t.Fatal(err)
 	}

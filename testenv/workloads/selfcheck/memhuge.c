@@ -1,6 +1,8 @@
 // Huge pages of hugetlb that are shared or belong to files.
 #include "mem.h"
+#include <sys/ipc.h>
 #include <sys/mount.h>
+#include <sys/shm.h>
 #include <sys/stat.h>
 
 #ifndef MFD_HUGETLB
@@ -94,5 +96,44 @@ COMMAND(hugeshared) {
 	for (int i = 0; i < MAPPED; i++) SYS(munmap(hp[i], (i == ANON ? 3 : i == GONE ? 1 : 2) * (size_t)HUGE));
 	close(sealed_fd), close(open_fd);
 	SYS(umount2(huge_dir, MNT_DETACH));
+	unreserve_huge();
+}
+
+// ---- hugeshm: System V segments of huge pages, one of a size that is no multiple of
+// theirs, one removed and with a part unmapped.
+
+static unsigned char *hs[2];
+static int hs_ids[2];
+
+static void hugeshm_check(void) {
+	static unsigned turn;
+	size_t from = (size_t)turn++ % 16 * (HUGE / 16), to = from + HUGE / 16;
+	same("huge segment", hs[0], from, to, 500);
+	same("removed huge segment", hs[1], HUGE + from, HUGE + to, 501);
+	for (int i = 0; i < 2; i++) {
+		struct shmid_ds d;
+		SYS(shmctl(hs_ids[i], IPC_STAT, &d));
+		CHECK(d.shm_segsz == (i ? 2 * (size_t)HUGE : HUGE + 100), "huge segment of %zu bytes", d.shm_segsz);
+		CHECK(d.shm_nattch == 1, "attached %lu times", d.shm_nattch);
+		CHECK(has_flag(hs[i] + i * (size_t)HUGE, "ht"), "segment %d has no huge pages any more", i);
+	}
+	CHECK(hs[0][HUGE + 4711] == 0, "hole in a huge segment");
+	CHECK(flags_of(hs[1])[0] == 0 || !has_flag(hs[1], "ht"), "what was unmapped is there");
+}
+
+COMMAND(hugeshm) {
+	reserve_huge(6);
+	for (int i = 0; i < 2; i++) {
+		hs_ids[i] = SYS(shmget(IPC_PRIVATE, i ? 2 * (size_t)HUGE : HUGE + 100, IPC_CREAT | 0600 | SHM_HUGETLB));
+		hs[i] = SYS(shmat(hs_ids[i], NULL, 0));
+	}
+	huge_put(hs[0], 500, 1);
+	for (size_t i = HUGE; i < 2 * (size_t)HUGE; i++) hs[1][i] = pattern(501, i);
+	SYS(munmap(hs[1], HUGE));
+	SYS(shmctl(hs_ids[1], IPC_RMID, NULL));
+	loop(hugeshm_check);
+	SYS(shmctl(hs_ids[0], IPC_RMID, NULL));
+	SYS(shmdt(hs[0]));
+	SYS(munmap(hs[1] + HUGE, HUGE));
 	unreserve_huge();
 }

@@ -27,7 +27,7 @@ void same(const char *name, unsigned char *p, size_t from, size_t to, uint64_t s
 	for (size_t i = from; i < to; i++) CHECK(p[i] == pattern(seed, i), "%s: byte %zu is %02x, want %02x", name, i, p[i], pattern(seed, i));
 }
 
-char *flags_of(const void *p) {
+static char *read_flags(const void *p) {
 	FILE *f = fopen("/proc/self/smaps", "re");
 	CHECK(f, "open smaps: %s", strerror(errno));
 	static char line[4096];
@@ -43,6 +43,17 @@ char *flags_of(const void *p) {
 	fclose(f);
 	line[0] = 0;
 	return line;
+}
+
+// Whoever is moved while reading may read nonsense: two readings must agree.
+char *flags_of(const void *p) {
+	static char last[4096];
+	strcpy(last, "none yet");
+	for (;;) {
+		char *now = read_flags(p);
+		if (strcmp(now, last) == 0) return now;
+		strcpy(last, now);
+	}
 }
 
 bool has_flag(const void *p, const char *flag) {
@@ -337,7 +348,7 @@ COMMAND(manyvmas) {
 
 static unsigned char *huge[2];
 static const char *const NR_HUGE = "/proc/sys/vm/nr_hugepages";
-static long had_huge;
+static long more_huge;
 
 long nr_huge(long set) {
 	long n = 0;
@@ -350,12 +361,17 @@ long nr_huge(long set) {
 }
 
 void reserve_huge(int pages) {
-	had_huge = nr_huge(-1);
-	nr_huge(had_huge + pages);
-	CHECK(nr_huge(-1) == had_huge + pages, "this test needs %d huge pages more; the machine gives %ld", pages, nr_huge(-1) - had_huge);
+	more_huge = pages;
+	long had = nr_huge(-1);
+	nr_huge(had + pages);
+	CHECK(nr_huge(-1) >= had + pages, "this test needs %d huge pages more; the machine gives %ld", pages, nr_huge(-1) - had);
 }
 
-void unreserve_huge(void) { nr_huge(had_huge); }
+// Others may have reserved some meanwhile.
+void unreserve_huge(void) {
+	long n = nr_huge(-1) - more_huge;
+	nr_huge(n > 0 ? n : 0);
+}
 
 static void hugetlb_check(void) {
 	static int turn;
