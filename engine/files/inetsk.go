@@ -273,22 +273,7 @@ func (d *Dumper) dumpDatagrams(o *object, fd int, e *sk_inet.InetSkEntry) error 
 	if err := d.refuseUnsent(o, fd); err != nil {
 		return err
 	}
-	if d.dry() {
-		return nil // a server that runs takes what comes
-	}
-	// Nobody can put a datagram back with the address of its sender. A busy
-	// server always has some, and more get lost while it is frozen: UDP allows
-	// it and its clients expect it, so that it is no reason to refuse. One
-	// without content counts, too, which SIOCINQ does not tell.
-	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN | unix.POLLRDHUP}}
-	if _, err := unix.Poll(p, 0); err != nil {
-		return os.NewSyscallError("poll", err)
-	}
-	if p[0].Revents&(unix.POLLIN|unix.POLLRDHUP) == unix.POLLIN {
-		h := o.first()
-		d.log.Warn("datagrams that wait to be received do not travel, as UDP allows", "pid", h.proc.Pid, "fd", h.fd, "socket", o.link)
-	}
-	return nil
+	return d.dumpWaiting(o, fd, e)
 }
 
 // refuseUnsent refuses a socket that holds back a datagram to be completed
@@ -479,6 +464,9 @@ func openInet(r *Restorer, x *description) error {
 		if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, btoi(e.GetV6Only())); err != nil {
 			return os.NewSyscallError("setsockopt IPV6_V6ONLY", err)
 		}
+	}
+	if err := r.queueDatagrams(x, fd); err != nil {
+		return err
 	}
 	// What is left of old connections (TIME_WAIT) would keep a TCP port busy.
 	reuse := e.GetOpts().GetReuseaddr() || e.GetType() == unix.SOCK_STREAM

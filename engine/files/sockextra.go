@@ -341,6 +341,9 @@ func checkSockFacts(f *image.SockFacts) error {
 			return fmt.Errorf("option %s has %d bytes, expected at most %d", x.name, len(s.Value), x.size)
 		}
 	}
+	if err := checkDatagrams(f.Datagrams); err != nil {
+		return err
+	}
 	return checkGroups(f.Groups)
 }
 

@@ -69,6 +69,11 @@ func TestSockFactsHostile(t *testing.T) {
 		{"no sources", image.SockFacts{Groups: []image.SockGroup{{Group: "239.0.0.1"}}}},
 		{"is no source", image.SockFacts{Groups: []image.SockGroup{{Group: "239.0.0.1", Sources: []string{"::1"}}}}},
 		{"5000 sources", image.SockFacts{Groups: []image.SockGroup{{Group: "239.0.0.1", Sources: make([]string, 5000)}}}},
+		{"a datagram from", image.SockFacts{Datagrams: []image.SockDatagram{{From: "10.0.0.1"}}}},
+		{"a datagram from", image.SockFacts{Datagrams: []image.SockDatagram{{From: "[fe80::1%lo]:7"}}}},
+		{"a datagram to", image.SockFacts{Datagrams: []image.SockDatagram{{From: "10.0.0.1:7", To: "x"}}}},
+		{"a datagram of 70000", image.SockFacts{Datagrams: []image.SockDatagram{{From: "10.0.0.1:7", Data: make([]byte, 70000)}}}},
+		{"70000 datagrams", image.SockFacts{Datagrams: make([]image.SockDatagram, 70000)}},
 		{"5000 multicast groups", image.SockFacts{Groups: make([]image.SockGroup, 5000)}},
 	} {
 		if err := checkSockFacts(&x.f); err == nil || !strings.Contains(err.Error(), x.want) {
@@ -78,7 +83,7 @@ func TestSockFactsHostile(t *testing.T) {
 }
 
 // What a corked socket holds back stands in the way of a dump; datagrams that
-// wait do not, or no busy server could ever be moved.
+// wait do not.
 func TestUDPRefused(t *testing.T) {
 	c := start(t, "udp-refused")
 	d := dumpAll(t, Options{}, c)
@@ -91,4 +96,21 @@ func TestUDPRefused(t *testing.T) {
 	if len(d.problems) != 1 {
 		t.Errorf("%d problems, want 1", len(d.problems))
 	}
+}
+
+// FuzzDatagram: what the kernel tells of a datagram makes nothing panic, and is what
+// an image may hold.
+func FuzzDatagram(f *testing.F) {
+	f.Add([]byte{20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 64, 0, 0, 0, 0, 0, 0, 0}, false)
+	f.Add([]byte{28, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 1, 0, 0, 0, 127, 0, 0, 1, 127, 0, 0, 1, 0, 0, 0, 0}, true)
+	f.Fuzz(func(t *testing.T, oob []byte, six bool) {
+		var from unix.Sockaddr = &unix.SockaddrInet4{Port: 7, Addr: [4]byte{127, 0, 0, 1}}
+		if six {
+			from = &unix.SockaddrInet6{Port: 7, Addr: [16]byte{15: 1}}
+		}
+		m, _, ok := datagramOf(from, oob)
+		if err := checkDatagrams([]image.SockDatagram{m}); !ok || err != nil {
+			t.Error(ok, err)
+		}
+	})
 }

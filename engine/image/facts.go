@@ -314,8 +314,19 @@ type SockFacts struct {
 	Options []SockOption `json:"options,omitempty"`
 	// Interfaces are the names of the network interfaces whose indexes are in the entry.
 	Interfaces map[uint32]string `json:"interfaces,omitempty"`
+	// Datagrams wait to be received, in this order.
+	Datagrams []SockDatagram `json:"datagrams,omitempty"`
 	// Groups are the multicast groups that it has joined.
 	Groups []SockGroup `json:"groups,omitempty"`
+}
+
+// SockDatagram is a datagram of UDP with what the kernel tells of it.
+type SockDatagram struct {
+	From string `json:"from"`         // address and port of its sender
+	To   string `json:"to,omitempty"` // the address it was sent to, if the socket asks for it
+	TTL  uint8  `json:"ttl,omitempty"`
+	TOS  uint8  `json:"tos,omitempty"`
+	Data []byte `json:"data,omitempty"`
 }
 
 // SockOption is one option of setsockopt(2).

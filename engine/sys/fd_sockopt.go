@@ -70,3 +70,13 @@ func SetFilter(fd int, prog []unix.SockFilter) error {
 	p := unix.SockFprog{Len: uint16(len(prog)), Filter: &prog[0]}
 	return os.NewSyscallError("setsockopt SO_ATTACH_FILTER", unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &p))
 }
+
+// Disconnect takes the peer of a datagram socket away, and what it was not bound
+// to for good.
+func Disconnect(fd int) error {
+	sa := unix.RawSockaddr{Family: unix.AF_UNSPEC}
+	if _, _, e := unix.Syscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&sa)), unsafe.Sizeof(sa)); e != 0 {
+		return os.NewSyscallError("connect", e)
+	}
+	return nil
+}

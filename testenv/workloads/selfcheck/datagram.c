@@ -399,3 +399,104 @@ COMMAND(ping) {
 	so_put(ping6, IPPROTO_IPV6, IPV6_RECVHOPLIMIT, 1);
 	loop(ping_check);
 }
+
+// ---- datagrams that wait to be received, with their senders
+
+static int wany, wcon, w6, wdual, wmc, wfrom[3], wfrom6;
+
+static void queue_take(int fd, const struct sockaddr *from, socklen_t n, const void *want, size_t len, int ttl, const char *to, const char *what) {
+	static char b[65536];
+	char oob[512];
+	struct sockaddr_storage a = {0};
+	struct iovec v = {b, sizeof b};
+	struct msghdr m = {&a, sizeof a, &v, 1, oob, sizeof oob, 0};
+	ssize_t got = recvmsg(fd, &m, MSG_DONTWAIT);
+	CHECK(got == (ssize_t)len && memcmp(b, want, len) == 0, "%s: a datagram of %zd bytes (%s), want %zu", what, got, got < 0 ? strerror(errno) : "", len);
+	CHECK(m.msg_namelen == n && memcmp(&a, from, n) == 0, "%s: another sender", what);
+	bool seen = !ttl && !to;
+	for (struct cmsghdr *c = CMSG_FIRSTHDR(&m); c; c = CMSG_NXTHDR(&m, c)) {
+		if (c->cmsg_level == IPPROTO_IP && c->cmsg_type == IP_TTL) CHECK(*(int *)CMSG_DATA(c) == ttl, "%s: TTL %d", what, *(int *)CMSG_DATA(c));
+		if (c->cmsg_level == IPPROTO_IP && c->cmsg_type == IP_PKTINFO) {
+			struct in_addr is = ((struct in_pktinfo *)CMSG_DATA(c))->ipi_addr;
+			CHECK(strcmp(inet_ntoa(is), to) == 0, "%s: sent to %s", what, inet_ntoa(is));
+			seen = true;
+		}
+	}
+	CHECK(seen, "%s: nothing is told of it", what);
+}
+
+static void queue_check(void) {
+	so_recheck();
+	int all[] = {wany, wcon, w6, wdual, wmc};
+	for (int i = 0; i < 5; i++) {
+		struct pollfd p = {all[i], POLLIN | POLLOUT, 0};
+		SYS(poll(&p, 1, 0));
+		CHECK(p.revents == (POLLIN | POLLOUT), "socket %d: poll says %x", i, p.revents);
+	}
+	char b[8];
+	CHECK(recv(wany, b, 8, MSG_PEEK | MSG_DONTWAIT) == 3 && memcmp(b, "one", 3) == 0, "the first datagram is another");
+}
+
+COMMAND(udpqueue) {
+	static char large[60000];
+	for (size_t i = 0; i < sizeof large; i++) large[i] = pattern(5, i);
+	wany = bound4("0.0.0.0", 0);
+	so_put(wany, IPPROTO_IP, IP_PKTINFO, 1);
+	so_put(wany, IPPROTO_IP, IP_RECVTTL, 1);
+	so_put(wany, SOL_SOCKET, SO_RCVBUF, 400000);
+	wcon = bound4("127.0.0.1", 0);
+	w6 = bound6("::1", 0, 0);
+	wdual = bound6("::", 0, 0);
+	wmc = bound4("239.7.7.5", 7010);
+	int lo = if_nametoindex("lo");
+	so_bytes(wmc, IPPROTO_IP, IP_ADD_MEMBERSHIP, &(struct ip_mreqn){{inet_addr("239.7.7.5")}, {0}, lo}, sizeof(struct ip_mreqn));
+	for (int i = 0; i < 3; i++) {
+		char a[] = "127.0.0.2";
+		a[8] += i;
+		wfrom[i] = bound4(a, 0);
+	}
+	wfrom6 = bound6("::1", 0, 0);
+	so_put(wfrom[1], IPPROTO_IP, IP_TTL, 42);
+	so_bytes(wfrom[0], IPPROTO_IP, IP_MULTICAST_IF, &(struct ip_mreqn){.imr_address.s_addr = inet_addr("127.0.0.2"), .imr_ifindex = lo}, sizeof(struct ip_mreqn));
+	struct sockaddr_in from[3], to, con;
+	struct sockaddr_in6 from6, to6, mapped = {.sin6_family = AF_INET6};
+	socklen_t n = sizeof to, n6 = sizeof to6;
+	for (int i = 0; i < 3; i++) SYS(getsockname(wfrom[i], (struct sockaddr *)&from[i], &n));
+	SYS(getsockname(wfrom6, (struct sockaddr *)&from6, &n6));
+	SYS(getsockname(wcon, (struct sockaddr *)&con, &n));
+	SYS(connect(wcon, (struct sockaddr *)&from[2], sizeof from[2]));
+	SYS(getsockname(wany, (struct sockaddr *)&to, &n));
+	int any = ntohs(to.sin_port);
+	send4(wfrom[0], "one", "127.0.0.7", any);
+	send4(wfrom[1], "", "127.0.0.8", any);
+	send4(wfrom[2], "three", "127.0.0.9", any);
+	inet_pton(AF_INET, "127.0.0.1", &to.sin_addr);
+	CHECK(SYS(sendto(wfrom[1], large, sizeof large, 0, (struct sockaddr *)&to, n)) == sizeof large, "send");
+	send4(wfrom[2], "from the peer", "127.0.0.1", ntohs(con.sin_port));
+	SYS(getsockname(w6, (struct sockaddr *)&to6, &n6));
+	send6(wfrom6, "over IPv6", "::1", ntohs(to6.sin6_port), 0);
+	send6(wfrom6, "", "::1", ntohs(to6.sin6_port), 0);
+	SYS(getsockname(wdual, (struct sockaddr *)&to6, &n6));
+	send6(wfrom6, "six", "::1", ntohs(to6.sin6_port), 0);
+	send4(wfrom[0], "four", "127.0.0.1", ntohs(to6.sin6_port));
+	send4(wfrom[0], "to a group", "239.7.7.5", 7010);
+	loop(queue_check);
+#define SOCKADDR(a) (struct sockaddr *)&(a), sizeof(a)
+	queue_take(wany, SOCKADDR(from[0]), "one", 3, 64, "127.0.0.7", "the first");
+	queue_take(wany, SOCKADDR(from[1]), "", 0, 42, "127.0.0.8", "the empty one");
+	queue_take(wany, SOCKADDR(from[2]), "three", 5, 64, "127.0.0.9", "the third");
+	queue_take(wany, SOCKADDR(from[1]), large, sizeof large, 42, "127.0.0.1", "the large one");
+	queue_take(wcon, SOCKADDR(from[2]), "from the peer", 13, 0, NULL, "that of the peer");
+	queue_take(w6, SOCKADDR(from6), "over IPv6", 9, 0, NULL, "that of IPv6");
+	queue_take(w6, SOCKADDR(from6), "", 0, 0, NULL, "the empty one of IPv6");
+	queue_take(wdual, SOCKADDR(from6), "six", 3, 0, NULL, "that of IPv6 of two");
+	mapped.sin6_port = from[0].sin_port;
+	inet_pton(AF_INET6, "::ffff:127.0.0.2", &mapped.sin6_addr);
+	queue_take(wdual, SOCKADDR(mapped), "four", 4, 0, NULL, "that of IPv4 of two");
+	queue_take(wmc, SOCKADDR(from[0]), "to a group", 10, 0, NULL, "that to a group");
+	int all[] = {wany, wcon, w6, wdual, wmc};
+	for (int i = 0; i < 5; i++) so_silent(all[i], "a queue that was emptied");
+	send4(wfrom[1], "a stranger's", "127.0.0.1", ntohs(con.sin_port));
+	nap_ms(20);
+	so_silent(wcon, "a connected socket");
+}
