@@ -15,11 +15,14 @@ import (
 	criu_core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/eventpoll"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fh"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fifo"
 	file_lock "github.com/checkpoint-restore/go-criu/v8/crit/images/file-lock"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fsnotify"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/ghost-file"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/memfd"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/ns"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pipe-data"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/regfile"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/remap-file-path"
@@ -255,6 +258,15 @@ func TestCorruptImages(t *testing.T) {
 	fd := func(n, id uint32, typ fdinfo.FdTypes) *fdinfo.FdinfoEntry {
 		return &fdinfo.FdinfoEntry{Id: &id, Fd: &n, Flags: proto.Uint32(0), Type: typ.Enum()}
 	}
+	ify := func(ws ...*fsnotify.InotifyWdEntry) *fdinfo.FileEntry {
+		return &fdinfo.FileEntry{Type: fdinfo.FdTypes_INOTIFY.Enum(), Id: proto.Uint32(1), Ify: &fsnotify.InotifyFileEntry{Id: proto.Uint32(1), Fown: noOwner(), Wd: ws}}
+	}
+	ffy := func(flags uint32, ms ...*fsnotify.FanotifyMarkEntry) *fdinfo.FileEntry {
+		return &fdinfo.FileEntry{Type: fdinfo.FdTypes_FANOTIFY.Enum(), Id: proto.Uint32(1), Ffy: &fsnotify.FanotifyFileEntry{Id: proto.Uint32(1), Fown: noOwner(), Faflags: &flags, Mark: ms}}
+	}
+	nsf := func(id, flag uint32) *fdinfo.FileEntry {
+		return &fdinfo.FileEntry{Type: fdinfo.FdTypes_NS.Enum(), Id: proto.Uint32(1), Nsf: &ns.NsFileEntry{Id: proto.Uint32(1), NsId: &id, NsCflag: &flag, Flags: proto.Uint32(0)}}
+	}
 	type entries map[string][]proto.Message
 	for _, x := range []struct {
 		name string
@@ -282,6 +294,14 @@ func TestCorruptImages(t *testing.T) {
 		{"ghost symlink to nowhere", entries{"remap-fpath": {&remap_file_path.RemapFilePathEntry{OrigId: proto.Uint32(1), RemapId: proto.Uint32(3), RemapType: remap_file_path.RemapType_GHOST.Enum()}},
 			"ghost-file-3": {&ghost_file.GhostFileEntry{Mode: proto.Uint32(unix.S_IFLNK)}}}, "is no target of a symlink"},
 		{"linked remap", entries{"remap-fpath": {&remap_file_path.RemapFilePathEntry{OrigId: proto.Uint32(1), RemapId: proto.Uint32(3), RemapType: remap_file_path.RemapType_LINKED.Enum()}}}, "cannot be found under the name of file"},
+		{"watch 0", entries{"files": {ify(&fsnotify.InotifyWdEntry{Wd: proto.Uint32(0), FHandle: &fh.FhEntry{}})}}, "watch number 0 is out of range"},
+		{"watch twice", entries{"files": {ify(&fsnotify.InotifyWdEntry{Wd: proto.Uint32(3), FHandle: &fh.FhEntry{}}, &fsnotify.InotifyWdEntry{Wd: proto.Uint32(3), FHandle: &fh.FhEntry{}})}}, "watch 3 is there twice"},
+		{"handle", entries{"files": {ify(&fsnotify.InotifyWdEntry{Wd: proto.Uint32(1), FHandle: &fh.FhEntry{Bytes: proto.Uint32(500)}})}}, "file handle of 500 bytes"},
+		{"group that decides", entries{"files": {ffy(unix.FAN_CLASS_CONTENT)}}, "fanotify group are not carried"},
+		{"mark on nothing", entries{"files": {ffy(0, &fsnotify.FanotifyMarkEntry{Type: fsnotify.MarkType_INODE.Enum()})}}, "mark 1: what it is on is missing"},
+		{"mark that decides", entries{"files": {ffy(0, &fsnotify.FanotifyMarkEntry{Type: fsnotify.MarkType_MOUNT.Enum(), Me: &fsnotify.FanotifyMountMarkEntry{}, Mask: proto.Uint32(unix.FAN_OPEN_PERM)})}}, "mask 0x10000 is not carried"},
+		{"namespace of no kind", entries{"files": {nsf(1, 7)}}, "namespaces of kind 0x7 do not exist"},
+		{"namespace of nobody", entries{"files": {nsf(5, unix.CLONE_NEWNET)}}, "no process of the images lives in net namespace 5"},
 		{"pipe bytes", entries{"pipes-data": {&pipe_data.PipeDataEntry{PipeId: proto.Uint32(1), Bytes: proto.Uint32(5)}}}, "tells of 5 bytes, but there are 0"},
 		{"queue", entries{"sk-queues": {&sk_packet.SkPacketEntry{IdFor: proto.Uint32(1), Length: proto.Uint32(0)}}}, "which is no unix socket"},
 	} {
