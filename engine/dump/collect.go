@@ -60,7 +60,8 @@ type process struct {
 	zombie                       bool
 	tids, vtids                  []int // the leader first
 	status                       procfs.Status
-	vfork                        int // a thread that waits for a child made by vfork
+	threadFS                     map[int]*image.FSFacts // of threads that have their own, by tid
+	vfork                        int                    // a thread that waits for a child made by vfork
 
 	vmas            []*mem.VMA
 	exe, cwd, root  uint32 // file ids
@@ -469,9 +470,12 @@ func (c *collector) threads(p *process) error {
 		if tid == p.pid {
 			continue
 		}
-		for typ, name := range map[int]string{sys.KcmpFiles: "descriptors", sys.KcmpFS: "a working directory"} {
-			if r, err := sys.KcmpTask(p.pid, tid, typ); err == nil && r != sys.Equal {
-				c.refuse(p, "", fmt.Sprintf("%shas %s of its own (unshare), which cannot be carried", what, name), "")
+		if r, err := sys.KcmpTask(p.pid, tid, sys.KcmpFiles); err == nil && r != sys.Equal {
+			c.refuse(p, "", what+"has descriptors of its own (unshare), which cannot be carried", "")
+		}
+		if r, err := sys.KcmpTask(p.pid, tid, sys.KcmpFS); err == nil && r != sys.Equal {
+			if err := c.threadFS(p, tid, st.Umask); err != nil {
+				return fmt.Errorf("thread %d: %w", tid, err)
 			}
 		}
 	}
@@ -554,16 +558,49 @@ func (c *collector) object(p *process, v *mem.VMA) error {
 
 // paths registers the program, working directory and root.
 func (c *collector) paths(p *process) error {
-	for _, x := range []struct {
-		role  string
-		flags int
-		id    *uint32
-	}{
+	return c.addPaths(p, p.pid, []path{
 		{"exe", os.O_RDONLY, &p.exe},
 		{"cwd", os.O_RDONLY | unix.O_DIRECTORY, &p.cwd},
 		{"root", os.O_RDONLY | unix.O_DIRECTORY, &p.root},
-	} {
-		path := procfs.Path(p.pid, x.role)
+	})
+}
+
+// threadFS registers the directories of a thread that has its own (unshare with
+// CLONE_FS). Nobody else may have the same ones.
+func (c *collector) threadFS(p *process, tid int, umask uint32) error {
+	for _, o := range c.procs {
+		for _, other := range o.tids {
+			if other == tid || o.pid == p.pid && other == p.pid {
+				continue
+			}
+			if r, err := sys.KcmpTask(tid, other, sys.KcmpFS); err == nil && r == sys.Equal {
+				c.refuse(p, "", fmt.Sprintf("thread %d shares a working directory with task %d, but not with its process, which cannot be carried", tid, other), "")
+				return nil
+			}
+		}
+	}
+	f := &image.FSFacts{Umask: umask}
+	if p.threadFS == nil {
+		p.threadFS = map[int]*image.FSFacts{}
+	}
+	p.threadFS[tid] = f
+	return c.addPaths(p, tid, []path{
+		{"cwd", os.O_RDONLY | unix.O_DIRECTORY, &f.Cwd},
+		{"root", os.O_RDONLY | unix.O_DIRECTORY, &f.Root},
+	})
+}
+
+// path is a link in /proc of a task, the flags with which the restore opens what
+// it leads to, and where the id of that is noted.
+type path struct {
+	role  string
+	flags int
+	id    *uint32
+}
+
+func (c *collector) addPaths(p *process, tid int, paths []path) error {
+	for _, x := range paths {
+		path := procfs.TaskPath(p.pid, tid, x.role)
 		link, err := os.Readlink(path)
 		if err != nil {
 			return err

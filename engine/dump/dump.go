@@ -220,6 +220,7 @@ func (c *collector) processImages(t *freeze.Tree, fp *freeze.Proc, p *process, f
 	vpid := uint32(p.vpid)
 	leader := dumped[0]
 	for i, d := range dumped {
+		d.Facts.FS = p.threadFS[fp.Threads[i].Tid]
 		facts.Tasks = append(facts.Tasks, d.Facts)
 		if i == 0 {
 			d.Core.Ids = p.ids(c.own)

@@ -19,7 +19,7 @@ func Support() []plan.Support {
 		{Kind: "interval timers and POSIX timers"},
 		{Kind: "credentials, capabilities, no_new_privs, limits, OOM score"},
 		{Kind: "niceness, policies of scheduling with their budgets and slices, affinity, I/O priority, timer slack, autogroup"},
-		{Kind: "credentials, personality, name, securebits of single threads"},
+		{Kind: "credentials, personality, name, securebits, working and root directory of single threads"},
 		{Kind: "syscall user dispatch, use of the time stamp counter and cpuid, speculation, machine checks, NUMA policy", Note: "as set by prctl, arch_prctl and set_mempolicy"},
 		{Kind: "local descriptor tables, segments of thread-local storage"},
 		{Kind: "filter of core files, user who logged in", Note: "the user who logged in stays the restorer's, with a warning, where audit rules forbid another"},

@@ -82,6 +82,9 @@ type TaskFacts struct {
 	// NUMA is the memory policy of the thread (set_mempolicy(2)).
 	NUMA *NUMAFacts `json:"numa,omitempty"`
 
+	// FS are the directories and the umask of a thread that has its own.
+	FS *FSFacts `json:"fs,omitempty"`
+
 	// What follows belongs to a process and is in the facts of its first thread.
 
 	// Owner is who a process that has ended was.
@@ -123,6 +126,13 @@ type DispatchFacts struct {
 type OwnerFacts struct {
 	UID [4]uint32 `json:"uid"`
 	GID [4]uint32 `json:"gid"`
+}
+
+// FSFacts is what CRIU has as fs_entry for a process: ids of files.
+type FSFacts struct {
+	Cwd   uint32 `json:"cwd"`
+	Root  uint32 `json:"root"`
+	Umask uint32 `json:"umask"`
 }
 
 // NUMAFacts is a memory policy.

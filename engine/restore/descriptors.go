@@ -15,7 +15,14 @@ import (
 // all data: a program whose file was deleted cannot be set while that file is
 // still being written.
 func (t *Tree) place(p *process) error {
-	dirs, err := t.directories(p)
+	for _, th := range p.threads[1:] {
+		if th.facts != nil && th.facts.FS != nil {
+			if err := t.placeThread(th); err != nil {
+				return fmt.Errorf("thread %d: %w", th.vtid, err)
+			}
+		}
+	}
+	dirs, err := t.directories(p.remote().Tid, p.fs.GetCwdId(), p.fs.GetRootId())
 	if err != nil {
 		return err
 	}
@@ -27,19 +34,42 @@ func (t *Tree) place(p *process) error {
 	if err != nil {
 		return err
 	}
-	calls := []*ptrace.Call{mmMap(p, nums[0])}
+	calls := append([]*ptrace.Call{mmMap(p, nums[0])}, enter(nums[1:])...)
+	calls = append(calls, ptrace.NewCall("close", unix.SYS_CLOSE, ptrace.Int(nums[0])))
+	return p.remote().Run(calls...)
+}
+
+// placeThread gives a thread directories and an umask of its own.
+func (t *Tree) placeThread(th *thread) error {
+	if err := th.remote.Run(ptrace.NewCall("have directories of its own", unix.SYS_UNSHARE, ptrace.Int(unix.CLONE_FS))); err != nil {
+		return err
+	}
+	dirs, err := t.directories(th.remote.Tid, th.facts.FS.Cwd, th.facts.FS.Root)
+	if err != nil {
+		return err
+	}
+	nums, err := t.ch.give(th.remote, dirs)
+	if err != nil {
+		return err
+	}
+	return th.remote.Run(append(enter(nums), ptrace.NewCall("set umask", unix.SYS_UMASK, ptrace.Int(th.facts.FS.Umask)))...)
+}
+
+// enter makes the calls that go to a working directory and, if there are two, to a
+// root directory, and close both.
+func enter(nums []int) (calls []*ptrace.Call) {
 	add := func(what string, nr uintptr, args ...ptrace.Arg) {
 		calls = append(calls, ptrace.NewCall(what, nr, args...))
 	}
-	if len(nums) == 3 {
-		add("enter root directory", unix.SYS_FCHDIR, ptrace.Int(nums[2]))
+	if len(nums) == 2 {
+		add("enter root directory", unix.SYS_FCHDIR, ptrace.Int(nums[1]))
 		add("change root directory", unix.SYS_CHROOT, ptrace.Str("."))
 	}
-	add("enter working directory", unix.SYS_FCHDIR, ptrace.Int(nums[1]))
+	add("enter working directory", unix.SYS_FCHDIR, ptrace.Int(nums[0]))
 	for _, n := range nums {
 		add("close", unix.SYS_CLOSE, ptrace.Int(n))
 	}
-	return p.remote().Run(calls...)
+	return calls
 }
 
 // descriptors fills the descriptor table of a process, and of those that share it.
@@ -168,14 +198,14 @@ func (t *Tree) placeAt(p *process, part []files.Descriptor) error {
 	return p.remote().Run(append(calls, closes...)...)
 }
 
-// directories gives the working directory of a process and, if it is not the
-// one that new processes have anyway, its root directory.
-func (t *Tree) directories(p *process) ([]*os.File, error) {
-	cwd, err := t.files.File(p.fs.GetCwdId())
+// directories gives the working directory of a task and, if it is not the one
+// that it has anyway, its root directory.
+func (t *Tree) directories(tid int, cwdID, rootID uint32) ([]*os.File, error) {
+	cwd, err := t.files.File(cwdID)
 	if err != nil {
 		return nil, fmt.Errorf("working directory: %w", err)
 	}
-	root, err := t.files.File(p.fs.GetRootId())
+	root, err := t.files.File(rootID)
 	if err != nil {
 		return nil, fmt.Errorf("root directory: %w", err)
 	}
@@ -183,7 +213,7 @@ func (t *Tree) directories(p *process) ([]*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	here, err := os.Stat(fmt.Sprintf("/proc/%d/root/", t.root))
+	here, err := os.Stat(fmt.Sprintf("/proc/%d/root/", tid))
 	if err != nil {
 		return nil, err
 	}
