@@ -602,7 +602,7 @@ func putUp(name, bridge string) error {
 	defer c.close()
 	m := appendText(ifinfo(0, unix.IFF_UP, unix.IFF_UP), unix.IFLA_IFNAME, name)
 	if bridge != "" {
-		ms, err := c.do("find the bridge "+bridge, unix.RTM_GETLINK, 0, appendText(ifinfo(0, 0, 0), unix.IFLA_IFNAME, bridge))
+		ms, err := c.do("find the bridge "+bridge, unix.RTM_GETLINK, unix.NLM_F_ACK, appendText(ifinfo(0, 0, 0), unix.IFLA_IFNAME, bridge))
 		if err != nil {
 			return err
 		}

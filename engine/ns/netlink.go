@@ -42,7 +42,7 @@ func dial(proto int) (*conn, error) {
 
 func (c *conn) close() { _ = unix.Close(c.fd) }
 
-// do sends a request and gives the messages of the answer; an error of the
+// do sends a request, with NLM_F_DUMP or NLM_F_ACK, and gives the messages of the answer; an error of the
 // kernel is an *os.SyscallError that what names.
 func (c *conn) do(what string, typ, flags uint16, data []byte) ([]nlmsg, error) {
 	c.seq++

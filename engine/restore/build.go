@@ -58,10 +58,11 @@ type Tree struct {
 	shmems  map[uint32]*os.File
 	// terminals: the images have pseudoterminals that are to be made.
 	terminals bool
-	joined    ns.Set       // namespaces that were there before
-	rootDir   *os.File     // root directory of a mount namespace of the tree's own
-	links     *files.Links // names to remove once the tree runs
-	made      []int        // System V segments that go with a Discard
+	join      map[ns.Set]*os.File // namespaces of the tree that are there already
+	joined    ns.Set              // their kinds
+	rootDir   *os.File            // root directory of a mount namespace of the tree's own
+	links     *files.Links        // names to remove once the tree runs
+	made      []int               // System V segments that go with a Discard
 	spare     uint64
 	filler    *filler // nil: memory is not inherited
 
@@ -117,6 +118,9 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 		return nil, err
 	}
 	start := time.Now()
+	if err := t.findJoined(set); err != nil {
+		return nil, err
+	}
 	if err := t.readFiles(set); err != nil {
 		return nil, err
 	}

@@ -47,24 +47,32 @@ type NamespaceOptions struct {
 	EmptyNet    bool // nothing is made in a network namespace of its own
 }
 
-// join has everything that is cloned from the stub live in namespaces that are there.
-// Preconditions: nothing has been cloned yet.
-func (t *Tree) join(set *image.Set) error {
-	list := map[ns.Set]*os.File{}
-	for kind, f := range t.o.Namespaces.Join {
-		list[kind] = f
-	}
-	if key := t.model.own.NetKey(set); key != "" && t.model.own.Own.Has(ns.Net) && list[ns.Net] == nil {
+// findJoined finds out which namespaces of the tree are there already.
+func (t *Tree) findJoined(set *image.Set) error {
+	t.join = maps.Clone(t.o.Namespaces.Join)
+	if key := t.model.own.NetKey(set); key != "" && t.model.own.Own.Has(ns.Net) && t.join[ns.Net] == nil {
 		in, ok := t.o.Inherit[key]
 		if !ok {
 			return fmt.Errorf("the network namespace of the tree is external: hand it in (--inherit-fd 'fd[N]:%s', with the namespace open as descriptor N)", key)
 		}
-		list[ns.Net] = in.File
+		if t.join == nil {
+			t.join = map[ns.Set]*os.File{}
+		}
+		t.join[ns.Net] = in.File
 		// It is no file of the tree.
 		t.o.Inherit = maps.Clone(t.o.Inherit)
 		delete(t.o.Inherit, key)
 	}
-	for kind, f := range list {
+	for kind := range t.join {
+		t.joined |= kind
+	}
+	return nil
+}
+
+// joinAll has everything that is cloned from the stub live in namespaces that are there.
+// Preconditions: nothing has been cloned yet.
+func (t *Tree) joinAll() error {
+	for kind, f := range t.join {
 		nums, err := t.ch.give(t.stub.remote, []*os.File{f})
 		if err != nil {
 			return err
@@ -74,7 +82,6 @@ func (t *Tree) join(set *image.Set) error {
 			ptrace.NewCall("close", unix.SYS_CLOSE, ptrace.Int(nums[0]))); err != nil {
 			return err
 		}
-		t.joined |= kind
 	}
 	return nil
 }

@@ -48,7 +48,7 @@ func (t *Tree) rootProcess(set *image.Set) error {
 		// The stub is the init of the namespace and stays the root's parent.
 		flags, exitSignal = 0, uint64(unix.SIGCHLD)
 	}
-	if err := t.join(set); err != nil {
+	if err := t.joinAll(); err != nil {
 		return err
 	}
 	flags |= uint64(t.model.own.Own &^ ns.Time &^ t.joined) // setClocks

@@ -89,6 +89,90 @@ func TestContainer(t *testing.T) {
 		goes(ctx, t, r, 20)
 		stop(ctx, t, r)
 	})
+	t.Run("pivoted", func(t *testing.T) {
+		ctx := deadline(t, 2*time.Minute)
+		r := contained(ctx, t, h, newDir(t), "container", "pivot")
+		moveContained(ctx, t, r, 10)
+		img := dump(ctx, t, h, r.Pid, "--external", "mnt[/srv]:data")
+		// The root is named, and another directory becomes the external one.
+		if _, err := h.Run(ctx, "sh", "-c", "mv /tmp/srv /tmp/old; mkdir /tmp/srv; echo mine >/tmp/srv/file"); err != nil {
+			t.Fatal(err)
+		}
+		pidfile := filepath.Join(img, "pid")
+		if o := agentCmd(ctx, t, h, nil, "restore", "-D", img, "-d"); o.code != 1 || !strings.Contains(o.stderr, "mnt[data]") {
+			t.Errorf("restore without the external mount: exit code %d, %q", o.code, o.stderr)
+		}
+		mustAgent(ctx, t, h, nil, "restore", "-D", img, "-d", "--pidfile", pidfile, "--external", "mnt[data]:/tmp/srv", "-r", "/")
+		readPid(t, r, pidfile)
+		goes(ctx, t, r, 20)
+		if got, err := h.Run(ctx, "cat", fmt.Sprintf("/proc/%d/root/srv/file", r.Pid)); err != nil || got != "mine\n" {
+			t.Errorf("the external mount holds %q, %v", got, err)
+		}
+		if o := agentCmd(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", newDir(t), "--external", "mnt[/nowhere]:x"); o.code != 1 || !strings.Contains(o.stderr, "nothing is mounted there") {
+			t.Errorf("dump with an external mount that is not there: exit code %d, %q", o.code, o.stderr)
+		}
+		stop(ctx, t, r)
+	})
+	t.Run("veth", func(t *testing.T) {
+		ctx := deadline(t, 2*time.Minute)
+		r := selfcheck(ctx, t, h, newDir(t), "netns")
+		sh := func(format string, args ...any) string {
+			t.Helper()
+			out, err := h.Run(ctx, "sh", "-ec", fmt.Sprintf(format, args...))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return out
+		}
+		sh("ip link add hostbr type bridge; ip addr add 10.66.0.1/24 dev hostbr; ip link set hostbr up; "+
+			"ip link add out0 type veth peer name in0; ip link set out0 master hostbr; ip link set out0 up; ip link set in0 netns %d; "+
+			"nsenter --net=/proc/%d/ns/net sh -ec 'ip addr add 10.66.0.2/24 dev in0; ip link set in0 up'", r.Pid, r.Pid)
+		ping := func() {
+			t.Helper()
+			sh("for i in 1 2 3 4 5 6 7 8 9 10; do timeout 2 bash -c '</dev/tcp/10.66.0.2/9' 2>&1 | grep -q refused && exit 0; sleep .2; done; exit 1")
+		}
+		ping()
+		img := dump(ctx, t, h, r.Pid, "--tcp-established")
+		if o := agentCmd(ctx, t, h, nil, "restore", "-D", img, "-d", "--tcp-established"); o.code != 1 || !strings.Contains(o.stderr, "veth[in0]") {
+			t.Errorf("restore without a name for the other end: exit code %d, %q", o.code, o.stderr)
+		}
+		restore(ctx, t, h, img, r.Pid, nil, "--tcp-established", "--external", "veth[in0]:out0@hostbr")
+		goes(ctx, t, r, 10)
+		ping()
+		// The network namespace stays, and the tree comes back into it.
+		ino := sh("readlink /proc/%d/ns/net | tr -dc 0-9", r.Pid)
+		sh("touch /run/kept; mount --bind /proc/%d/ns/net /run/kept", r.Pid)
+		img = dump(ctx, t, h, r.Pid, "--tcp-established", "--external", "net["+ino+"]:kept")
+		if o := agentCmd(ctx, t, h, nil, "restore", "-D", img, "-d", "--tcp-established"); o.code != 1 || !strings.Contains(o.stderr, "fd[N]:kept") {
+			t.Errorf("restore without the external namespace: exit code %d, %q", o.code, o.stderr)
+		}
+		f, err := os.Open(h.Path("/run/kept"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		restore(ctx, t, h, img, r.Pid, []*os.File{f}, "--tcp-established", "--inherit-fd", "fd[3]:kept")
+		_ = f.Close()
+		goes(ctx, t, r, 10)
+		ping()
+		if got := sh("readlink /proc/%d/ns/net | tr -dc 0-9", r.Pid); got != ino {
+			t.Errorf("the tree is in network namespace %s, want %s", got, ino)
+		}
+		img = dump(ctx, t, h, r.Pid, "--tcp-established", "--empty-ns", "net")
+		restore(ctx, t, h, img, r.Pid, nil, "--tcp-established", "-J", "net:/run/kept")
+		goes(ctx, t, r, 10)
+		// What the tree cannot have made again is refused.
+		sh("nsenter --net=/proc/%d/ns/net ip neigh add 10.66.0.9 lladdr 02:00:00:00:00:99 dev in0", r.Pid)
+		if o := agentCmd(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", newDir(t), "--tcp-established"); o.code != 1 || !strings.Contains(o.stderr, "neighbours that were set by hand") {
+			t.Errorf("dump with a neighbour: exit code %d, %q", o.code, o.stderr)
+		}
+		stop(ctx, t, r)
+		sh("umount /run/kept; rm /run/kept; ip link del hostbr")
+		// The pair goes with its inner end, a moment later.
+		sh("for i in $(seq 100); do ip link show out0 2>/dev/null || exit 0; sleep .05; done; exit 1")
+		if out := sh("ls /run"); strings.Contains(out, "kept") {
+			t.Errorf("something is left: %s", out)
+		}
+	})
 	t.Run("network", func(t *testing.T) {
 		ctx := deadline(t, 2*time.Minute)
 		r := selfcheck(ctx, t, h, newDir(t), "netns")

@@ -169,6 +169,21 @@ static void ct_set_up(void) {
 		for (;;) nap_ms(5); // its parent is pid 1 from the start
 }
 
+// A root directory of its own, without anything of the host's but /dev and /srv.
+static void ct_pivot(void) {
+	const char *root = "/tmp/newroot";
+	ct_mkdir(root);
+	SYS(mount("/", root, NULL, MS_BIND, NULL));
+	SYS(mount("/dev", "/tmp/newroot/dev", NULL, MS_BIND, NULL));
+	ct_mkdir("/tmp/srv");
+	SYS(mount("/tmp/srv", "/tmp/newroot/srv", NULL, MS_BIND, NULL));
+	SYS(chdir(root));
+	SYS(syscall(SYS_pivot_root, ".", "."));
+	SYS(umount2(".", MNT_DETACH));
+	SYS(chdir("/"));
+}
+
+// With the argument "pivot" it has a root directory of its own.
 COMMAND(container) {
 	SYS(unshare(CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC));
 	SYS(mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL));
@@ -181,6 +196,7 @@ COMMAND(container) {
 		_exit(0);
 	}
 	SYS(setsid());
+	if (arg_count > 0) ct_pivot();
 	ct_set_up();
 	loop(ct_check);
 	end_child(ct_child);
