@@ -271,6 +271,13 @@ func inheritFDs(entries []string) (held map[string]engine.Inherit, err error) {
 			continue
 		}
 		taken[fd] = key
+		if fd <= unix.Stderr {
+			// This command goes on using it.
+			if fd, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, unix.Stderr+1); err != nil {
+				errs = append(errs, fmt.Errorf("--inherit-fd %s: %w", e, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err)))
+				continue
+			}
+		}
 		held[key] = engine.Inherit{File: os.NewFile(uintptr(fd), fmt.Sprintf("fd[%d]", fd)), Forward: false}
 	}
 	if err := errors.Join(errs...); err != nil {

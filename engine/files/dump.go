@@ -190,6 +190,8 @@ type Dumper struct {
 	ttyData    []*tty.TtyDataEntry
 	ttyFacts   []*image.TTYFacts
 	lastTTY    uint32
+	ttyUses    []ttyUse
+	ttyScanned bool
 	wantedTTYs map[string]bool // keys of Options.External; true: found
 
 	mntns   map[int]bool        // pid → lives in another mount namespace

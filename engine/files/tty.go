@@ -322,6 +322,9 @@ func (d *Dumper) dumpTerminal(t *terminal, procs []terminalUser) error {
 			t.facts.Mode = s.node.Mode & 0o7777
 		}
 	}
+	if first.ext { // as its key has them
+		t.info.Rdev, t.info.Dev = proto.Uint32(uint32(first.stat.Rdev)), proto.Uint32(uint32(first.stat.Dev))
+	}
 	if t.master != nil {
 		if x, ok := d.terminalOutside(t); ok {
 			for _, o := range t.all() {
@@ -563,62 +566,76 @@ func (d *Dumper) TTYFacts() []image.TTYFacts {
 	return out
 }
 
+// ttyUse is a use of a terminal by a process outside of the tree: an open file, or,
+// with fd -1, that it is the controlling one.
+type ttyUse struct {
+	pid, fd int
+	dev, fs uint64 // as in terminal; of a master, fs is 0
+}
+
 // terminalOutside finds a process outside the tree that uses a terminal: has it
 // open, or as its controlling one.
 func (d *Dumper) terminalOutside(t *terminal) (outsider, bool) {
-	pids, err := procfs.Pids()
-	if err != nil {
-		return outsider{}, false
+	if !d.ttyScanned {
+		d.ttyUses, d.ttyScanned = d.scanTTYs(), true
 	}
-	for _, pid := range pids {
-		if d.inside[pid] || d.dry() && d.descends(pid) {
-			continue
+	for _, u := range d.ttyUses {
+		uses := u.dev == t.dev && (u.fs == t.fs || u.fs == 0)
+		if u.dev == devMaster {
+			h := t.master.first()
+			r, err := sys.KcmpFile(h.proc.Pid, h.fd, u.pid, u.fd)
+			uses = err == nil && r == sys.Equal
 		}
-		if fd, ok := d.usesTerminal(pid, t); ok {
-			comm, _ := procfs.Comm(pid)
-			return outsider{pid: pid, comm: comm, fd: fd}, true
+		if uses {
+			comm, _ := procfs.Comm(u.pid)
+			return outsider{pid: u.pid, comm: comm, fd: u.fd}, true
 		}
 	}
 	return outsider{}, false
 }
 
-func (d *Dumper) usesTerminal(pid int, t *terminal) (fd int, uses bool) {
-	var root unix.Stat_t
-	// The number of a controlling terminal is that of its devpts: one of the same
-	// number in another one is told apart by what its processes see.
-	if st, err := procfs.ReadStat(pid); err == nil && st.TTYNr != 0 && uint64(uint32(st.TTYNr)) == t.dev {
-		at := procfs.Path(pid, "root") + filepath.Join("/dev/pts", strconv.Itoa(int(ptyIndex(t.dev))))
-		if unix.Stat(at, &root) != nil || uint64(root.Dev) == t.fs {
-			return -1, true
-		}
-	}
-	fds, err := procfs.Fds(pid)
+// scanTTYs lists all uses of pseudoterminals outside of the tree.
+func (d *Dumper) scanTTYs() []ttyUse {
+	pids, err := procfs.Pids()
 	if err != nil {
-		return 0, false
+		return nil
 	}
-	for _, fd := range fds {
-		if _, mine := held.Load(fd); mine && pid == os.Getpid() {
+	var out []ttyUse
+	for _, pid := range pids {
+		if d.inside[pid] || d.dry() && d.descends(pid) {
 			continue
 		}
-		link, err := procfs.FdLink(pid, fd)
-		if err != nil || !strings.HasPrefix(link, "/dev/") {
-			continue
+		if st, err := procfs.ReadStat(pid); err == nil && st.TTYNr != 0 {
+			u := ttyUse{pid: pid, fd: -1, dev: uint64(uint32(st.TTYNr))}
+			// Its number is that of some devpts: of the one that the process sees.
+			var node unix.Stat_t
+			if unix.Stat(procfs.Path(pid, "root")+filepath.Join("/dev/pts", strconv.Itoa(int(ptyIndex(u.dev)))), &node) == nil {
+				u.fs = uint64(node.Dev)
+			}
+			out = append(out, u)
 		}
-		var st unix.Stat_t
-		if unix.Stat(procfs.Path(pid, "fd", strconv.Itoa(fd)), &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFCHR {
-			continue
+		fds, err := procfs.Fds(pid)
+		if err != nil {
+			continue // ended, or not ours to see
 		}
-		switch {
-		case uint64(st.Rdev) == t.dev && uint64(st.Dev) == t.fs:
-			return fd, true
-		case uint64(st.Rdev) == devMaster:
-			h := t.master.first()
-			if r, err := sys.KcmpFile(h.proc.Pid, h.fd, pid, fd); err == nil && r == sys.Equal {
-				return fd, true
+		for _, fd := range fds {
+			if _, mine := held.Load(fd); mine && pid == os.Getpid() {
+				continue
+			}
+			link, err := procfs.FdLink(pid, fd)
+			if err != nil || !strings.HasPrefix(link, "/dev/p") {
+				continue
+			}
+			var st unix.Stat_t
+			if unix.Stat(procfs.Path(pid, "fd", strconv.Itoa(fd)), &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFCHR {
+				continue
+			}
+			if rdev := uint64(st.Rdev); rdev == devMaster || isSlave(rdev) {
+				out = append(out, ttyUse{pid: pid, fd: fd, dev: rdev, fs: uint64(st.Dev)})
 			}
 		}
 	}
-	return 0, false
+	return out
 }
 
 // ttyKey is the key of an external terminal, as CRIU has it: tty[rdev:dev], hexadecimal.
@@ -651,12 +668,14 @@ func parseTTYKey(s string) (key string, ok bool, err error) {
 
 // externalTTY marks the descriptions of a terminal that was declared external.
 func (d *Dumper) externalTTY(t *terminal) bool {
-	for _, o := range t.others {
+	for i, o := range t.others {
 		key := ttyKey(&o.stat)
 		if _, ok := d.wantedTTYs[key]; !ok {
 			continue
 		}
 		d.wantedTTYs[key] = true
+		// The first is the one that the key is of.
+		t.others = slices.Insert(slices.Delete(t.others, i, i+1), 0, o)
 		for _, o := range t.others {
 			o.ext, o.ttyKey = true, key
 		}

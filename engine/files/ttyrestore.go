@@ -555,7 +555,7 @@ func openTTY(r *Restorer, x *description) error {
 		if in.Forward {
 			return r.forward(x, in)
 		}
-		x.file, err = reopen(in.File, reopenFlags(int(flags), false)|unix.O_NONBLOCK)
+		x.file, err = reopenTTY(in.File, flags)
 	case tty.TtyType_VT, tty.TtyType_CONSOLE, tty.TtyType_SERIAL:
 		return r.openLine(x, s)
 	default:
@@ -566,7 +566,7 @@ func openTTY(r *Restorer, x *description) error {
 		case t.lent && r.current(x):
 			x.file, err = openPath("/dev/tty", reopenFlags(int(flags), false)|unix.O_NONBLOCK, 0)
 		case t.lent:
-			x.file, err = reopen(r.opts.Terminal, reopenFlags(int(flags), false)|unix.O_NONBLOCK)
+			x.file, err = reopenTTY(r.opts.Terminal, flags)
 		case t.hung:
 			return errors.New("it was opened as /dev/tty and has hung up")
 		default: // as /dev/tty, by the leader of its session
@@ -577,6 +577,27 @@ func openTTY(r *Restorer, x *description) error {
 		return hinted(err)
 	}
 	return setStatus(x.file, flags)
+}
+
+// reopenTTY opens a terminal again. One that was opened as /dev/tty opens what that
+// is for this process.
+func reopenTTY(f *os.File, flags uint32) (*os.File, error) {
+	again, err := reopen(f, reopenFlags(int(flags), false)|unix.O_NONBLOCK)
+	if err != nil {
+		return nil, err
+	}
+	is, err := unix.IoctlGetUint32(int(again.Fd()), unix.TIOCGDEV)
+	if err == nil {
+		var want uint32
+		if want, err = unix.IoctlGetUint32(int(f.Fd()), unix.TIOCGDEV); err == nil && is != want {
+			err = errors.New("the terminal was opened as /dev/tty in another session: open it by its name")
+		}
+	}
+	if err != nil {
+		_ = again.Close()
+		return nil, err
+	}
+	return again, nil
 }
 
 // ttyOf is the pseudoterminal of a description of a slave.

@@ -96,11 +96,11 @@ func (p *typist) file(ctx context.Context, path string) {
 }
 
 // child is the program that a shell on the terminal started.
-func (p *typist) child(ctx context.Context, prefix string) *workloads.Run {
+func (p *typist) child(ctx context.Context, prefix, arg string) *workloads.Run {
 	p.t.Helper()
 	r := &workloads.Run{Host: p.h, Prefix: prefix}
 	p.file(ctx, prefix+".ready")
-	out, err := p.h.Run(ctx, "pgrep", "-x", "-f", fmt.Sprintf("%s shelljob %s job", programs.Selfcheck, prefix))
+	out, err := p.h.Run(ctx, "pgrep", "-x", "-f", strings.TrimSpace(fmt.Sprintf("%s shelljob %s %s", programs.Selfcheck, prefix, arg)))
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -116,7 +116,7 @@ func TestShellJob(t *testing.T) {
 	h := newHosts(t, "alpha").Host("alpha")
 	prefix := filepath.Join(newDir(t), "shelljob")
 	p := newTypist(ctx, t, h, fmt.Sprintf("stty rows 24 cols 80; %s shelljob %s job; :", programs.Selfcheck, prefix))
-	r := p.child(ctx, prefix)
+	r := p.child(ctx, prefix, "job")
 	p.types("hello\n")
 	p.sees(ctx, 0, "you said hello")
 	o := agentCmd(ctx, t, h, nil, "dump", "-t", strconv.Itoa(r.Pid), "-D", newDir(t))
@@ -163,7 +163,7 @@ func TestShellJobOfBash(t *testing.T) {
 	prefix := filepath.Join(newDir(t), "shelljob")
 	p := newTypist(ctx, t, h, "exec bash --norc --noediting -i")
 	p.types(fmt.Sprintf("%s shelljob %s job\n", programs.Selfcheck, prefix))
-	r := p.child(ctx, prefix)
+	r := p.child(ctx, prefix, "job")
 	for round := range 10 {
 		at := p.shown()
 		img := dump(ctx, t, h, r.Pid, "--shell-job")
@@ -193,22 +193,60 @@ func TestExternalTerminal(t *testing.T) {
 	ctx := deadline(t, time.Minute)
 	h := newHosts(t, "alpha").Host("alpha")
 	prefix := filepath.Join(newDir(t), "shelljob")
+	p := newTypist(ctx, t, h, fmt.Sprintf("%s shelljob %s; :", programs.Selfcheck, prefix))
+	r := p.child(ctx, prefix, "")
+	keyOf := regexp.MustCompile(`--external (tty\[[0-9a-f]+:[0-9a-f]+\])`)
+	// The second time as a standard file of the command, which it goes on using.
+	for _, fd := range []int{4, 0} {
+		o := agentCmd(ctx, t, h, nil, "dump", "-t", strconv.Itoa(r.Pid), "-D", newDir(t))
+		key := keyOf.FindStringSubmatch(o.stderr)
+		if o.code != 1 || key == nil {
+			t.Fatalf("dump of a terminal: exit code %d, %q", o.code, o.stderr)
+		}
+		o = agentCmd(ctx, t, h, nil, "dump", "-t", strconv.Itoa(r.Pid), "-D", newDir(t), "--external", "tty[1:2]")
+		if o.code != 1 || !strings.Contains(o.stderr, "no process of the tree has a terminal with this key open") || !strings.Contains(o.stderr, "nearest: "+key[1]) {
+			t.Errorf("dump with a wrong key: exit code %d, %q", o.code, o.stderr)
+		}
+		img := dump(ctx, t, h, r.Pid, "--external", key[1])
+		if o := agentCmd(ctx, t, h, nil, "restore", "-D", img, "-d"); o.code != 1 || !strings.Contains(o.stderr, "external terminal "+key[1]+" was not handed in") {
+			t.Errorf("restore without the terminal: exit code %d, %q", o.code, o.stderr)
+		}
+		p = newTypist(ctx, t, h, fmt.Sprintf("stty -echo -icanon min 0 time 1; %s restore -D %s -d -v4 --inherit-fd 'fd[%d]:%s' %d<>/dev/tty; echo back; sleep 1000", binaries.Agent, img, fd, key[1], fd))
+		at := p.sees(ctx, p.sees(ctx, 0, "restored"), "back")
+		p.types("hello\n")
+		p.sees(ctx, at, "you said hello")
+		goes(ctx, t, r, 5)
+	}
+	stop(ctx, t, r)
+}
+
+// TestShellJobTwice restores the same images twice, with a log that has grown
+// meanwhile; however the program ends, its terminal is left as it was.
+func TestShellJobTwice(t *testing.T) {
+	ctx := deadline(t, time.Minute)
+	h := newHosts(t, "alpha").Host("alpha")
+	prefix := filepath.Join(newDir(t), "shelljob")
 	p := newTypist(ctx, t, h, fmt.Sprintf("%s shelljob %s job; :", programs.Selfcheck, prefix))
-	r := p.child(ctx, prefix)
-	o := agentCmd(ctx, t, h, nil, "dump", "-t", strconv.Itoa(r.Pid), "-D", newDir(t))
-	key := regexp.MustCompile(`--external (tty\[[0-9a-f]+:[0-9a-f]+\])`).FindStringSubmatch(o.stderr)
-	if o.code != 1 || key == nil {
-		t.Fatalf("dump of a terminal: exit code %d, %q", o.code, o.stderr)
-	}
-	img := dump(ctx, t, h, r.Pid, "--external", key[1])
-	if o := agentCmd(ctx, t, h, nil, "restore", "-D", img, "-d"); o.code != 1 || !strings.Contains(o.stderr, "external terminal "+key[1]+" was not handed in") {
-		t.Errorf("restore without the terminal: exit code %d, %q", o.code, o.stderr)
-	}
-	p = newTypist(ctx, t, h, fmt.Sprintf("stty -echo -icanon min 0 time 1; %s restore -D %s -d --inherit-fd 'fd[4]:%s' 4<>/dev/tty; sleep 1000", binaries.Agent, img, key[1]))
-	p.file(ctx, prefix+".fail") // it wanted to be in the foreground, which nobody promised
-	b, err := os.ReadFile(prefix + ".fail")
-	if err != nil || !strings.Contains(string(b), "is in the foreground, want") && !strings.Contains(string(b), "Inappropriate ioctl") {
-		t.Errorf("the program said %q (%v)", b, err)
+	r := p.child(ctx, prefix, "job")
+	img := dump(ctx, t, h, r.Pid, "-j")
+	p = newTypist(ctx, t, h, fmt.Sprintf(`for i in 1 2; do %s restore -D %s -j; echo "ended with $?"; stty -a; echo over; done; sleep 1000`, binaries.Agent, img))
+	at := 0
+	for _, sig := range []unix.Signal{unix.SIGKILL, unix.SIGSEGV} {
+		p.types("hello\n")
+		from := at
+		at = p.sees(ctx, at, "you said hello")
+		if err := h.Kill(r.Pid, sig); err != nil {
+			t.Fatal(err)
+		}
+		at = p.sees(ctx, at, fmt.Sprintf("ended with %d", 128+int(sig)))
+		at = p.sees(ctx, at, "over")
+		b, err := os.ReadFile(p.out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s := string(b[from:at]); !strings.Contains(s, " echo ") || !strings.Contains(s, " icanon ") {
+			t.Errorf("the terminal is left as %s", s)
+		}
 	}
 }
 
