@@ -235,7 +235,7 @@ func (f *frozen) again(ctx context.Context, pause time.Duration) error {
 
 func (f *frozen) Thaw() error {
 	defer f.conns.Close()
-	return errors.Join(f.t.Thaw(), f.endLinks())
+	return errors.Join(f.endLinks(), f.t.Thaw())
 }
 
 // endLinks ends the names of a tree that runs on.
@@ -249,7 +249,7 @@ func (f *frozen) endLinks() error {
 
 func (f *frozen) ThawStopped() error {
 	defer f.conns.Close()
-	return errors.Join(f.t.ThawStopped(), f.endLinks())
+	return errors.Join(f.endLinks(), f.t.ThawStopped())
 }
 
 // Kill ends the tree. Its TCP connections close without a word.
