@@ -174,3 +174,32 @@ func TestXStateRoundTrip(t *testing.T) {
 		t.Error("state without an XSAVE header was taken")
 	}
 }
+
+func TestNameContinued(t *testing.T) {
+	neg := func(n int64) uint64 { return uint64(-n) }
+	for _, tc := range []struct {
+		wchan string
+		rdi   uint64
+		want  uint64
+	}{
+		{"hrtimer_nanosleep", 0x7ffd12345678, unix.SYS_NANOSLEEP},
+		{"hrtimer_nanosleep", 0x4c0000, unix.SYS_NANOSLEEP},
+		{"hrtimer_nanosleep", unix.CLOCK_MONOTONIC, unix.SYS_CLOCK_NANOSLEEP},
+		{"do_cpu_nanosleep", neg(6), unix.SYS_CLOCK_NANOSLEEP},
+		{"do_cpu_nanosleep", 0xfffffffa, unix.SYS_CLOCK_NANOSLEEP},
+		{"alarmtimer_do_nsleep", unix.CLOCK_BOOTTIME_ALARM, unix.SYS_CLOCK_NANOSLEEP},
+		{"poll_schedule_timeout.constprop.0", 0x7ffd12345678, unix.SYS_POLL},
+		{"__futex_wait", 0x7ffd12345678, unix.SYS_FUTEX},
+		{"do_syscall_64", 0x7ffd12345678, unix.SYS_NANOSLEEP},
+		{"0", 0x7ffd12345678, unix.SYS_RESTART_SYSCALL},
+	} {
+		r := Regs{}
+		r.OrigRax, r.Rax, r.Rdi = unix.SYS_RESTART_SYSCALL, neg(516), tc.rdi
+		if !r.ContinuesUnnamed() {
+			t.Fatal("it is not known to go on")
+		}
+		if known := r.NameContinued(tc.wchan); r.OrigRax != tc.want || known != (tc.want != unix.SYS_RESTART_SYSCALL) {
+			t.Errorf("%s with %#x: call %d, want %d", tc.wchan, tc.rdi, r.OrigRax, tc.want)
+		}
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -147,6 +148,44 @@ func (r *Regs) RestartInNewTask() {
 // call by restart_syscall(2).
 func (r *Regs) Continues() bool {
 	return int64(r.OrigRax) >= 0 && -int64(r.Rax) == erestartRestartbloc
+}
+
+// clocks is more than the number of any clock (MAX_CLOCKS, include/uapi/linux/time.h) and
+// less than any address of a program.
+const clocks = 64
+
+// ContinuesUnnamed tells whether it would go on with a call that was interrupted
+// before, so that the registers do not say which.
+func (r *Regs) ContinuesUnnamed() bool {
+	return r.Continues() && r.OrigRax == unix.SYS_RESTART_SYSCALL
+}
+
+// AboutToContinue tells whether the kernel has already sent it back to such a call;
+// the next instruction, which the caller looks at, is SyscallInsn then.
+func (r *Regs) AboutToContinue() bool {
+	return int64(r.OrigRax) < 0 && r.Rax == unix.SYS_RESTART_SYSCALL
+}
+
+// NameContinued sets the number of such a call by the kernel's function in which
+// it waits, as /proc/PID/task/TID/wchan has it. The kernel restarts few calls in
+// this way; another name changes nothing and gives false.
+func (r *Regs) NameContinued(wchan string) bool {
+	switch {
+	case strings.Contains(wchan, "sleep"), strings.Contains(wchan, "syscall"):
+		// hrtimer_nanosleep, do_cpu_nanosleep, alarmtimer_do_nsleep; or do_syscall_64,
+		// which calls the functions of a sleep that are left out as those of the scheduler.
+		// The first argument is a clock, a small or (of CPU time) negative int, or an
+		// address, which is neither.
+		r.OrigRax = unix.SYS_NANOSLEEP
+		if int64(r.Rdi) < clocks || r.Rdi < 1<<32 && int32(r.Rdi) < 0 {
+			r.OrigRax = unix.SYS_CLOCK_NANOSLEEP
+		}
+	case strings.Contains(wchan, "poll"):
+		r.OrigRax = unix.SYS_POLL
+	case strings.Contains(wchan, "futex"):
+		r.OrigRax = unix.SYS_FUTEX
+	}
+	return r.OrigRax != unix.SYS_RESTART_SYSCALL
 }
 
 // interruptible are system calls that end with EINTR, having done nothing, when

@@ -4,6 +4,7 @@
 package freeze
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -456,20 +457,43 @@ func (th *Thread) identify(p *Proc) error {
 		if err := sys.PtraceSetOptions(th.Tid, sys.PtraceOptionTraceSysGood|sys.PtraceOptionSuspendSeccomp); err != nil {
 			return fmt.Errorf("suspend seccomp of task %d (the agent itself must not be under seccomp): %w", th.Tid, err)
 		}
-		if th.Regs.Continues() {
-			// The kernel would go on with the call as restart_syscall, which a
-			// filter need not allow.
-			th.Regs.RestartInNewTask()
-			return ptrace.SetRegs(th.Tid, &th.Regs)
+	}
+	if th.stop == 0 && (th.Regs.ContinuesUnnamed() || th.Regs.AboutToContinue() && th.atSyscall()) {
+		stopped, err := ptrace.NameContinued(p.Pid, th.Tid, &th.Regs)
+		th.Resend = th.Resend || stopped
+		if err != nil {
+			return err
 		}
+	}
+	if st.Seccomp != 0 && th.Regs.Continues() {
+		// The kernel would go on with the call as restart_syscall, which a
+		// filter need not allow.
+		th.Regs.RestartInNewTask()
+		return ptrace.SetRegs(th.Tid, &th.Regs)
 	}
 	// The stop itself makes some calls fail with EINTR, which the program
 	// should not see; a signal that waits for it is a reason of its own.
 	// So is a stop signal that came before us.
-	if deliverable := (st.SigPnd | st.ShdPnd) &^ st.SigBlk; deliverable == 0 && th.stop == 0 && th.Regs.HideInterrupt() {
+	if effective(&st) == 0 && th.stop == 0 && th.Regs.HideInterrupt() {
 		return ptrace.SetRegs(th.Tid, &th.Regs)
 	}
 	return nil
+}
+
+// passing are signals that do nothing unless a program catches them.
+const passing = 1<<(unix.SIGCHLD-1) | 1<<(unix.SIGCONT-1) | 1<<(unix.SIGURG-1) | 1<<(unix.SIGWINCH-1)
+
+// effective are the signals that wait for a thread and do something to it. Those
+// that it ignores are queued only because it is traced.
+func effective(st *procfs.Status) uint64 {
+	return (st.SigPnd | st.ShdPnd) &^ (st.SigBlk | st.SigIgn | passing&^st.SigCgt)
+}
+
+// atSyscall says whether the next instruction is a system call.
+func (th *Thread) atSyscall() bool {
+	b := make([]byte, len(arch.SyscallInsn))
+	_, err := readMem(th.Tid, th.Regs.PC(), b)
+	return err == nil && bytes.Equal(b, arch.SyscallInsn)
 }
 
 // privileged refuses a thread that has access to I/O ports, or breakpoints of

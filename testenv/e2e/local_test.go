@@ -248,6 +248,12 @@ func TestObjects(t *testing.T) {
 			mustAgent(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", img, "-R")
 			goes(ctx, t, r, 30)
 		}
+		// Calls that were interrupted before, by dumps that left them to the kernel.
+		for range 10 {
+			mustAgent(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", newDir(t), "-R")
+			dumpRestore(ctx, t, r, 1)
+			goes(ctx, t, r, 10)
+		}
 		stop(ctx, t, r)
 	})
 	t.Run("pid namespace", func(t *testing.T) {
