@@ -83,6 +83,7 @@ type collector struct {
 	o       Options
 	files   *files.Dumper
 	procs   []*process
+	running bool // the tree runs meanwhile
 	refusal refuse.Refusal
 	shmems  map[uint32]*shmem
 
@@ -224,7 +225,7 @@ func last(ids []int) int {
 
 // collect reads the processes; running says that they may change meanwhile.
 func (c *collector) collect(procs []*process, running bool) error {
-	c.procs = procs
+	c.procs, c.running = procs, running
 	if procs[0].zombie {
 		return fmt.Errorf("pid %d (%s) has exited", procs[0].pid, procs[0].comm)
 	}

@@ -7,6 +7,7 @@ import (
 	"math/bits"
 	"os"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -61,11 +62,40 @@ func segmentFacts(id uint32, d unix.SysvShmDesc) image.SysVFacts {
 	}
 }
 
+// sharedOutside says whether a process that is not in the tree has a segment
+// attached. While the tree runs the numbers do not tell: it forks.
+func (c *collector) sharedOutside(s *segment) bool {
+	pids, err := procfs.Pids()
+	if err != nil {
+		return true
+	}
+	tree, err := procfs.Tree(c.procs[0].pid)
+	if err != nil {
+		return true
+	}
+	for _, pid := range pids {
+		if slices.Contains(tree, pid) || slices.ContainsFunc(c.procs, func(p *process) bool { return p.pid == pid }) {
+			continue
+		}
+		maps, err := procfs.ReadMaps(pid)
+		if err != nil {
+			continue // it has ended
+		}
+		if slices.ContainsFunc(maps, func(m procfs.Mapping) bool {
+			return strings.HasPrefix(m.Path, "/SYSV") && m.Inode == uint64(s.facts.ID)
+		}) {
+			now, err := procfs.Tree(c.procs[0].pid)
+			return err != nil || !slices.Contains(now, pid) // it may have been born meanwhile
+		}
+	}
+	return false
+}
+
 // finishSysV refuses segments that others have attached too, and what cannot be
 // read or does not come along.
 func (c *collector) finishSysV() error {
 	for _, s := range c.segments {
-		if s.attach > s.inside {
+		if s.attach > s.inside && (!c.running || c.sharedOutside(s)) {
 			c.refusal.Add(refuse.Problem{Pid: s.first.pid, Comm: s.first.comm, Path: s.vma.String(),
 				Reason: fmt.Sprintf("System V segment %d is attached %d times, but only %d times in the tree: somebody outside shares it", s.facts.ID, s.attach, s.inside),
 				Hint:   "end the other process, or name a process above both"})

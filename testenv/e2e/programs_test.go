@@ -2,9 +2,11 @@ package e2e
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -99,9 +101,14 @@ server=$!
 until as pg_isready -q -h DIR; do sleep 0.05; done
 as createdb -h DIR bench
 as pgbench -h DIR -i -q -s 1 bench >init.log 2>&1
-echo benching
-as pgbench -h DIR -c 4 -j 2 -T 20 bench && code=0 || code=$?
-echo pgbench ended with $code
+bench() {
+	echo benching $1
+	as pgbench -h DIR -c 4 -j 2 -T 15 $2 bench && code=0 || code=$?
+	echo pgbench $1 ended with $code
+	until [ -e DIR/next$1 ]; do sleep 0.1; done
+}
+bench 1
+bench 2 "-n -C" # without emptying the history
 as psql -h DIR -At bench -c "select 'sums', (select sum(abalance) from pgbench_accounts), (select sum(bbalance) from pgbench_branches), (select sum(tbalance) from pgbench_tellers), (select sum(delta) from pgbench_history), (select count(*) from pgbench_history)"
 kill -INT $server
 wait $server
@@ -116,11 +123,30 @@ echo server ended with $?
 		}
 		_ = h.Kill(s.pid, unix.SIGKILL)
 	})
-	s.said(ctx, "^benching$")
-	s.rounds(ctx, 10)
-	s.said(ctx, "^pgbench ended with 0$")
-	s.said(ctx, "^number of failed transactions: 0 ")
-	done := s.said(ctx, `^number of transactions actually processed: (\d+)`)[1]
+	// First with connections that stay, then with a new one for each transaction.
+	for i, n := range []int{10, 5} {
+		s.said(ctx, fmt.Sprintf("^benching %d$", i+1))
+		s.rounds(ctx, n)
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("next%d", i+1)), nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		s.said(ctx, fmt.Sprintf("^pgbench %d ended with 0$", i+1))
+	}
+	b, err := os.ReadFile(s.out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := 0
+	for _, m := range regexp.MustCompile(`(?m)^number of transactions actually processed: (\d+)$`).FindAllSubmatch(b, -1) {
+		n, err := strconv.Atoi(string(m[1]))
+		if err != nil {
+			t.Fatal(err)
+		}
+		done += n
+	}
+	if n := strings.Count(string(b), "number of failed transactions: 0 "); n != 2 {
+		t.Errorf("%d of 2 runs had no failed transaction", n)
+	}
 	sums := s.said(ctx, `^sums\|(-?\d+)\|(-?\d+)\|(-?\d+)\|(-?\d+)\|(\d+)$`)
 	for i := 2; i <= 4; i++ {
 		if sums[i] != sums[1] {
@@ -128,8 +154,8 @@ echo server ended with $?
 			break
 		}
 	}
-	if sums[5] != done || done == "0" {
-		t.Errorf("the history has %s transactions, pgbench counts %s", sums[5], done)
+	if sums[5] != strconv.Itoa(done) || done == 0 {
+		t.Errorf("the history has %s transactions, pgbench counts %d", sums[5], done)
 	}
 	s.said(ctx, "^server ended with 0$")
 }
