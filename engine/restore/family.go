@@ -66,10 +66,11 @@ func (p *process) bequest() *process {
 	return p.heritage
 }
 
-// ripen makes a process ready to be cloned: with its mappings and its memory.
+// ripen makes a process ready for a child to be cloned out of it that has memory in
+// common with it: with its mappings and its memory.
 // Preconditions: on the tracer's thread.
-func (t *Tree) ripen(ctx context.Context, p *process) error {
-	if t.filler == nil || p.zombie || !slices.ContainsFunc(p.children, func(c *process) bool { return !c.zombie }) {
+func (t *Tree) ripen(ctx context.Context, p, c *process) error {
+	if t.filler == nil || p.ripe || p.zombie || c.zombie || !mem.Common(c.vmas, p.vmas) {
 		return nil
 	}
 	if !p.built {
@@ -80,6 +81,7 @@ func (t *Tree) ripen(ctx context.Context, p *process) error {
 	if err := t.filler.take(ctx, p); err != nil {
 		return err
 	}
+	p.ripe = true
 	return t.filled(p)
 }
 

@@ -54,6 +54,7 @@ type process struct {
 	attached []*mem.Attachment // among vmas
 
 	built    bool     // its mappings are there
+	ripe     bool     // and its memory, for children
 	heritage *process // out of whose mappings it was cloned; nil: the stub's
 	data     progress // of a process with a heritage
 	fs       *fsimg.FsEntry

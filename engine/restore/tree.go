@@ -122,9 +122,6 @@ func (p *process) exitSignal() uint64 {
 // before p began its own session, then the others.
 func (t *Tree) grow(ctx context.Context, p *process, r *ptrace.Remote) error {
 	p.leader().remote = r
-	if err := t.ripen(ctx, p); err != nil {
-		return err
-	}
 	before := p.curSid
 	if p.sid == p.vpid {
 		for _, c := range p.children {
@@ -160,6 +157,9 @@ func (t *Tree) grow(ctx context.Context, p *process, r *ptrace.Remote) error {
 }
 
 func (t *Tree) child(ctx context.Context, p, c *process) error {
+	if err := t.ripen(ctx, p, c); err != nil {
+		return err
+	}
 	c.curSid, c.heritage = p.curSid, p.bequest()
 	r, err := t.clone(p.remote(), c.with, c.exitSignal(), c.vpid)
 	if err != nil {
