@@ -422,7 +422,10 @@ func (c *collector) profile(p *process) error {
 // label reads the context of a process, empty where no security module gives one.
 func label(pid int) (string, error) {
 	b, err := procfs.ReadAll(procfs.Path(pid, "attr", "current"))
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EINVAL) {
+	if errors.Is(err, unix.EINVAL) {
+		return "", nil // no module that gives one
+	}
+	if errors.Is(err, fs.ErrNotExist) {
 		if _, serr := os.Stat(procfs.Path(pid)); serr == nil {
 			return "", nil
 		}
