@@ -28,4 +28,4 @@ func NetworkLocks() ([]HeldLock, error) {
 
 // UnlockNetwork removes a network lock; found says whether there was one. The
 // connections of a dump that is yet to be restored end by it.
-func UnlockNetwork(id string) (found bool, err error) { return netlock.Remove(id) }
+func UnlockNetwork(id string) (found bool, err error) { return netlock.Remove(id, nil) }

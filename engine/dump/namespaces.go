@@ -28,8 +28,8 @@ func (c *collector) setOwn(root *process) error {
 		// namespace: both are made anew by the next restore, if that is asked for.
 		c.own &^= ns.Pid | ns.Mnt
 	}
-	if c.own.Has(ns.Net) {
-		c.files.SkipLock()
+	if c.own.Has(ns.Net) && c.o.Networks[c.links[ns.Net]] == "" {
+		c.files.LockBriefly()
 	}
 	if !c.own.Has(ns.Mnt) {
 		return nil

@@ -165,7 +165,8 @@ type Dumper struct {
 	objects []*object
 	conns   []conn        // ends of TCP connections, after Finish
 	lock    *netlock.Lock // of connections that lead out of the tree
-	lockID  string        // of lock, if there was one
+	lockID  string        // of lock, if there was one that is to be kept
+	brief   bool          // lock ends with the tree
 	groups  map[groupKey]*orderedObjects
 	budget  int // of descriptors that may be held
 	holding int

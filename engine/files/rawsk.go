@@ -40,7 +40,7 @@ func (d *Dumper) dumpRawPeer(o *object, e *sk_inet.InetSkEntry) error {
 	case e.GetType() != unix.SOCK_RAW:
 		read = procfs.NetICMP
 	}
-	ss, err := read(os.Getpid())
+	ss, err := read(unix.Gettid())
 	if err != nil {
 		return err
 	}

@@ -49,6 +49,9 @@ type RestoreOptions struct {
 	TCPOutside bool
 	// LockSkip leaves the network lock of the dump to the caller.
 	LockSkip bool
+	// OwnNet says that the tree has a network namespace of its own, which is yet to
+	// be made.
+	OwnNet bool
 	plan.FileRestoreOptions
 	// ExtUnixSk connects datagram sockets to named ones outside the tree again;
 	// without it images with such sockets are refused.
@@ -662,6 +665,11 @@ func (r *Restorer) Close() error {
 		if x.file != nil {
 			errs = append(errs, x.file.Close())
 			x.file = nil
+		}
+	}
+	for _, c := range r.conns {
+		if c.file == nil { // or they are a Landing's
+			c.closeRaw()
 		}
 	}
 	errs = append(errs, r.closeTTYs())

@@ -11,12 +11,8 @@ import (
 // this process: path gives that for one of them.
 func (d *Dumper) SetRoot(path func(string) string) { d.root = path }
 
-// SkipLock says that the network need not be locked: it ends with the tree.
-func (d *Dumper) SkipLock() {
-	if d.opts.NetworkLock != "" {
-		d.opts.NetworkLock = LockSkip
-	}
-}
+// LockBriefly says that the network need not stay locked: it ends with the tree.
+func (d *Dumper) LockBriefly() { d.brief = true }
 
 // inRoot runs fn on a thread whose root directory is the tree's, if that has
 // mounts of its own, and whose network namespace is the caller's: what is named by

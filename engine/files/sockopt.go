@@ -274,13 +274,13 @@ func (d *Dumper) otherNetns(o *object) (bool, error) {
 		}
 		d.netns = inode(&st)
 	}
-	ns, err := unix.IoctlRetInt(int(o.file.Fd()), unix.SIOCGSKNS)
+	ns, err := netnsOf(o.file)
 	if err != nil {
-		return false, os.NewSyscallError("ioctl SIOCGSKNS", err)
+		return false, err
 	}
-	defer func() { _ = unix.Close(ns) }()
+	defer func() { _ = ns.Close() }()
 	var st unix.Stat_t
-	if err := unix.Fstat(ns, &st); err != nil {
+	if err := unix.Fstat(int(ns.Fd()), &st); err != nil {
 		return false, os.NewSyscallError("fstat", err)
 	}
 	return inode(&st) != d.netns, nil

@@ -248,8 +248,9 @@ type conn struct {
 // Connections are the TCP connections of a dumped tree, for the moment in which
 // it is killed.
 type Connections struct {
-	ends []conn
-	lock *netlock.Lock // of those that lead out of the tree; nil: none
+	ends  []conn
+	lock  *netlock.Lock // of those that lead out of the tree; nil: none
+	brief bool          // the lock is not kept
 }
 
 // TakeConnections hands the connections over, after Finish; nil if there are none.
@@ -257,14 +258,14 @@ func (d *Dumper) TakeConnections() *Connections {
 	if len(d.conns) == 0 && d.lock == nil {
 		return nil
 	}
-	c := &Connections{ends: d.conns, lock: d.lock}
+	c := &Connections{ends: d.conns, lock: d.lock, brief: d.brief}
 	d.conns, d.lock = nil, nil
 	return c
 }
 
 // Keep makes the network lock last until the restore.
 func (c *Connections) Keep() error {
-	if c == nil {
+	if c == nil || c.brief {
 		return nil
 	}
 	return c.lock.Keep()
@@ -273,7 +274,7 @@ func (c *Connections) Keep() error {
 // LockTable names the table of nftables in which the connections are locked;
 // empty: none.
 func (c *Connections) LockTable() string {
-	if c == nil || c.lock == nil {
+	if c == nil || c.lock == nil || c.brief {
 		return ""
 	}
 	return netlock.TableName(c.lock.ID())
@@ -559,6 +560,7 @@ type connection struct {
 	in, out []byte      // its queues
 	peer    *connection // nil: outside
 	file    *os.File    // from release on
+	raw     *os.File    // for segments of an outside peer
 }
 
 // inEnd and outEnd are the sequence numbers behind the data of the queues.

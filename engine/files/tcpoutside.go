@@ -60,7 +60,7 @@ func (d *Dumper) dumpConnecting(o *object, e *sk_inet.InetSkEntry) error {
 	if e.GetFamily() == unix.AF_INET6 {
 		read = procfs.NetTCP6
 	}
-	list, err := read(os.Getpid())
+	list, err := read(unix.Gettid()) // in whose network namespace the socket is
 	if err != nil {
 		return err
 	}
@@ -109,8 +109,10 @@ func (d *Dumper) lockNetwork(list []*object) (err error) {
 	if d.lock, err = netlock.New(d.opts.NetworkLock, conns); err != nil {
 		return fmt.Errorf("lock the network: %w", err)
 	}
-	d.lockID = d.opts.NetworkLock
-	d.log.Debug("network locked", "table", netlock.TableName(d.lockID), "connections", len(conns))
+	if !d.brief {
+		d.lockID = d.opts.NetworkLock
+	}
+	d.log.Debug("network locked", "table", netlock.TableName(d.opts.NetworkLock), "connections", len(conns))
 	return nil
 }
 
@@ -170,6 +172,9 @@ func (r *Restorer) checkOutside(c *connection) error {
 	if !r.opts.TCPOutside {
 		return fmt.Errorf("the other end of the TCP connection, %s, is not in the images or was handed in", addrPort(c.e.GetDstAddr(), c.e.GetDstPort(), ""))
 	}
+	if r.opts.OwnNet {
+		return nil
+	}
 	p := pairOf(c.e)
 	if !c.e.GetIpOpts().GetFreebind() {
 		if err := haveAddress(c.e); err != nil {
@@ -179,7 +184,7 @@ func (r *Restorer) checkOutside(c *connection) error {
 	if r.tcps == nil {
 		r.tcps = map[tcpPair]bool{}
 		for _, read := range []func(int) ([]procfs.InetSocket, error){procfs.NetTCP, procfs.NetTCP6} {
-			list, err := read(os.Getpid())
+			list, err := read(unix.Gettid())
 			if err != nil {
 				return err
 			}
@@ -240,10 +245,17 @@ func (c *connection) connectOutside(fd int) error {
 	if err := repairQueue(fd, repairNoQueue); err != nil {
 		return err
 	}
-	if finReceived(c.e.GetState()) && c.e.GetState() != stateClosing {
-		return c.endIn(fd)
+	if !finReceived(c.e.GetState()) {
+		return c.windows(fd)
 	}
-	return c.windows(fd)
+	if err := c.openRaw(); err != nil {
+		return err
+	}
+	if c.e.GetState() == stateClosing {
+		return c.windows(fd) // the end comes once the program's own is sent
+	}
+	defer c.closeRaw()
+	return c.endIn(fd)
 }
 
 // parts are what of the send queue was sent, and what was not.
@@ -295,32 +307,49 @@ func (c *connection) endIn(fd int) error {
 	}
 }
 
-// injectFin sends the peer's last segment, without data, to this host.
-func (c *connection) injectFin() error {
-	p := pairOf(c.e)
+// openRaw makes the socket for injectFin, in the network namespace of the
+// connection.
+func (c *connection) openRaw() error {
 	fam, level, opt := unix.AF_INET, unix.IPPROTO_IP, unix.IP_HDRINCL
-	if p.src.Addr().Is6() {
+	if pairOf(c.e).src.Addr().Is6() {
 		fam, level, opt = unix.AF_INET6, unix.IPPROTO_IPV6, unix.IPV6_HDRINCL
 	}
 	fd, err := unix.Socket(fam, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 	if err != nil {
 		return os.NewSyscallError("socket", err)
 	}
-	defer func() { _ = unix.Close(fd) }()
+	c.raw = os.NewFile(uintptr(fd), "raw socket")
 	if err := unix.SetsockoptInt(fd, level, opt, 1); err != nil {
 		return os.NewSyscallError("setsockopt IP_HDRINCL", err)
 	}
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, netlock.Mark); err != nil {
 		return os.NewSyscallError("setsockopt SO_MARK", err)
 	}
+	return nil
+}
+
+func (c *connection) closeRaw() {
+	if c.raw != nil {
+		_ = c.raw.Close()
+		c.raw = nil
+	}
+}
+
+// injectFin sends the peer's last segment, without data, to this host.
+func (c *connection) injectFin() error {
+	p := pairOf(c.e)
 	una := c.outEnd() - uint32(len(c.out))
 	wnd := min(c.s.GetSndWnd()>>min(c.s.GetSndWscale(), 14), 65535)
 	b := segment(p.dst, p.src, c.inEnd(), una, uint16(wnd))
-	sa, err := sockaddr(uint32(fam), wordsOf(p.src.Addr().AsSlice()), 0, c.e.GetIfname())
+	fam := uint32(unix.AF_INET)
+	if p.src.Addr().Is6() {
+		fam = unix.AF_INET6
+	}
+	sa, err := sockaddr(fam, wordsOf(p.src.Addr().AsSlice()), 0, c.e.GetIfname())
 	if err != nil {
 		return err
 	}
-	return os.NewSyscallError("sendto", unix.Sendto(fd, b, 0, sa))
+	return os.NewSyscallError("sendto", unix.Sendto(int(c.raw.Fd()), b, 0, sa))
 }
 
 // segment makes a packet: an IP header and a TCP segment that acknowledges ack and
@@ -398,7 +427,13 @@ func (l *Landing) Release(log hclog.Logger) error {
 		return nil
 	}
 	if l.lockID != "" {
-		if _, err := netlock.Remove(l.lockID); err != nil {
+		netns, err := netnsOf(l.conns[0].file)
+		if err != nil {
+			return err
+		}
+		_, err = netlock.Remove(l.lockID, netns)
+		_ = netns.Close()
+		if err != nil {
 			return err
 		}
 	}
@@ -420,6 +455,15 @@ func (l *Landing) Release(log hclog.Logger) error {
 	return errors.Join(errs...)
 }
 
+// netnsOf is the network namespace of a socket.
+func netnsOf(f *os.File) (*os.File, error) {
+	fd, err := unix.IoctlRetInt(int(f.Fd()), unix.SIOCGSKNS)
+	if err != nil {
+		return nil, os.NewSyscallError("ioctl SIOCGSKNS", err)
+	}
+	return os.NewFile(uintptr(fd), "network namespace of a socket"), nil
+}
+
 // Close lets go of the connections; it may be called twice.
 func (l *Landing) Close() {
 	if l == nil {
@@ -430,6 +474,7 @@ func (l *Landing) Close() {
 			_ = c.file.Close()
 			c.file = nil
 		}
+		c.closeRaw()
 	}
 }
 

@@ -48,13 +48,15 @@ type Lock struct {
 	id    string
 	conns []Conn
 	nl    *nftables.Conn // which owns the table
+	netns *os.File
 	kept  bool
 }
 
 // TableName is the name of the table of a lock.
 func TableName(id string) string { return prefix + id }
 
-// New locks connections. The id is a word of letters, digits, '-' and '_'.
+// New locks connections of the thread's network namespace. The id is a word of
+// letters, digits, '-' and '_'.
 func New(id string, conns []Conn) (*Lock, error) {
 	if !ValidID(id) {
 		return nil, fmt.Errorf("%q cannot name a network lock", id)
@@ -68,6 +70,9 @@ func New(id string, conns []Conn) (*Lock, error) {
 		return nil, unavailable(err)
 	}
 	l := &Lock{id: id, conns: conns, nl: nl}
+	if l.netns, err = os.Open("/proc/thread-self/ns/net"); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
 	t := table(id + held)
 	err = createOwned(raw, t.Name)
 	if err == nil {
@@ -90,7 +95,7 @@ func (l *Lock) Keep() error {
 	if l == nil || l.kept {
 		return nil
 	}
-	nl, err := nftables.New()
+	nl, err := nftables.New(nftables.WithNetNSFd(int(l.netns.Fd())))
 	if err != nil {
 		return unavailable(err)
 	}
@@ -99,7 +104,7 @@ func (l *Lock) Keep() error {
 		return unavailable(err)
 	}
 	if err := fill(nl, t, l.conns); err != nil {
-		_, rerr := Remove(l.id)
+		_, rerr := Remove(l.id, l.netns)
 		return errors.Join(unavailable(err), rerr)
 	}
 	l.kept = true
@@ -112,7 +117,7 @@ func (l *Lock) Forsake() error {
 		return nil
 	}
 	l.kept = false
-	_, err := Remove(l.id)
+	_, err := Remove(l.id, l.netns)
 	return err
 }
 
@@ -122,12 +127,20 @@ func (l *Lock) Close() error {
 	if l == nil {
 		return nil
 	}
+	if l.netns != nil {
+		_ = l.netns.Close()
+	}
 	return l.nl.CloseLasting() // with the socket goes the table
 }
 
-// Remove ends a lock that was kept; there need be none.
-func Remove(id string) (found bool, err error) {
-	nl, err := nftables.New()
+// Remove ends a lock that was kept; there need be none. netns is the network
+// namespace, nil for the thread's.
+func Remove(id string, netns *os.File) (found bool, err error) {
+	var opts []nftables.ConnOption
+	if netns != nil {
+		opts = append(opts, nftables.WithNetNSFd(int(netns.Fd())))
+	}
+	nl, err := nftables.New(opts...)
 	if err != nil {
 		return false, unavailable(err)
 	}

@@ -114,10 +114,10 @@ func TestLock(t *testing.T) {
 			if ks, err := List(); err != nil || !cmp.Equal(want, ks, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })) {
 				t.Errorf("kept locks: %v, %v, want %v", ks, err, want)
 			}
-			if found, err := Remove("test"); err != nil || !found {
+			if found, err := Remove("test", nil); err != nil || !found {
 				t.Errorf("remove: %v, %v", found, err)
 			}
-			if found, err := Remove("test"); err != nil || found {
+			if found, err := Remove("test", nil); err != nil || found {
 				t.Errorf("remove again: %v, %v", found, err)
 			}
 			if !passes(t, a, b, 5*time.Second) {

@@ -71,6 +71,46 @@ func TestTCPOutside(t *testing.T) {
 	}
 }
 
+// TestTCPExternalNetwork is the same for a tree in a network namespace that
+// outlives it, as a runtime for containers makes it.
+func TestTCPExternalNetwork(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	h := newHosts(t, "alpha").Host("alpha")
+	if _, err := h.Run(ctx, "sh", "-ec", "ip netns add box; ip link add v0 type veth peer name v1 netns box; ip addr add 10.79.0.1/24 dev v0; ip link set v0 up; "+
+		"ip -n box addr add 10.79.0.2/24 dev v1; ip -n box link set v1 up; ip -n box link set lo up"); err != nil {
+		t.Fatal(err)
+	}
+	box, err := os.Open(h.Path("/run/netns/box"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = box.Close() }()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(box.Fd()), &st); err != nil {
+		t.Fatal(err)
+	}
+	dir := newDir(t)
+	peer := selfcheck(ctx, t, h, dir, "tcppeer", "7000")
+	prefix := filepath.Join(dir, "tcpout")
+	r := start(ctx, t, h, prefix, "nsenter", "--net=/run/netns/box", programs.Selfcheck, "tcpout", prefix, "4", "10.79.0.1", "7000")
+	for range 5 {
+		img := dump(ctx, t, h, r.Pid, "--tcp-established", "--external", fmt.Sprintf("net[%d]:box", st.Ino))
+		tables, err := h.Run(ctx, "nsenter", "--net=/run/netns/box", binaries.Agent, "network-locks")
+		if err != nil || !strings.Contains(tables, "10.79.0.1:7000") {
+			t.Errorf("locked in the namespace: %q, %v", tables, err)
+		}
+		goes(ctx, t, peer, 20)
+		restore(ctx, t, h, img, r.Pid, []*os.File{box}, "--tcp-established", "--inherit-fd", "fd[3]:box")
+		goes(ctx, t, r, 10)
+		goes(ctx, t, peer, 5)
+		if tables, err = h.Run(ctx, "nsenter", "--net=/run/netns/box", binaries.Agent, "network-locks"); err != nil || tables != "" {
+			t.Errorf("locked after the restore: %q, %v", tables, err)
+		}
+	}
+	stop(ctx, t, r)
+	stop(ctx, t, peer)
+}
+
 // locks lists the network locks of a host by their names.
 func locks(ctx context.Context, t *testing.T, h *hosts.Host) map[string][]string {
 	t.Helper()
