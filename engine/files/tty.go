@@ -117,6 +117,7 @@ func dumpTTY(d *Dumper, o *object) error {
 		}
 	case !isTTY(o):
 		s.hung = true
+		s.node, s.hasNode = o.stat, rdev != devCurrent
 		if rdev == devCurrent {
 			d.refuse(o, "the terminal was opened as /dev/tty and has hung up since", "let the program close it")
 		}
@@ -206,7 +207,7 @@ func (d *Dumper) groupTTYs(os []*object) []*terminal {
 		case s.master:
 			t := at(place{uint64(s.node.Dev), s.dev})
 			t.master, t.path = o, s.path
-		case s.hung, s.hasNode:
+		case s.hasNode:
 			t := at(place{uint64(o.stat.Dev), s.dev})
 			t.others = append(t.others, o)
 		default:

@@ -250,6 +250,65 @@ func TestShellJobTwice(t *testing.T) {
 	}
 }
 
+// TestShellJobLeader moves the leader of a terminal's session: it takes the new
+// terminal from the session that has it.
+func TestShellJobLeader(t *testing.T) {
+	ctx := deadline(t, time.Minute)
+	h := newHosts(t, "alpha").Host("alpha")
+	prefix := filepath.Join(newDir(t), "shelljob")
+	p := newTypist(ctx, t, h, fmt.Sprintf("exec %s shelljob %s job", programs.Selfcheck, prefix))
+	r := p.child(ctx, prefix, "job")
+	for range 5 {
+		img := dump(ctx, t, h, r.Pid, "-j")
+		p = newTypist(ctx, t, h, fmt.Sprintf("%s restore -D %s -j -d; sleep 1000", binaries.Agent, img))
+		p.types("hello\n")
+		p.sees(ctx, 0, "you said hello")
+		goes(ctx, t, r, 5)
+	}
+	stop(ctx, t, r)
+}
+
+// TestSiblings moves two trees of one session and process group, one after the other.
+func TestSiblings(t *testing.T) {
+	ctx := deadline(t, time.Minute)
+	h := newHosts(t, "alpha").Host("alpha")
+	dir := newDir(t)
+	pid, err := h.Start(ctx, hosts.Spec{Args: []string{"sh", "-c",
+		`for i in a b; do "$0" tree "$1/$i" & echo $! >"$1/$i.pid"; done; wait; wait; sleep 1000`, programs.Selfcheck, dir}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = h.Kill(pid, unix.SIGKILL) }()
+	var runs []*workloads.Run
+	for _, name := range []string{"a", "b"} {
+		r := &workloads.Run{Host: h, Prefix: filepath.Join(dir, name)}
+		for r.Pid == 0 {
+			b, _ := os.ReadFile(r.Prefix + ".pid")
+			if _, err := fmt.Sscan(string(b), &r.Pid); err != nil && ctx.Err() != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Millisecond)
+		}
+		if err := r.WaitFile(ctx, "ready"); err != nil {
+			t.Fatal(err)
+		}
+		runs = append(runs, r)
+	}
+	for range 2 {
+		var imgs []string
+		for _, r := range runs {
+			imgs = append(imgs, dump(ctx, t, h, r.Pid))
+		}
+		for i, r := range runs {
+			restore(ctx, t, h, imgs[i], r.Pid, nil)
+			goes(ctx, t, r, 5)
+		}
+	}
+	for _, r := range runs {
+		stop(ctx, t, r)
+	}
+}
+
 // tmux runs a command of tmux on a host.
 func tmux(ctx context.Context, t *testing.T, h *hosts.Host, args ...string) string {
 	t.Helper()
