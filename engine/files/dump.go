@@ -523,6 +523,11 @@ func (d *Dumper) Finish() error {
 	for _, k := range kinds {
 		if os := byKind[k]; len(os) > 0 && k.finish != nil {
 			if k != kindPipe { // which takes one pipe after the other
+				if len(os) > d.budget {
+					d.refuse(os[0], fmt.Sprintf("it is one of %d open files of kind %s, of which this agent can look at %d at once", len(os), k.name, d.budget),
+						"raise the agent's limit of open files (ulimit -n, LimitNOFILE)")
+					continue
+				}
 				if err := d.need(os...); err != nil && !d.dry() {
 					return fmt.Errorf("dump %ss: %w", k.name, err)
 				}

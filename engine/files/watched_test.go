@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"godwit/engine/image"
 	"godwit/engine/plan"
 	"godwit/engine/procfs"
 )
@@ -172,6 +173,42 @@ func TestOrderedObjects(t *testing.T) {
 		found, _, err := g.find(&object{holders: []holder{{proc: p, fd: fd}}})
 		if err != nil || found == nil || found.first().fd != fd {
 			t.Fatalf("fd %d is taken for %v (%v)", fd, found, err)
+		}
+	}
+}
+
+// What is beyond the budget of descriptors is let go and taken again; kinds that
+// must be looked at all at once are refused then.
+func TestBudget(t *testing.T) {
+	dump := func(c *child, budget int) *Dumper {
+		d := NewDumper(nil, Options{}, func(image.Entry) error { return nil })
+		t.Cleanup(func() { _ = d.Close() })
+		d.budget = budget
+		if err := d.AddProcess(c.proc(1)); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Finish(); err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	sockets := start(t, "unix")
+	sockets.stop()
+	if d := dump(sockets, 1); len(d.Refusal()) == 0 || !strings.Contains(d.Refusal()[0].Reason, "can look at 1 at once") {
+		t.Errorf("with a budget of 1: %v", d.Refusal())
+	}
+	c := start(t, "anon")
+	c.stop()
+	all, few := dump(c, 1000), dump(c, 5)
+	if len(few.objects) != len(all.objects) || len(few.Refusal()) > 0 {
+		t.Errorf("with a budget of 5 there are %d objects, and %v; want %d", len(few.objects), few.Refusal(), len(all.objects))
+	}
+	for i, o := range few.objects {
+		if !o.parked && i > 5 && o.first().fd >= 0 {
+			t.Errorf("object %d was kept", i)
+		}
+		if len(o.entries) != len(all.objects[i].entries) {
+			t.Errorf("object %d (%s) has %d entries, want %d", i, o.link, len(o.entries), len(all.objects[i].entries))
 		}
 	}
 }
