@@ -478,7 +478,9 @@ func (c *collector) threads(p *process) error {
 			c.refuse(p, "", what+"has descriptors of its own (unshare), which cannot be carried", "")
 		}
 		if r, err := sys.KcmpTask(p.pid, tid, sys.KcmpFS); err == nil && r != sys.Equal {
-			if err := c.threadFS(p, tid, st.Umask); err != nil {
+			if err := c.threadFS(p, tid, st.Umask); procfs.Gone(err) {
+				continue
+			} else if err != nil {
 				return fmt.Errorf("thread %d: %w", tid, err)
 			}
 		}

@@ -450,7 +450,8 @@ func LoginUID(r *ptrace.Remote, pid int, core *criu_core.CoreEntry) (done bool, 
 		return err == nil, err
 	}
 	open := ptrace.NewCall("open /proc/self/loginuid", unix.SYS_OPENAT, ptrace.Int(unix.AT_FDCWD), ptrace.Str("/proc/self/loginuid"), ptrace.Int(unix.O_WRONLY|unix.O_CLOEXEC), ptrace.Int(0))
-	if err := r.Run(open); err != nil {
+	open.MayFail = true // a tree need not have a /proc
+	if err := r.Run(open); err != nil || open.Ret < 0 {
 		return false, err
 	}
 	value := fmt.Sprint(*want)
