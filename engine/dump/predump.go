@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"time"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
 	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
 	"godwit/engine/arch"
@@ -59,6 +62,11 @@ func PreDump(ctx context.Context, log hclog.Logger, pid int, o Options, mode uin
 		st.Bytes += n * arch.PageSize
 	}
 	n, err := c.sharedMemory(ctx, sink)
+	if err == nil {
+		var m uint64
+		m, err = c.mappedMemfds(ctx, sink)
+		n += m
+	}
 	st.Pages += n
 	st.ShmemPages += n
 	st.Bytes += n * arch.PageSize
@@ -74,4 +82,43 @@ func preDump(ctx context.Context, p *process, sink image.Sink) (pages uint64, er
 	defer func() { err = errors.Join(err, r.Close()) }()
 	r.Running = true
 	return r.Dump(ctx, p.vmas, sink, image.DataID{Kind: image.Memory, ID: uint32(p.vpid)})
+}
+
+// mappedMemfds gives the contents of memfds that are mapped, whose numbers are those
+// that a dump gives them: what is only open waits for that.
+func (c *collector) mappedMemfds(ctx context.Context, sink image.Sink) (pages uint64, err error) {
+	seen := map[uint32]bool{}
+	for _, p := range c.procs {
+		for _, v := range p.vmas {
+			if !v.Is(mem.Memfd) {
+				continue
+			}
+			n, err := c.memfd(ctx, v.Link(p.pid), seen, sink)
+			pages += n
+			if err != nil && !procfs.Gone(err) && !errors.Is(err, fs.ErrNotExist) {
+				return pages, fmt.Errorf("read %s of pid %d (%s): %w", v, p.pid, p.comm, err)
+			}
+		}
+	}
+	return pages, nil
+}
+
+// memfd gives the contents of the memfd behind a link, unless it was seen.
+func (c *collector) memfd(ctx context.Context, link string, seen map[uint32]bool, sink image.Sink) (pages uint64, err error) {
+	f, err := os.Open(link)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return 0, os.NewSyscallError("fstat", err)
+	}
+	id := c.files.ShmID(uint64(st.Dev), st.Ino)
+	if seen[id] {
+		return 0, nil
+	}
+	seen[id] = true
+	n, err := mem.DumpFile(ctx, f, st.Size, true, sink, image.DataID{Kind: image.Shmem, ID: id})
+	return n / arch.PageSize, err
 }

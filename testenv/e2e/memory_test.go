@@ -204,3 +204,18 @@ func TestFamilyMemory(t *testing.T) {
 	goes(ctx, t, r, 20)
 	stop(ctx, t, r)
 }
+
+// TestMigrateFamily: a family that moves shares its memory at the destination, too.
+func TestMigrateFamily(t *testing.T) {
+	ctx := deadline(t, 3*time.Minute)
+	f, alpha, beta := newFleet(ctx, t)
+	r := selfcheck(ctx, t, alpha, newDir(t), "cow")
+	before := familyMemory(t, alpha, r.Pid)
+	for _, to := range []*hosts.Host{beta, alpha, beta} {
+		migrate(ctx, t, f, r, to)
+		if now := familyMemory(t, to, r.Pid); now > before+before/10 || now < before-before/10 {
+			t.Errorf("on %s the family takes %d MiB, took %d", to.Name(), now>>20, before>>20)
+		}
+	}
+	stop(ctx, t, r)
+}
