@@ -260,7 +260,15 @@ func (c *collector) collectInside(running bool) error {
 	if err := c.finishSysV(); err != nil {
 		return err
 	}
-	return c.files.Finish()
+	if err := c.files.Finish(); err != nil {
+		return err
+	}
+	for _, name := range c.net.Tuns() {
+		if !c.files.HasTun(name) {
+			c.refuse(procs[0], "network device "+name, "no descriptor of the tree is attached to it, and it cannot be made again", "remove it (ip link del)")
+		}
+	}
+	return nil
 }
 
 // kernelObjects numbers address spaces, file tables, fs and signal handler

@@ -77,8 +77,8 @@ func init() {
 		kindEventfd, kindTimerfd, kindSignalfd, kindEventpoll, kindPidfd, kindBPF,
 		kindMemfd,
 		kindPipe, kindFifo,
+		kindTun, // sockets may be bound to its addresses
 		kindUnix, kindInet, kindNetlink, kindPacket,
-		kindTun,
 		kindGhost, kindTTY, kindDevice, kindRegular,
 		kindNamespace, kindInotify, kindFanotify,
 	}

@@ -12,6 +12,8 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v8/crit"
 	"github.com/checkpoint-restore/go-criu/v8/crit/cli"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/bpfmap-data"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/bpfmap-file"
 	criu_core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/eventpoll"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
@@ -23,11 +25,15 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/memfd"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/ns"
+	packet_sock "github.com/checkpoint-restore/go-criu/v8/crit/images/packet-sock"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pipe-data"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/regfile"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/remap-file-path"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/sk-netlink"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/sk-opts"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/sk-packet"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/tty"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/tun"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
@@ -345,13 +351,24 @@ func FuzzImages(f *testing.F) {
 		&file_lock.FileLockEntry{Flag: proto.Uint32(lockPosix), Type: proto.Uint32(1), Pid: proto.Int32(7), Fd: proto.Int32(3), Start: proto.Int64(0), Len: proto.Int64(0)})
 	seed(ttyInfo(1, 0x884d, nil), ttyInfo(2, 0x502, nil), ttyFile(10, 2, unix.O_RDWR), ttyFile(11, 1, 0), &tty.TtyDataEntry{TtyId: proto.Uint32(1), Data: []byte("x")})
 	seed(&memfd.MemfdInodeEntry{InodeId: proto.Uint64(1), Name: proto.String("m")})
+	seed(&bpfmap_data.BpfmapDataEntry{MapId: proto.Uint32(1), KeysBytes: proto.Uint32(4), ValuesBytes: proto.Uint32(4), Count: proto.Uint32(1)},
+		&fdinfo.FileEntry{Type: fdinfo.FdTypes_BPFMAP.Enum(), Id: proto.Uint32(1), Bpf: &bpfmap_file.BpfmapFileEntry{Id: proto.Uint32(1), Flags: proto.Uint32(2), Fown: noOwner(),
+			MapType: proto.Uint32(1), KeySize: proto.Uint32(4), ValueSize: proto.Uint32(4), MapId: proto.Uint32(1), MaxEntries: proto.Uint32(2)}})
+	seed(&fdinfo.FileEntry{Type: fdinfo.FdTypes_TUNF.Enum(), Id: proto.Uint32(1), Tunf: &tun.TunfileEntry{Id: proto.Uint32(1), Netdev: proto.String("t")}},
+		&fdinfo.FileEntry{Type: fdinfo.FdTypes_REG.Enum(), Id: proto.Uint32(1), Reg: &regfile.RegFileEntry{Id: proto.Uint32(1), Flags: proto.Uint32(2), Pos: proto.Uint64(0), Fown: noOwner(), Name: proto.String("/dev/net/tun"), Mode: proto.Uint32(unix.S_IFCHR)}})
+	seed(&fdinfo.FileEntry{Type: fdinfo.FdTypes_NETLINKSK.Enum(), Id: proto.Uint32(1), Nlsk: &sk_netlink.NetlinkSkEntry{Id: proto.Uint32(1), Groups: []uint32{1}, Fown: noOwner(), Opts: &sk_opts.SkOptsEntry{}}},
+		&fdinfo.FileEntry{Type: fdinfo.FdTypes_PACKETSK.Enum(), Id: proto.Uint32(2), Psk: &packet_sock.PacketSockEntry{Id: proto.Uint32(2), Type: proto.Uint32(3), Fown: noOwner(), Opts: &sk_opts.SkOptsEntry{}}})
 	f.Fuzz(func(_ *testing.T, b []byte) {
 		set := image.NewSet()
 		for len(b) >= 2 {
 			x, n := fuzzed[int(b[0])%len(fuzzed)], min(int(b[1]), len(b)-2)
 			m := x.msg.ProtoReflect().New().Interface()
 			if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(b[2:2+n], m); err == nil {
-				set.Add(image.Entry{File: x.file, Msg: m})
+				e := image.Entry{File: x.file, Msg: m}
+				if d, ok := m.(*bpfmap_data.BpfmapDataEntry); ok { // as many bytes as a file would have to have
+					e.Extra = make([]byte, min(uint64(d.GetKeysBytes())+uint64(d.GetValuesBytes()), 1<<10))
+				}
+				set.Add(e)
 			}
 			b = b[2+n:]
 		}
@@ -372,5 +389,5 @@ var fuzzed = []fuzzEntry{
 	{"files", &fdinfo.FileEntry{}}, {"fdinfo-1", &fdinfo.FdinfoEntry{}}, {"remap-fpath", &remap_file_path.RemapFilePathEntry{}},
 	{"ghost-file-1", &ghost_file.GhostFileEntry{}}, {"memfd", &memfd.MemfdInodeEntry{}}, {"pipes-data", &pipe_data.PipeDataEntry{}},
 	{"sk-queues", &sk_packet.SkPacketEntry{}}, {image.FileLocksFile, &file_lock.FileLockEntry{}}, {"ids-7", &criu_core.TaskKobjIdsEntry{}},
-	{image.TtyInfoFile, &tty.TtyInfoEntry{}}, {image.TtyDataFile, &tty.TtyDataEntry{}},
+	{image.BpfmapDataFile, &bpfmap_data.BpfmapDataEntry{}}, {image.TtyInfoFile, &tty.TtyInfoEntry{}}, {image.TtyDataFile, &tty.TtyDataEntry{}},
 }

@@ -31,16 +31,14 @@ func (d *Dumper) dumpRawPeer(o *object, e *sk_inet.InetSkEntry) error {
 	if e.GetType() != unix.SOCK_RAW && !isPing(e.GetFamily(), e.GetType(), e.GetProto()) {
 		return nil
 	}
-	read := procfs.NetRaw
-	switch {
-	case e.GetType() == unix.SOCK_RAW && e.GetFamily() == unix.AF_INET6:
-		read = procfs.NetRaw6
-	case e.GetType() != unix.SOCK_RAW && e.GetFamily() == unix.AF_INET6:
-		read = procfs.NetICMP6
-	case e.GetType() != unix.SOCK_RAW:
-		read = procfs.NetICMP
+	table := "icmp"
+	if e.GetType() == unix.SOCK_RAW {
+		table = "raw"
 	}
-	ss, err := read(unix.Gettid())
+	if e.GetFamily() == unix.AF_INET6 {
+		table += "6"
+	}
+	ss, err := procfs.OwnInet(table)
 	if err != nil {
 		return err
 	}

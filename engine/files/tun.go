@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
@@ -46,6 +47,9 @@ var offloads = []struct {
 	{"tx-checksum-ip-generic", unix.TUN_F_CSUM}, {"tx-tcp-segmentation", unix.TUN_F_TSO4}, {"tx-tcp6-segmentation", unix.TUN_F_TSO6},
 	{"tx-tcp-ecn-segmentation", unix.TUN_F_TSO_ECN}, {"tx-udp-segmentation", unix.TUN_F_USO4 | unix.TUN_F_USO6},
 }
+
+// tunState is the interface that a descriptor is attached to.
+type tunState struct{ name string }
 
 func dumpTun(d *Dumper, o *object) error {
 	fd := int(o.file.Fd())
@@ -138,7 +142,16 @@ func (d *Dumper) dumpTunLink(o *object, fd int, ifr *unix.Ifreq, e *tun.TunfileE
 		e.Detached = proto.Bool(true)
 	}
 	o.facts.Tun = f
+	o.state = tunState{name: name}
 	return nil
+}
+
+// HasTun tells, after Finish, whether a descriptor is attached to an interface.
+func (d *Dumper) HasTun(name string) bool {
+	return slices.ContainsFunc(d.objects, func(o *object) bool {
+		s, ok := o.state.(tunState)
+		return ok && s.name == name
+	})
 }
 
 // filtered says whether a TAP interface has a filter; those of TUN have none.

@@ -144,8 +144,22 @@ func ReadNet(refuse Refuse) (*Network, error) {
 	if err := refuseNet(c, n, refuse); err != nil {
 		return nil, err
 	}
-	n.sysctls, err = changedSysctls(n.devices)
+	// Those of a TUN interface are not there when the others are set.
+	n.sysctls, err = changedSysctls(slices.DeleteFunc(slices.Clone(n.devices), func(d *device) bool { return d.kind == "tun" }))
 	return n, err
+}
+
+// Tuns names the TUN and TAP interfaces: descriptors must bring them along.
+func (n *Network) Tuns() (names []string) {
+	if n == nil {
+		return nil
+	}
+	for _, d := range n.devices {
+		if d.kind == "tun" {
+			names = append(names, d.name)
+		}
+	}
+	return names
 }
 
 // fallback tells whether the kernel makes a device of that kind in new namespaces.

@@ -233,11 +233,15 @@ func NetRaw(pid int) ([]InetSocket, error) { return netInet(pid, "raw") }
 // NetRaw6 reads the IPv6 raw sockets.
 func NetRaw6(pid int) ([]InetSocket, error) { return netInet(pid, "raw6") }
 
-// NetICMP reads the IPv4 ping sockets.
-func NetICMP(pid int) ([]InetSocket, error) { return netInet(pid, "icmp") }
-
-// NetICMP6 reads the IPv6 ping sockets.
-func NetICMP6(pid int) ([]InetSocket, error) { return netInet(pid, "icmp6") }
+// OwnInet reads a table (raw, raw6, icmp, icmp6) of the calling thread's network
+// namespace; a kernel without that protocol has none.
+func OwnInet(table string) ([]InetSocket, error) {
+	ss, err := stream("/proc/thread-self/net/"+table, ParseNetInet)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	return ss, err
+}
 
 // SocketInode takes the inode out of a link such as "socket:[12]".
 func SocketInode(link string) (uint64, bool) { return bracketed(link, "socket:[") }

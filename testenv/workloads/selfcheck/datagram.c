@@ -11,6 +11,7 @@
 #include <netinet/ip.h>
 #include <netinet/udp.h>
 #include <poll.h>
+#include <sched.h>
 #ifndef IPV6_MULTICAST_ALL
 #define IPV6_MULTICAST_ALL 29
 #endif
@@ -346,6 +347,13 @@ COMMAND(rawsock) {
 	loop(raw_check);
 	CHECK(setsockopt(late, IPPROTO_IP, IP_ADD_MEMBERSHIP, &(struct ip_mreqn){g.sin_addr, {0}, if_nametoindex("lo")}, sizeof(struct ip_mreqn)) < 0 && errno == EADDRINUSE,
 		"a raw socket has left its group");
+}
+
+// In a network namespace of its own.
+COMMAND(rawns) {
+	SYS(unshare(CLONE_NEWNET));
+	CHECK(system("ip link set lo up") == 0, "no loopback");
+	run_rawsock();
 }
 
 // ---- ping sockets

@@ -6,6 +6,7 @@
 #include <netinet/ip.h>
 #include <linux/if_tun.h>
 #include <poll.h>
+#include <sched.h>
 #include <sys/ioctl.h>
 
 static int tfd, tapfd, q[3], tnone, tudp;
@@ -130,4 +131,11 @@ COMMAND(tun) {
 	hold_answer("ip -6 route show dev gwtun0 | grep fd7 | sort");
 	loop(tun_check);
 	SYS(ioctl(tapfd, TUNSETPERSIST, 0));
+}
+
+// In a network namespace of its own, in which all of it is made again.
+COMMAND(tunns) {
+	SYS(unshare(CLONE_NEWNET));
+	shell("ip link set lo up");
+	run_tun();
 }
