@@ -131,6 +131,8 @@ func dumpTTY(d *Dumper, o *object) error {
 		s.dev = uint64(dev)
 	case isSlave(rdev):
 		s.node, s.hasNode = o.stat, true
+	default:
+		o.path = o.link // a console or serial line
 	}
 	if n, err := unix.IoctlGetInt(fd, unix.TIOCGETD); err != nil {
 		return os.NewSyscallError("ioctl TIOCGETD", err)
@@ -678,7 +680,7 @@ func (d *Dumper) externalTTY(t *terminal) bool {
 		// The first is the one that the key is of.
 		t.others = slices.Insert(slices.Delete(t.others, i, i+1), 0, o)
 		for _, o := range t.others {
-			o.ext, o.ttyKey = true, key
+			o.ext, o.ttyKey, o.path = true, key, ""
 		}
 		return true
 	}

@@ -630,8 +630,14 @@ func (r *Restorer) openLine(x *description, s *ttySide) error {
 	}
 	if s.e.Termios != nil {
 		t := ttySettingsOf(s.e.GetTermios())
-		if err := setTermios(int(x.file.Fd()), &t); err != nil {
-			return err
+		now, err := unix.IoctlGetTermios(int(x.file.Fd()), unix.TCGETS2)
+		if err != nil {
+			return os.NewSyscallError("ioctl TCGETS2", err)
+		}
+		if *now != t {
+			if err := setTermios(int(x.file.Fd()), &t); err != nil {
+				return err
+			}
 		}
 	}
 	return setStatus(x.file, flags)

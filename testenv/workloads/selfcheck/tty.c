@@ -626,3 +626,24 @@ COMMAND(shelljob) {
 	}
 	loop(shelljob_check);
 }
+
+// ---- lines: consoles and serial lines, as far as there are any. Nothing is read
+// from them nor written to them.
+
+COMMAND(lines) {
+	static const char *const paths[] = {"/dev/ttyS0", "/dev/tty1", "/dev/console", "/dev/tty0"};
+	for (size_t i = 0; i < sizeof paths / sizeof *paths; i++)
+		for (int j = 0; j < 2; j++) {
+			int fd = open(paths[i], (j ? O_RDONLY : O_RDWR) | O_NONBLOCK | O_NOCTTY);
+			if (fd < 0) continue;
+			fd = at_fd(20 + 2 * i + j, fd);
+			if (!isatty(fd)) {
+				close(fd);
+				continue;
+			}
+			keep(fd, false);
+			remember(paths[i], fd);
+		}
+	CHECK(nterms > 0, "no line can be opened: Operation not permitted");
+	loop(terms_check);
+}
