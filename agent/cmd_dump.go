@@ -101,7 +101,6 @@ func (f *dumpFlags) addDump(cmd *cobra.Command) {
 		"lazy-pages",
 		"log-pid",
 		"lsm-profile",
-		"manage-cgroups",
 		"mntns-compat-mode",
 		"page-server",
 		"port",

@@ -9,17 +9,21 @@ import (
 	"github.com/spf13/pflag"
 
 	"godwit/engine"
+	"godwit/engine/cgroup"
 )
 
 // dumpNamespaces are the flags of dump for namespaces of the tree's own.
 type dumpNamespaces struct {
 	skipMounts, mountMap, emptyNS []string
+	cgroups                       string
 }
 
 func (f *dumpNamespaces) add(fs *pflag.FlagSet) {
 	fs.StringArrayVar(&f.skipMounts, "skip-mnt", nil, "a mount point that a tree with mounts of its own goes without; may be repeated")
 	fs.StringArrayVarP(&f.mountMap, "ext-mount-map", "M", nil, "MOUNTPOINT:NAME, an older form of --external mnt[MOUNTPOINT]:NAME; auto does nothing, mounts of the host are found anyway")
 	fs.StringArrayVar(&f.emptyNS, "empty-ns", nil, "net: leave out what is in the tree's own network namespace")
+	fs.StringVar(&f.cgroups, "manage-cgroups", cgroup.Ignore, "record the cgroups of the tree and what is set in them: any mode of restore but ignore")
+	fs.Lookup("manage-cgroups").NoOptDefVal = cgroupDefault
 }
 
 // set puts them into the options of a dump.
@@ -31,14 +35,24 @@ func (f *dumpNamespaces) set(o *engine.DumpOptions) error {
 	}
 	o.External = append(o.External, ext...)
 	o.EmptyNet, err = emptyNet(f.emptyNS)
+	if err != nil {
+		return err
+	}
+	mode, err := cgroup.ParseMode(f.cgroups)
+	o.Cgroups = mode != cgroup.Ignore
 	return err
 }
+
+// cgroupDefault is the mode of --manage-cgroups without one, as CRIU has it.
+const cgroupDefault = cgroup.Soft
 
 // restoreNamespaces are the flags of restore for namespaces.
 type restoreNamespaces struct {
 	root                                           string
 	external, mountMap, emptyNS, joinNS, vethPairs []string
 	weakSysctls                                    bool
+	cgroups                                        string
+	cgroupRoots                                    []string
 }
 
 func (f *restoreNamespaces) add(fs *pflag.FlagSet) {
@@ -49,6 +63,9 @@ func (f *restoreNamespaces) add(fs *pflag.FlagSet) {
 	fs.StringArrayVar(&f.emptyNS, "empty-ns", nil, "net: make nothing in the tree's own network namespace")
 	fs.StringArrayVarP(&f.joinNS, "join-ns", "J", nil, "NS:FILE or NS:PID: make the tree in a namespace that is there, of kind ipc, net or uts; may be repeated")
 	fs.BoolVar(&f.weakSysctls, "weak-sysctls", false, "pass over settings of the network that this kernel does not have")
+	fs.StringVar(&f.cgroups, "manage-cgroups", cgroup.Ignore, "how the cgroups of the tree are made: cg-none (they are there), props (they are there, and are set up), soft (those that are not there are made and set up), full (all are set up), strict (all are made), ignore (the tree stays in those of this command)")
+	fs.Lookup("manage-cgroups").NoOptDefVal = cgroupDefault
+	fs.StringArrayVar(&f.cgroupRoots, "cgroup-root", nil, "[CONTROLLER:]/PATH: the cgroup that takes the place of the root task's; may be repeated")
 	fs.Bool("mntns-compat-mode", false, "accepted for scripts: mounts are made in one way only, on every kernel")
 }
 
@@ -70,6 +87,17 @@ func (f *restoreNamespaces) set(o *engine.RestoreOptions) error {
 	}
 	if o.EmptyNet, err = emptyNet(f.emptyNS); err != nil {
 		return err
+	}
+	o.Cgroups = engine.Cgroups{Mode: f.cgroups, Roots: map[string]string{}}
+	for _, r := range f.cgroupRoots {
+		name, path := "*", r
+		if i := strings.Index(r, ":/"); i >= 0 {
+			name, path = r[:i], r[i+1:]
+		}
+		if !strings.HasPrefix(path, "/") {
+			return fmt.Errorf("--cgroup-root %s: not of the form [CONTROLLER:]/PATH", r)
+		}
+		o.Cgroups.Roots[name] = path
 	}
 	o.Join = map[string]*os.File{}
 	for _, j := range f.joinNS {

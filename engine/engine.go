@@ -58,6 +58,8 @@ type DumpOptions struct {
 	// provides, mnt[MOUNTPOINT]:NAME, and the network namespace, net[INODE]:NAME.
 	// A file or mount that is not there is a refusal.
 	External []string
+	// Cgroups records the control groups of the tree and what is set in them.
+	Cgroups bool
 	// EmptyNet leaves out what is in a network namespace of the tree's own.
 	EmptyNet bool
 	// SkipMounts are mount points that a tree with mounts of its own goes without.
@@ -106,6 +108,8 @@ type RestoreOptions struct {
 	// External are mounts that this host provides, mnt[NAME]:PATH, and names of outer
 	// ends of veth pairs, veth[INNER]:OUTER or veth[INNER]:OUTER@BRIDGE.
 	External []string
+	// Cgroups says how the control groups of the tree are made again.
+	Cgroups Cgroups
 	// Join are open namespaces in which the tree is made, by kind: ipc, net, uts.
 	Join map[string]*os.File
 	// EmptyNet makes nothing in a network namespace of the tree's own.
@@ -153,6 +157,16 @@ const (
 	ClocksNew  = restore.ClocksNew
 	ClocksKeep = restore.ClocksKeep
 )
+
+// Cgroups says how control groups are made again.
+type Cgroups struct {
+	// Mode is one of criu(8)'s modes of --manage-cgroups; empty: tasks stay in the
+	// groups of this process.
+	Mode string
+	// Roots are groups that take the place of the root task's, by hierarchy, such as
+	// "memory"; that of "*" is for all others.
+	Roots map[string]string
+}
 
 // Inherit is what the caller hands in for one external key. The file stays the caller's.
 type Inherit struct {

@@ -27,6 +27,7 @@ func externalParts(s string) (kind, key, value string) {
 // network namespaces are told apart.
 func (o DumpOptions) namespaces(d *dump.Options) error {
 	d.Mounts = ns.MountOptions{External: map[string]string{}, Skip: o.SkipMounts}
+	d.Cgroups = o.Cgroups
 	d.Networks, d.EmptyNet = map[string]string{}, o.EmptyNet
 	for _, x := range o.External {
 		kind, key, name := externalParts(x)

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"godwit/engine/cgroup"
 	"godwit/engine/dump"
 	"godwit/engine/files"
 	"godwit/engine/freeze"
@@ -306,7 +307,11 @@ func (e *Engine) Restore(ctx context.Context, src image.Source, o RestoreOptions
 	if err != nil {
 		return nil, err
 	}
-	t, err := restore.Restore(ctx, e.log, src, restore.Options{Namespaces: spaces, TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, TCPOutside: o.NetworkLock != LockNone, LockSkip: o.NetworkLock == LockSkip, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Terminal: o.Terminal, Files: o.Files, ExtUnixSk: o.ExtUnixSk, TimeNamespace: o.TimeNamespace})
+	groups := cgroup.Options{Roots: o.Cgroups.Roots}
+	if groups.Mode, err = cgroup.ParseMode(o.Cgroups.Mode); err != nil {
+		return nil, err
+	}
+	t, err := restore.Restore(ctx, e.log, src, restore.Options{Namespaces: spaces, Cgroups: groups, TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, TCPOutside: o.NetworkLock != LockNone, LockSkip: o.NetworkLock == LockSkip, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Terminal: o.Terminal, Files: o.Files, ExtUnixSk: o.ExtUnixSk, TimeNamespace: o.TimeNamespace})
 	if err != nil {
 		return nil, err
 	}

@@ -36,7 +36,7 @@ var allowed = map[string][]string{
 var layers = [][]string{
 	{"engine/arch", "engine/sys", "engine/refuse"},
 	{"engine/image", "engine/plan", "engine/netlock", "engine/procfs", "engine/ptrace"},
-	{"engine/task", "engine/mem", "engine/files", "engine/sockets", "engine/ns"},
+	{"engine/task", "engine/mem", "engine/files", "engine/sockets", "engine/ns", "engine/cgroup"},
 	{"engine/freeze"},
 	{"engine/dump", "engine/restore"},
 	{"engine"},

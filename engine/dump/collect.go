@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"godwit/engine/arch"
+	"godwit/engine/cgroup"
 	"godwit/engine/files"
 	"godwit/engine/image"
 	"godwit/engine/mem"
@@ -42,6 +43,7 @@ type Options struct {
 	FileLocks      bool     // carried, not refused
 	Elsewhere      bool     // the tree goes to another host
 	Mounts         ns.MountOptions
+	Cgroups        bool // the tree's places and settings are recorded
 	// Networks are keys under which the restorer provides network namespaces, by the
 	// texts of their links.
 	Networks  map[string]string
@@ -90,8 +92,9 @@ type collector struct {
 	segments map[uint32]*segment // System V shared memory by id
 	own      ns.Set              // namespaces that the tree has for itself
 	links    ns.Links            // those of the root
-	net      *ns.Network         // of a network namespace of its own
-	mounts   *ns.Mounts          // of a mount namespace of its own
+	cgroups  cgroup.Collector
+	net      *ns.Network // of a network namespace of its own
+	mounts   *ns.Mounts  // of a mount namespace of its own
 	rss      uint64
 	limits   map[int]plan.Rlimit
 }

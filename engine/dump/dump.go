@@ -180,6 +180,15 @@ func (c *collector) images(ctx context.Context, t *freeze.Tree, sink image.Sink)
 	if err := put(image.TimensFile(c.procs[0].ids(c.own).GetTimeNsId()), image.MagicTimens, timens(facts)); err != nil {
 		return nil, err
 	}
+	if c.o.Cgroups {
+		e, err := c.cgroups.Image()
+		if err != nil {
+			return nil, fmt.Errorf("read the cgroups of the tree: %w", err)
+		}
+		if err := put(image.CgroupFile, image.MagicCgroup, e); err != nil {
+			return nil, err
+		}
+	}
 	if e := c.seccomp.Image(); e != nil {
 		if err := put(image.SeccompFile, image.MagicSeccomp, e); err != nil {
 			return nil, err
@@ -188,6 +197,9 @@ func (c *collector) images(ctx context.Context, t *freeze.Tree, sink image.Sink)
 	inv := &inventory.InventoryEntry{
 		ImgVersion: proto.Uint32(imgVersion), FdinfoPerId: proto.Bool(true), NsPerId: proto.Bool(true),
 		RootIds: c.procs[0].ids(0), Lsmtype: inventory.Lsmtype_NO_LSM.Enum(), DumpUptime: proto.Uint64(uint64(facts.BoottimeNS) / 1000),
+	}
+	if c.o.Cgroups {
+		inv.RootCgSet = u32(1) // the first that was read
 	}
 	c.files.NoteLock(inv)
 	return facts, put(image.InventoryFile, image.MagicInventory, inv)
@@ -231,6 +243,16 @@ func (c *collector) processImages(t *freeze.Tree, fp *freeze.Proc, p *process, f
 				d.Core.Tc.TaskState = u32(task.Stopped)
 				d.Core.Tc.StopSigno = u32(int(fp.Stop))
 				facts.Tasks[len(facts.Tasks)-1].StopSeen = fp.StopSeen
+			}
+		}
+		if c.o.Cgroups {
+			id, err := c.cgroups.Add(fp.Pid, fp.Threads[i].Tid)
+			if err != nil {
+				return err
+			}
+			d.Core.ThreadCore.CgSet = &id
+			if i == 0 {
+				d.Core.Tc.CgSet = &id
 			}
 		}
 		if err := put(image.CoreFile(uint32(fp.Threads[i].VTid)), image.MagicCore, d.Core); err != nil {

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"godwit/engine/arch"
+	"godwit/engine/cgroup"
 	"godwit/engine/files"
 	"godwit/engine/freeze"
 	"godwit/engine/image"
@@ -36,6 +37,7 @@ type Options struct {
 	NewPidNamespace bool
 	FileLocks       bool
 	Namespaces      NamespaceOptions
+	Cgroups         cgroup.Options
 	Files           plan.FileRestoreOptions
 	TimeNamespace   Clocks
 	// ShellJob lands sessions whose leader is not in the tree in that of this
@@ -58,6 +60,7 @@ type Tree struct {
 	shmems  map[uint32]*os.File
 	// terminals: the images have pseudoterminals that are to be made.
 	terminals bool
+	cgroups   *cgroup.Restorer    // nil: not looked at
 	join      map[ns.Set]*os.File // namespaces of the tree that are there already
 	joined    ns.Set              // their kinds
 	rootDir   *os.File            // root directory of a mount namespace of the tree's own
@@ -121,6 +124,9 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 	if err := t.findJoined(set); err != nil {
 		return nil, err
 	}
+	if err := t.readCgroups(set); err != nil {
+		return nil, err
+	}
 	if err := t.readFiles(set); err != nil {
 		return nil, err
 	}
@@ -142,6 +148,9 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 		t.filler = data
 	}
 	if err := t.tracer.Do(func() error { return t.plant(ctx) }); err != nil {
+		return nil, err
+	}
+	if err := t.enterCgroups(); err != nil {
 		return nil, err
 	}
 	t.st.ForkDur = time.Since(start)
@@ -889,6 +898,7 @@ func (t *Tree) run(stopped bool) error {
 		}
 		return errors.Join(errs...)
 	})
+	err = errors.Join(err, t.leaveCgroups(false))
 	t.tracer.Close()
 	if t.resized != 0 {
 		_ = unix.Kill(-t.resized, unix.SIGWINCH) // whoever is not there needs none
@@ -927,7 +937,7 @@ func (t *Tree) Discard() error {
 		}
 	}
 	t.landing.Close()
-	err = errors.Join(err, t.discardSegments(), t.releaseFiles())
+	err = errors.Join(err, t.discardSegments(), t.leaveCgroups(true), t.releaseFiles())
 	t.links.Close()
 	return err
 }
