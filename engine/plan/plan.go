@@ -34,7 +34,7 @@ type Task struct {
 // File is one path that the restore will open.
 type File struct {
 	Path     string
-	Kind     string // "regular", "directory", "chr", "fifo", "socket"
+	Kind     string // "regular", "directory", "chr", "fifo", "socket", "terminal" (one that the restore makes)
 	Size     uint64 // bytes
 	Mode     uint32 // st_mode
 	Rdev     uint64
