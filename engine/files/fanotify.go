@@ -21,7 +21,8 @@ import (
 // while they are frozen, whoever opens such a file waits for them, and that may
 // be the dump itself. Events that wait to be read are lost.
 var kindFanotify = &kind{
-	name: "fanotify", typ: fdinfo.FdTypes_FANOTIFY,
+	name: "fanotify", note: "events that wait to be read are lost",
+	typ:   fdinfo.FdTypes_FANOTIFY,
 	takes: func(_ *Dumper, o *object) bool { return o.link == "anon_inode:[fanotify]" },
 	dump:  dumpFanotify,
 	check: checkFanotify,

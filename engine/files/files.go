@@ -45,6 +45,7 @@ func ghostImage(id uint32) string { return image.GhostFile(id) }
 // kind is one sort of open file.
 type kind struct {
 	name string
+	note string // for Support, may be empty
 	typ  fdinfo.FdTypes
 
 	// takes says whether a description that a dump met is of this kind. The

@@ -20,7 +20,8 @@ import (
 // that it was on, wherever that is now. Events that wait to be read cannot be put
 // back; IN_Q_OVERFLOW, which means that events were lost, stands for them.
 var kindInotify = &kind{
-	name: "inotify", typ: fdinfo.FdTypes_INOTIFY,
+	name: "inotify", note: "events that wait to be read are lost, and IN_Q_OVERFLOW tells so",
+	typ: fdinfo.FdTypes_INOTIFY,
 	takes: func(_ *Dumper, o *object) bool {
 		return o.link == "anon_inode:inotify" || o.link == "anon_inode:[inotify]"
 	},

@@ -20,7 +20,8 @@ import (
 // kindRegular carries what is found by its path: regular files, directories,
 // O_PATH descriptors of anything, and external files, which are found by their key.
 var kindRegular = &kind{
-	name: "regular file", typ: fdinfo.FdTypes_REG,
+	name: "regular file", note: "one whose name was removed goes by another one in the same directory, or one that the kernel remembers",
+	typ: fdinfo.FdTypes_REG,
 	takes: func(_ *Dumper, o *object) bool {
 		if !strings.HasPrefix(o.link, "/") || pseudo(o) {
 			return false

@@ -17,7 +17,7 @@ func Support() []plan.Support {
 	var out []plan.Support
 	var types []fdinfo.FdTypes
 	for _, k := range kinds {
-		out = append(out, plan.Support{Kind: k.name})
+		out = append(out, plan.Support{Kind: k.name, Note: k.note})
 		types = append(types, k.typ)
 	}
 	out = append(out,
@@ -32,11 +32,8 @@ func Support() []plan.Support {
 		plan.Support{Kind: "connections of unix sockets from outside the tree that wait to be accepted", With: "--skip-in-flight", Note: "are left behind, and end"},
 		plan.Support{Kind: "file locks and leases", With: "--file-locks"},
 		plan.Support{Kind: "the terminal that the tree was started on", With: "--shell-job, or --external tty[rdev:dev]",
-			Note: "the restore puts its own terminal, or one that is handed in, in its place"})
-	out = append(out,
-		plan.Support{Kind: "files whose name was removed, but that have others", Note: "under one of those, if it is in the same directory or the kernel remembers it"},
-		plan.Support{Kind: "the same, if no other name is found", With: "--link-remap", Note: "get one more name, link_remap.N, until the restore"},
-		plan.Support{Kind: "events of inotify and fanotify that wait to be read", Note: "are lost; inotify tells so by IN_Q_OVERFLOW"},
+			Note: "the restore puts its own terminal, or one that is handed in, in its place"},
+		plan.Support{Kind: "files whose name was removed and of which no other name is found", With: "--link-remap", Note: "get one more name, link_remap.N, until the restore"},
 		plan.Support{Kind: "nodes of devices that are no longer at their path", With: "--evasive-devices", Note: "/dev/null and its like without it"})
 	seen := map[string]bool{}
 	for _, r := range refusedLinks {
