@@ -85,6 +85,8 @@ func TestMigrate(t *testing.T) {
 		{"ptyjobs", func(p string) []string { return []string{programs.Selfcheck, "ptyjobs", p} }},
 		{"inet", func(p string) []string { return []string{programs.Selfcheck, "inet", p} }},
 		{"tcpconn", func(p string) []string { return []string{programs.Selfcheck, "tcpconn", p} }},
+		{"unixrights", func(p string) []string { return []string{programs.Selfcheck, "unixrights", p} }},
+		{"unixoob", func(p string) []string { return []string{programs.Selfcheck, "unixoob", p} }},
 		{"guards", func(p string) []string { return []string{programs.Selfcheck, "guards", p} }},
 		{"sysvshm", func(p string) []string { return []string{programs.Selfcheck, "sysvshm", p} }},
 		{"seccomp", func(p string) []string { return []string{programs.Selfcheck, "seccomp", p} }},

@@ -852,3 +852,53 @@ COMMAND(unixbusy) {
 	loop(names_check);
 	serves(out_fd, a, "a new client");
 }
+
+// ---- a process with another root directory
+
+static int jail_fd;
+static pid_t jail_child;
+
+static void jail_check(void) {
+	names_check();
+	unsigned char b = 7;
+	CHECK(SYS(send(jail_fd, &b, 1, MSG_NOSIGNAL)) == 1, "ask");
+	CHECK(read_all(jail_fd, &b, 1) == 1 && b == 8, "the answer is %d", b);
+	expect_alive(jail_child);
+}
+
+COMMAND(unixjail) {
+	char *dir = path_of("jail"), real[300];
+	SYS(mkdir(dir, 0755));
+	snprintf(real, sizeof real, "%s/in.sock", dir);
+	jail_child = child();
+	if (jail_child == 0) {
+		SYS(chroot(dir));
+		SYS(chdir("/"));
+		struct addr a = path_addr("/in.sock"), own;
+		int l = listener(SOCK_STREAM | SOCK_NONBLOCK, a, 3), conn[8], n = 0, e;
+		for (unsigned char b;; orphan_check()) {
+			own = name_of(l, false, &e);
+			if (own.n != a.n || memcmp(&own.a, &a.a, a.n)) _exit(3);
+			struct pollfd p[9] = {{l, POLLIN, 0}};
+			for (int i = 0; i < n; i++) p[i + 1] = (struct pollfd){conn[i], POLLIN, 0};
+			if (poll(p, n + 1, 100) < 0) continue;
+			for (int i = 0; i < n; i++)
+				if (p[i + 1].revents & POLLIN && recv(conn[i], &b, 1, MSG_DONTWAIT) == 1) {
+					b++;
+					send(conn[i], &b, 1, MSG_NOSIGNAL);
+				}
+			if (p[0].revents & POLLIN && n < 8) conn[n++] = accept(l, NULL, NULL);
+		}
+	}
+	while (access(real, F_OK)) nap_ms(5);
+	nap_ms(20);
+	jail_fd = usock(SOCK_STREAM);
+	join(jail_fd, path_addr(real));
+	HOLD(jail_fd);
+	loop(jail_check);
+	int c = usock(SOCK_STREAM);
+	join(c, path_addr(real));
+	unsigned char b = 41;
+	CHECK(SYS(send(c, &b, 1, MSG_NOSIGNAL)) == 1 && read_all(c, &b, 1) == 1 && b == 42, "a new connection into the other root");
+	end_child(jail_child);
+}
