@@ -263,6 +263,9 @@ func (c *collector) collectInside(running bool) error {
 	if err := c.finishSysV(); err != nil {
 		return err
 	}
+	if len(c.refusal.Problems) > 0 {
+		c.files.RunsOn()
+	}
 	if err := c.files.Finish(); err != nil {
 		return err
 	}

@@ -452,3 +452,57 @@ func TestTCPRefused(t *testing.T) {
 		wantProblem(t, d.problems, s)
 	}
 }
+
+func init() {
+	scenes["unix-pending"] = func(dir string) fds {
+		l := usock(unix.SOCK_STREAM)
+		must(unix.Bind(l, abstract(dir, "p")))
+		must(unix.Listen(l, 5))
+		out := fds{"listen": l, "client": usock(unix.SOCK_STREAM)}
+		must(unix.Connect(out["client"], abstract(dir, "p")))
+		send(out["client"], "request")
+		return out
+	}
+}
+
+// A connection that waits is accepted for its data only if nothing else keeps
+// the tree from being dumped.
+func TestUnixPendingKept(t *testing.T) {
+	for _, bad := range []bool{true, false} {
+		var files []*os.File
+		if bad { // the child has one end of a pair
+			p, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			mine := os.NewFile(uintptr(p[1]), "mine")
+			defer func() { _ = mine.Close() }()
+			files = append(files, os.NewFile(uintptr(p[0]), "theirs"))
+		}
+		c := start(t, "unix-pending", files...)
+		for _, f := range files {
+			_ = f.Close()
+		}
+		d := dumpAll(t, Options{Ends: true}, c)
+		if bad != (len(d.problems) > 0) {
+			t.Errorf("refused: %v, want %v: %v", len(d.problems) > 0, bad, d.problems)
+		}
+		u, err := readUnixDiag(inodeOf(t, c, "listen"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if waits := len(u.pending) > 0; waits != bad {
+			t.Errorf("with another problem %v: the connection still waits: %v", bad, waits)
+		}
+	}
+}
+
+// inodeOf is the inode of a child's socket.
+func inodeOf(t *testing.T, c *child, name string) uint32 {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Stat(fmt.Sprintf("/proc/%d/fd/%d", c.pid(), c.fds[name]), &st); err != nil {
+		t.Fatal(err)
+	}
+	return uint32(st.Ino)
+}

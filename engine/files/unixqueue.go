@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 
@@ -243,7 +244,7 @@ func (d *Dumper) takePending(o *object) error {
 		}
 		need = need || ino == 0 || c != nil && unsent(c) > 0
 	}
-	if !need {
+	if !need || !d.rehearse() {
 		return nil
 	}
 	d.log.Info("connections that wait to be accepted are taken for their data", "listener", o.link, "connections", len(u.pending))
@@ -267,6 +268,23 @@ func (d *Dumper) takePending(o *object) error {
 		d.flights[x] = &flight{listener: o}
 	}
 	return nil
+}
+
+// RunsOn says that the tree is refused for other reasons, so that it will run on.
+func (d *Dumper) RunsOn() { d.opts.Ends = false }
+
+// rehearse says whether nothing is refused, as far as that can be told: then the
+// tree ends with this dump.
+func (d *Dumper) rehearse() bool {
+	r := NewDumper(nil, d.opts, nil)
+	defer func() { _ = r.Close() }()
+	r.root, r.inside, r.vpids, r.vpid = d.root, maps.Clone(d.inside), maps.Clone(d.vpids), maps.Clone(d.vpid)
+	for _, id := range d.order {
+		if r.AddProcess(*d.tables[id]) != nil {
+			return false
+		}
+	}
+	return r.Finish() == nil && len(r.Refusal()) == 0
 }
 
 // unsent is how much memory the receiver's queue takes of what o sent.
