@@ -85,6 +85,11 @@ func (d *Dumper) standingDir(o *object) string {
 
 // addGhost makes the entry regID lead to a ghost with o's attributes and data.
 func (d *Dumper) addGhost(o *object, regID uint32) error {
+	if d.rootOf(o) != "" && readOnly(o.file) {
+		// A writable mount of it can only be had in its own namespace (onWritable).
+		d.refuse(o, "it was deleted on a mount that is read-only, in a mount namespace of the tree's own", "mount it read-write, or declare the file external")
+		return nil
+	}
 	k := inode(&o.stat)
 	g, ok := d.ghosts[k]
 	if !ok {
@@ -121,6 +126,12 @@ func (d *Dumper) addGhost(o *object, regID uint32) error {
 	}
 	g.users = append(g.users, regID)
 	return nil
+}
+
+// readOnly says whether the mount of a file is read-only.
+func readOnly(f *os.File) bool {
+	var fs unix.Statfs_t
+	return unix.Fstatfs(int(f.Fd()), &fs) == nil && fs.Flags&unix.ST_RDONLY != 0
 }
 
 // readlinkAt reads the symlink that f, open with O_PATH, is.
