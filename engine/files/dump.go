@@ -202,6 +202,7 @@ type Dumper struct {
 	fresh   map[sockType][][]byte // options of new sockets
 	joined  *[]procfs.MulticastGroup
 	packets map[uint32]packetDiag // by inode
+	waiting int                   // bytes of datagrams that travel
 	data    []Data
 	buf     []byte // for what is queued in sockets
 	refusal refuse.Refusal

@@ -3,6 +3,7 @@ package files
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -250,6 +251,10 @@ func (d *Dumper) dumpSockExtra(o *object) error {
 		o.sockFacts().UID = o.stat.Uid
 	}
 	fresh, err := d.freshOptions(k)
+	if errors.Is(err, unix.EACCES) {
+		d.refuse(o, "this host lets nobody make such a socket", "let the agent's group make ping sockets (net.ipv4.ping_group_range)")
+		return nil
+	}
 	if err != nil {
 		return err
 	}

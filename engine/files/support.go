@@ -35,6 +35,17 @@ func Support() []plan.Support {
 			Note: "the restore puts its own terminal, or one that is handed in, in its place"},
 		plan.Support{Kind: "files whose name was removed and of which no other name is found", With: "--link-remap", Note: "get one more name, link_remap.N, until the restore"},
 		plan.Support{Kind: "nodes of devices that are no longer at their path", With: "--evasive-devices", Note: "/dev/null and its like without it"})
+	out = append(out,
+		plan.Support{Kind: "options, multicast groups and classic filters of sockets",
+			Note: "all that can be read; nobody can tell of IP_MULTICAST_IF given by index alone, a sticky IPV6_PKTINFO, anycast groups, leased flow labels, SO_BUSY_POLL_BUDGET and programs of SO_ATTACH_REUSEPORT_CBPF and _EBPF"},
+		plan.Support{Kind: "UDP datagrams that wait to be received", Note: "with their senders; those of raw, ping, UDP-Lite and packet sockets are lost"},
+		plan.Support{Kind: "interfaces of TUN/TAP descriptors", Note: "one that is not there is made again with its settings, addresses and routes; one that is there is attached to"},
+		plan.Support{Kind: "eBPF programs on sockets, classic filters on TCP connections", Refused: true, Note: "detach them"},
+		plan.Support{Kind: "numbered transmit timestamps and sends without copying (SOF_TIMESTAMPING_OPT_ID, SO_ZEROCOPY), UDP_ENCAP", Refused: true, Note: "let the program close the socket"},
+		plan.Support{Kind: "datagrams of UDP that are held back (UDP_CORK, MSG_MORE)", Refused: true, Note: "let the program send them"},
+		plan.Support{Kind: "netlink sockets at which messages wait, packets are queued or logged (NETLINK_NETFILTER), processes reported (proc connector), or of the audit daemon", Refused: true},
+		plan.Support{Kind: "packet sockets with rings, or shared out by a BPF program", Refused: true},
+		plan.Support{Kind: "BPF maps of other types, over 32 MiB, used by a loaded program or held outside of the tree", Refused: true, Note: "let the program close them"})
 	seen := map[string]bool{}
 	for _, r := range refusedLinks {
 		if !seen[r.what] {

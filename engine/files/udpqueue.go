@@ -20,7 +20,7 @@ import (
 
 const (
 	maxDatagrams     = 1 << 16
-	maxDatagramBytes = 16 << 20 // of one socket
+	maxDatagramBytes = 16 << 20 // of all sockets of a tree
 	maxDatagram      = 65507    // bytes of content, over IPv4
 	udpHeader        = 8
 )
@@ -38,9 +38,12 @@ func (d *Dumper) dumpWaiting(o *object, fd int, e *sk_inet.InetSkEntry) error {
 	}
 	// An error that waits would be taken from the program by looking at the queue.
 	if p[0].Revents&(unix.POLLIN|unix.POLLRDHUP|unix.POLLERR) == unix.POLLIN && protoName(e) == "udp" {
-		ms, lost, err := peekDatagrams(fd)
+		ms, lost, err := peekDatagrams(fd, maxDatagramBytes-d.waiting)
 		if err != nil {
 			return err
+		}
+		for _, m := range ms {
+			d.waiting += len(m.Data)
 		}
 		if len(ms) > 0 {
 			o.sockFacts().Datagrams = ms
@@ -56,9 +59,9 @@ func (d *Dumper) dumpWaiting(o *object, fd int, e *sk_inet.InetSkEntry) error {
 	return nil
 }
 
-// peekDatagrams reads a queue without taking it out. lost counts those that cannot
-// be made again. The peek offset is the socket's own, so it is put back as it was.
-func peekDatagrams(fd int) (ms []image.SockDatagram, lost int, err error) {
+// peekDatagrams reads a queue without taking it out, at most room bytes. lost counts
+// those for which there is none, or that cannot be made again. The peek offset is the socket's own, so it is put back as it was.
+func peekDatagrams(fd, room int) (ms []image.SockDatagram, lost int, err error) {
 	old, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF)
 	if err != nil {
 		return nil, 0, os.NewSyscallError("getsockopt SO_PEEK_OFF", err)
@@ -79,7 +82,7 @@ func peekDatagrams(fd int) (ms []image.SockDatagram, lost int, err error) {
 			return nil, 0, os.NewSyscallError("recvmsg", err)
 		}
 		m, segment, ok := datagramOf(from, oob[:oobn])
-		if total += n; !ok || total > maxDatagramBytes {
+		if total += n; !ok || total > room {
 			lost++
 			continue
 		}
