@@ -167,6 +167,8 @@ func TestCommandLine(t *testing.T) {
 		{"restore -D " + dir + " -d", 1, "", "it is no dump"},
 		{"inspect", 2, "", "--tree"},
 		{"inspect -t 1 --output xml", 2, "", "neither text nor json"},
+		{"network-locks --output xml", 2, "", "neither text nor json"},
+		{"network-locks --remove nobodys", 1, "", "there is no network lock nobodys"},
 		{"check --output xml", 2, "", "neither text nor json"},
 	}
 	for _, tt := range tests {

@@ -47,6 +47,8 @@ func TestTCPOutside(t *testing.T) {
 		{name: "veth", family: "4", far: true},
 		{name: "veth mapped", family: "m", far: true},
 		{name: "veth by device", family: "4", far: true, device: "eth0"},
+		{name: "veth IPv6", family: "6", address: "fd00:5::2", far: true},
+		{name: "veth of the link", family: "6", address: "fe80::5:2", far: true, device: "eth0"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			ctx := deadline(t, 3*time.Minute)
@@ -54,7 +56,16 @@ func TestTCPOutside(t *testing.T) {
 			h, other := env.Host("alpha"), env.Host("alpha")
 			if tc.far {
 				other = env.Host("beta")
-				tc.address = other.Addr().String()
+				for i, x := range []*hosts.Host{h, other} {
+					for _, a := range []string{"fd00:5::", "fe80::5:"} {
+						if _, err := x.Run(ctx, "ip", "addr", "add", fmt.Sprintf("%s%d/64", a, i+1), "dev", "eth0", "nodad"); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+				if tc.address == "" {
+					tc.address = other.Addr().String()
+				}
 			}
 			args := []string{tc.family, tc.address, "7000"}
 			if tc.device != "" {

@@ -3,6 +3,7 @@
 // either direction is checked, and at the end how many there were.
 #include "selfcheck.h"
 #include <arpa/inet.h>
+#include <net/if.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/socket.h>
@@ -290,7 +291,8 @@ static void out_check(void) {
 	}
 }
 
-// tcpout 4|6|m ADDRESS PORT [DEVICE]: m is IPv4 by a socket of IPv6.
+// tcpout 4|6|m ADDRESS PORT [DEVICE]: m is IPv4 by a socket of IPv6. Sockets are bound
+// to the device; an address of its link is only reached through it.
 COMMAND(tcpout) {
 	struct sockaddr_in *a4 = (void *)&peer_addr;
 	struct sockaddr_in6 *a6 = (void *)&peer_addr;
@@ -308,6 +310,10 @@ COMMAND(tcpout) {
 	}
 	set_port(&peer_addr, port);
 	out_dev = arg_count > 3 ? arg_values[3] : NULL;
+	if (out_dev && peer_addr.ss_family == AF_INET6 && IN6_IS_ADDR_LINKLOCAL(&a6->sin6_addr)) {
+		a6->sin6_scope_id = if_nametoindex(out_dev);
+		out_dev = NULL;
+	}
 	out_listener = listener(0, 10);
 	SYS(fcntl(out_listener, F_SETFL, 0));
 	int roles[][2] = {{STREAM, 1}, {FULL, 1}, {SHUT, 5}, {SHUT_LATE, 4}, {ENDED, 8}, {BOTH_LATE, 9}, {CROSSED, 11}};
