@@ -247,7 +247,7 @@ func startRestored(ctx context.Context, tree engine.Standing, f restoreFlags) er
 
 // inheritFDs takes over the descriptors that entries of the form fd[N]:KEY name.
 func inheritFDs(entries []string) (held map[string]engine.Inherit, err error) {
-	held = map[string]engine.Inherit{}
+	fds := map[string]int{}
 	taken := map[int]string{}
 	var errs []error
 	for _, e := range entries {
@@ -256,7 +256,7 @@ func inheritFDs(entries []string) (held map[string]engine.Inherit, err error) {
 			errs = append(errs, err)
 			continue
 		}
-		if _, twice := held[key]; twice {
+		if _, twice := fds[key]; twice {
 			errs = append(errs, fmt.Errorf("--inherit-fd %s: the key %s is given twice", e, key))
 			continue
 		}
@@ -276,12 +276,17 @@ func inheritFDs(entries []string) (held map[string]engine.Inherit, err error) {
 				continue
 			}
 		}
-		held[key] = engine.Inherit{File: os.NewFile(uintptr(fd), fmt.Sprintf("fd[%d]", fd)), Forward: false}
+		fds[key] = fd
 	}
 	if err := errors.Join(errs...); err != nil {
 		// The descriptors are the caller's until all of them are good; they are
 		// not closed here. The program ends anyway.
 		return nil, err
+	}
+	// Not before: a file that nobody has closes its descriptor some day.
+	held = map[string]engine.Inherit{}
+	for key, fd := range fds {
+		held[key] = engine.Inherit{File: os.NewFile(uintptr(fd), fmt.Sprintf("fd[%d]", fd)), Forward: false}
 	}
 	return held, nil
 }

@@ -168,7 +168,9 @@ func (r *Remote) Map(addr uint64) error {
 	if err != nil {
 		return err
 	}
-	if err := Errno("mmap", ret); err != nil {
+	if err := Errno("mmap", ret); errors.Is(err, unix.EAGAIN) {
+		return fmt.Errorf("map %d bytes in task %d, which locks all its new memory (mlockall) and may not lock more (RLIMIT_MEMLOCK): %w", AreaSize, r.Tid, err)
+	} else if err != nil {
 		return fmt.Errorf("map %d bytes in task %d: %w", AreaSize, r.Tid, err)
 	}
 	area := uint64(ret)
