@@ -79,6 +79,9 @@ func TestMigrate(t *testing.T) {
 		{"syscalls", func(p string) []string { return []string{programs.Selfcheck, "syscalls", p} }},
 		{"vma", func(p string) []string { return []string{programs.Selfcheck, "vma", p} }},
 		{"files", func(p string) []string { return []string{programs.Selfcheck, "files", p} }},
+		{"inotify", func(p string) []string { return []string{programs.Selfcheck, "inotify", p} }},
+		{"ghosts", func(p string) []string { return []string{programs.Selfcheck, "ghosts", p} }},
+		{"epollmore", func(p string) []string { return []string{programs.Selfcheck, "epollmore", p} }},
 		{"deleted", func(p string) []string { return []string{programs.Selfcheck, "deleted", p} }},
 		{"pipe", func(p string) []string { return []string{programs.Selfcheck, "pipe", p} }},
 		{"pty", func(p string) []string { return []string{programs.Selfcheck, "pty", p} }},
@@ -305,13 +308,13 @@ func TestMigrateRefused(t *testing.T) {
 	ctx := deadline(t, time.Minute)
 	f, alpha, _ := newFleet(ctx, t)
 	dir := newDir(t)
-	r, fine := selfcheck(ctx, t, alpha, dir, "hold", "inotify"), selfcheck(ctx, t, alpha, dir, "counter")
+	r, fine := selfcheck(ctx, t, alpha, dir, "hold", "vsock"), selfcheck(ctx, t, alpha, dir, "counter")
 	for _, tc := range []struct {
 		name, source, destination string
 		pid, code                 int
 		want                      string
 	}{
-		{"object", "alpha", "beta", r.Pid, 4, "inotify"},
+		{"object", "alpha", "beta", r.Pid, 4, "vsock"},
 		{"unknown pid", "alpha", "beta", 99999, 1, "99999"},
 		{"unknown source", "gamma", "beta", r.Pid, 1, "gamma"},
 		{"unknown destination", "alpha", "gamma", fine.Pid, 1, "gamma"},

@@ -9,7 +9,6 @@
 #include <linux/io_uring.h>
 #include <sys/ioctl.h>
 #include <sched.h>
-#include <sys/inotify.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 
@@ -77,8 +76,7 @@ COMMAND(hold) {
 	CHECK(arg_count > 0, "usage: hold PREFIX KIND");
 	const char *k = arg_values[0];
 	int fd;
-	if (strcmp(k, "inotify") == 0) fd = inotify_init1(0);
-	else if (strcmp(k, "tapfilter") == 0) fd = hold_tap();
+	if (strcmp(k, "tapfilter") == 0) fd = hold_tap();
 	else if (strcmp(k, "bpfprog") == 0) fd = hold_program();
 	else if (strcmp(k, "bpffilter") == 0) fd = hold_filter();
 	else if (strcmp(k, "vsock") == 0) fd = socket(AF_VSOCK, SOCK_STREAM, 0);
