@@ -454,7 +454,7 @@ func (d *Dumper) dumpPair(t *terminal) error {
 	}
 	q, err := d.readPair(m, t.info.GetLocked())
 	if busy := errTTYBusy(""); errors.As(err, &busy) {
-		d.refuse(t.master, busy.Error(), "retry in a moment")
+		d.refuse(t.master, fmt.Sprintf("what waits in the terminal cannot be carried at this moment: %s", busy), "retry in a moment")
 		return nil
 	}
 	if err != nil {

@@ -259,3 +259,28 @@ func FuzzParseTTYKey(f *testing.F) {
 		}
 	})
 }
+
+// An event of packet mode that waits to be read would be lost: the pair is left alone.
+func TestPairPacketEvent(t *testing.T) {
+	p := testPair(t, func(*unix.Termios) {})
+	if err := unix.IoctlSetPointerInt(p.m, unix.TIOCPKT, 1); err != nil {
+		t.Fatal(err)
+	}
+	p.packet = true
+	if q, err := p.read(); err != nil || len(q.in)+len(q.out) > 0 {
+		t.Fatalf("an empty pair gives %v (%v)", q, err)
+	}
+	if n, err := unix.IoctlGetInt(p.m, unix.TIOCGPKT); err != nil || n != 1 {
+		t.Fatalf("packet mode is %d (%v)", n, err)
+	}
+	if err := unix.IoctlSetInt(p.s, unix.TCFLSH, unix.TCOFLUSH); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.read(); err == nil || !strings.Contains(err.Error(), "packet mode has not been read") {
+		t.Fatalf("error %v", err)
+	}
+	b := make([]byte, 8)
+	if n, err := readTTY(p.m, b); err != nil || n != 1 || b[0] != unix.TIOCPKT_FLUSHWRITE {
+		t.Fatalf("the event is %x (%v)", b[:n], err)
+	}
+}
