@@ -124,6 +124,7 @@ var objects = map[string]object{
 	"manyfds":   {elsewhere: true},
 	"mem":       {elsewhere: true},
 	"rseq":      {rounds: 100},
+	"sharing":   {elsewhere: true},
 	"sigsender": {elsewhere: true},
 	"sigtarget": {elsewhere: true},
 	"shelljob":  {elsewhere: true},

@@ -73,6 +73,17 @@ func TestRefusedTasks(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
+	for kind, want := range map[string]string{
+		"files": "has descriptors of its own (unshare), which cannot be carried",
+		"vm":    "as after clone with CLONE_VM, which cannot be carried",
+	} {
+		t.Run("sharing "+kind, func(t *testing.T) {
+			ctx := deadline(t, time.Minute)
+			r := selfcheck(ctx, t, h, newDir(t), "sharing", kind)
+			refused(t, r.Pid, want)
+			stop(ctx, t, r)
+		})
+	}
 	t.Run("vfork", func(t *testing.T) {
 		ctx := deadline(t, time.Minute)
 		prefix := filepath.Join(newDir(t), "spawner")

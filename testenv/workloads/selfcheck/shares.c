@@ -1,5 +1,7 @@
 // ---- shares: processes that share descriptors or directories, as clone makes
 // them: each sees what a member of its group changes, and nobody else does.
+// ---- sharing files|vm: a thread, or a process, that shares less or more than
+// can be carried.
 // ---- execer: processes whose second thread executes a program, all the time.
 // ---- spawner: children by vfork and posix_spawn all the time.
 #include "selfcheck.h"
@@ -217,4 +219,34 @@ COMMAND(execer) {
 	for (intptr_t i = 0; i < 3; i++) t[i] = spawn(t_execer, (void *)i);
 	loop(spawner_check);
 	for (int i = 0; i < 3; i++) pthread_join(t[i], NULL);
+}
+
+// ---- sharing
+
+static void *t_own_files(void *arg) {
+	SYS(unshare(CLONE_FILES));
+	*(volatile bool *)arg = true;
+	for (; !stopping; nap_ms(10)) {}
+	return NULL;
+}
+
+static int pauses(void *arg) {
+	for (; !arg;) syscall(SYS_pause);
+	return 0;
+}
+
+COMMAND(sharing) {
+	CHECK(arg_count > 0, "usage: sharing PREFIX files|vm");
+	if (strcmp(arg_values[0], "files") == 0) {
+		volatile bool own = false;
+		pthread_t t = spawn(t_own_files, (void *)&own);
+		while (!own) nap_ms(1);
+		loop(NULL);
+		pthread_join(t, NULL);
+		return;
+	}
+	static char stack[65536] __attribute__((aligned(16)));
+	pid_t pid = SYS(clone(pauses, stack + sizeof stack, CLONE_VM | SIGCHLD, NULL));
+	loop(NULL);
+	end_child(pid);
 }
