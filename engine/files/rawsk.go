@@ -1,6 +1,7 @@
 package files
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -31,6 +32,9 @@ func (d *Dumper) dumpRawPeer(o *object, e *sk_inet.InetSkEntry) error {
 	if e.GetType() != unix.SOCK_RAW && !isPing(e.GetFamily(), e.GetType(), e.GetProto()) {
 		return nil
 	}
+	if err := d.refuseRouter(o, e); err != nil {
+		return err
+	}
 	table := "icmp"
 	if e.GetType() == unix.SOCK_RAW {
 		table = "raw"
@@ -46,6 +50,26 @@ func (d *Dumper) dumpRawPeer(o *object, e *sk_inet.InetSkEntry) error {
 		if s.Inode == o.stat.Ino && s.State == stateEstablished {
 			e.DstAddr, e.State = wordsOf(s.Remote.Addr().AsSlice()), proto.Uint32(stateEstablished)
 		}
+	}
+	return nil
+}
+
+// refuseRouter refuses the socket by which a program routes multicast (MRT_INIT): the
+// kernel forgets interfaces and routes when it is closed.
+func (d *Dumper) refuseRouter(o *object, e *sk_inet.InetSkEntry) error {
+	table := map[[2]uint32]string{{unix.AF_INET, unix.IPPROTO_IGMP}: "ip_mr_vif", {unix.AF_INET6, unix.IPPROTO_ICMPV6}: "ip6_mr_vif"}[[2]uint32{e.GetFamily(), e.GetProto()}]
+	if table == "" || e.GetType() != unix.SOCK_RAW {
+		return nil
+	}
+	b, err := os.ReadFile("/proc/thread-self/net/" + table)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if bytes.Count(b, []byte("\n")) > 1 { // below the heading a line for each interface
+		d.refuse(o, "multicast is routed in its network namespace, perhaps by this socket (MRT_INIT)", "stop the multicast router")
 	}
 	return nil
 }

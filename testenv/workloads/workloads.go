@@ -105,7 +105,7 @@ func (p *Programs) Commands(ctx context.Context) ([]string, error) {
 }
 
 // Refused are the kinds of "selfcheck hold PREFIX KIND" that nobody can carry yet.
-var Refused = []string{"vsock", "tapfilter", "bpfprog", "bpffilter", "pidfd", "pty", "namespace", "tcp", "uring", "secretmem"}
+var Refused = []string{"vsock", "tapfilter", "mrouter", "bpfprog", "bpffilter", "pidfd", "pty", "namespace", "tcp", "uring", "secretmem"}
 
 // Run is one running workload. Its pid inside the host stays the same wherever
 // it is moved.

@@ -3,7 +3,9 @@
 #include "selfcheck.h"
 #include <arpa/inet.h>
 #include <net/if.h>
+#include <netinet/in.h>
 #include <linux/bpf.h>
+#include <linux/mroute.h>
 #include <linux/filter.h>
 #include <linux/if_tun.h>
 #include <linux/io_uring.h>
@@ -59,6 +61,14 @@ static int elsewhere(void) {
 	return fd;
 }
 
+static int hold_router(void) {
+	int fd = SYS(socket(AF_INET, SOCK_RAW, IPPROTO_IGMP)), on = 1;
+	SYS(setsockopt(fd, IPPROTO_IP, MRT_INIT, &on, sizeof on));
+	struct vifctl v = {.vifc_flags = VIFF_USE_IFINDEX, .vifc_threshold = 1, .vifc_lcl_ifindex = if_nametoindex("eth0")};
+	SYS(setsockopt(fd, IPPROTO_IP, MRT_ADD_VIF, &v, sizeof v));
+	return fd;
+}
+
 static int hold_program(void) {
 	struct bpf_insn all[] = {{.code = BPF_ALU64 | BPF_MOV | BPF_K, .imm = -1}, {.code = BPF_JMP | BPF_EXIT}};
 	union bpf_attr a = {.prog_type = BPF_PROG_TYPE_SOCKET_FILTER, .insns = (uintptr_t)all, .insn_cnt = 2, .license = (uintptr_t) "GPL"};
@@ -79,6 +89,7 @@ COMMAND(hold) {
 	if (strcmp(k, "tapfilter") == 0) fd = hold_tap();
 	else if (strcmp(k, "bpfprog") == 0) fd = hold_program();
 	else if (strcmp(k, "bpffilter") == 0) fd = hold_filter();
+	else if (strcmp(k, "mrouter") == 0) fd = hold_router();
 	else if (strcmp(k, "vsock") == 0) fd = socket(AF_VSOCK, SOCK_STREAM, 0);
 	else if (strcmp(k, "pidfd") == 0) fd = syscall(SYS_pidfd_open, 1, 0);
 	else if (strcmp(k, "pty") == 0) fd = posix_openpt(O_RDWR | O_NOCTTY);
