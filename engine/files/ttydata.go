@@ -100,7 +100,7 @@ func (p *ptyPair) read() (*ttyQueues, error) {
 	if err != nil {
 		return nil, err
 	}
-	n, err := waiting(p.s)
+	n, err := p.settled()
 	switch {
 	case err != nil:
 		return nil, err
@@ -124,6 +124,22 @@ func (p *ptyPair) read() (*ttyQueues, error) {
 		return nil, errTTYBusy(fmt.Sprintf("%d typed bytes wait to be read, more than can be carried", total))
 	}
 	return q, err
+}
+
+// settled is how much the slave has to be read once nothing is on its way to it any
+// more: what arrives later would be processed under other settings. Where there is
+// none, asking for it had the kernel hand on everything (n_tty_poll); else it is
+// given time for that.
+func (p *ptyPair) settled() (int, error) {
+	n, err := waiting(p.s)
+	for quiet, start := 0, time.Now(); err == nil && n > 0 && quiet < 4 && time.Since(start) < ttyPatience; quiet++ {
+		time.Sleep(500 * time.Microsecond)
+		before := n
+		if n, err = waiting(p.s); n != before {
+			quiet = -1
+		}
+	}
+	return n, err
 }
 
 // take moves what waits into q; also after an error q has all that was taken.
