@@ -44,6 +44,9 @@ func (c *collector) sysv(p *process, v *mem.VMA) error {
 	s := &segment{attach: d.Nattch, inside: 1, first: p, vma: v, facts: segmentFacts(id, d)}
 	c.segments[id] = s
 	f, err := os.OpenFile(v.Link(p.pid), os.O_RDWR, 0)
+	if c.running && procfs.Gone(err) {
+		return nil // just detached
+	}
 	if err != nil {
 		return fmt.Errorf("open %s: %w", v, err)
 	}
@@ -123,6 +126,13 @@ func (c *collector) unattached() error {
 	if !c.own.Has(ns.Ipc) {
 		return nil
 	}
+	queues, err := ns.PosixQueues()
+	if err != nil {
+		return fmt.Errorf("list POSIX message queues: %w", err)
+	}
+	for _, name := range queues {
+		c.refuse(c.procs[0], name, "is a POSIX message queue of the tree's IPC namespace, which cannot be carried", "remove it (mq_unlink)")
+	}
 	all, err := procfs.SysV("shm")
 	if err != nil {
 		return err
@@ -135,6 +145,9 @@ func (c *collector) unattached() error {
 		d, err := sys.ShmStat(o.ID)
 		if err != nil {
 			return err
+		}
+		if c.running {
+			continue // opening it would show: it is attached for a moment
 		}
 		f, err := sys.ShmFile(o.ID, sys.ShmPage(0))
 		if errors.Is(err, fs.ErrNotExist) {

@@ -198,6 +198,36 @@ func cut(b []byte, m proto.Message) ([]byte, error) {
 	return b[4+n:], proto.Unmarshal(b[4:4+n], m)
 }
 
+// PosixQueues names the POSIX message queues of the thread's IPC namespace, as its
+// file system lists them.
+func PosixQueues() ([]string, error) {
+	fs, err := unix.Fsopen("mqueue", 1) // FSOPEN_CLOEXEC
+	if errors.Is(err, unix.ENODEV) {
+		return nil, nil // this kernel has none
+	}
+	if err != nil {
+		return nil, os.NewSyscallError("fsopen mqueue", err)
+	}
+	defer func() { _ = unix.Close(fs) }()
+	if err := unix.FsconfigCreate(fs); err != nil {
+		return nil, os.NewSyscallError("fsconfig create", err)
+	}
+	root, err := unix.Fsmount(fs, 1, 0) // FSMOUNT_CLOEXEC
+	if err != nil {
+		return nil, os.NewSyscallError("fsmount", err)
+	}
+	defer func() { _ = unix.Close(root) }()
+	des, err := os.ReadDir(fmt.Sprintf("/proc/self/fd/%d", root))
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, de := range des {
+		names = append(names, "/"+de.Name())
+	}
+	return names, nil
+}
+
 // queue is a message queue of an image.
 type queue struct {
 	entry    *ipc_msg.IpcMsgEntry

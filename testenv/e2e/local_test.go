@@ -112,28 +112,29 @@ type object struct {
 
 // objects has the commands of selfcheck that need anything.
 var objects = map[string]object{
-	"container": {elsewhere: true},
-	"execed":    {elsewhere: true},
-	"netns":     {elsewhere: true},
-	"external":  {elsewhere: true},
-	"forker":    {elsewhere: true},
-	"linkremap": {options: []string{"--link-remap"}},
-	"hold":      {elsewhere: true},
-	"locks":     {options: []string{"--file-locks"}},
-	"futexes":   {rounds: 100},
-	"manyfds":   {elsewhere: true},
-	"mem":       {elsewhere: true},
-	"rseq":      {rounds: 100},
-	"sharing":   {elsewhere: true},
-	"sigsender": {elsewhere: true},
-	"sigtarget": {elsewhere: true},
-	"shelljob":  {elsewhere: true},
-	"tcpconn":   {options: []string{"--tcp-established"}},
-	"tcpclose":  {options: []string{"--tcp-close"}},
-	"tcpflight": {elsewhere: true},
-	"tcpopts":   {options: []string{"--tcp-established"}},
-	"tcpout":    {elsewhere: true},
-	"tcppeer":   {elsewhere: true},
+	"container":  {elsewhere: true},
+	"execed":     {elsewhere: true},
+	"netns":      {elsewhere: true},
+	"external":   {elsewhere: true},
+	"forker":     {elsewhere: true},
+	"linkremap":  {options: []string{"--link-remap"}},
+	"hold":       {elsewhere: true},
+	"locks":      {options: []string{"--file-locks"}},
+	"futexes":    {rounds: 100},
+	"manyfds":    {elsewhere: true},
+	"mem":        {elsewhere: true},
+	"rseq":       {rounds: 100},
+	"sharing":    {elsewhere: true},
+	"sigsender":  {elsewhere: true},
+	"sigtarget":  {elsewhere: true},
+	"shelljob":   {elsewhere: true},
+	"tcpconn":    {options: []string{"--tcp-established"}},
+	"tcpclose":   {options: []string{"--tcp-close"}},
+	"tcpflight":  {elsewhere: true},
+	"tcpopts":    {options: []string{"--tcp-established"}},
+	"tcpout":     {elsewhere: true},
+	"tcppeer":    {elsewhere: true},
+	"posixqueue": {elsewhere: true},
 
 	"unixbusy":   {elsewhere: true},
 	"unixlogger": {elsewhere: true},
@@ -217,6 +218,16 @@ func TestObjects(t *testing.T) {
 			t.Fatal(err)
 		}
 		restore(ctx, t, h, img, r.Pid, nil, "-l")
+		goes(ctx, t, r, 10)
+		stop(ctx, t, r)
+	})
+	// What nobody holds in a namespace of the tree's own is not lost.
+	t.Run("posixqueue refused", func(t *testing.T) {
+		ctx := deadline(t, time.Minute)
+		r := selfcheck(ctx, t, h, newDir(t), "posixqueue")
+		if o := agentCmd(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", newDir(t)); o.code != 1 || !strings.Contains(o.stderr, "POSIX message queue") {
+			t.Errorf("dump with a POSIX message queue: exit code %d, %q", o.code, o.stderr)
+		}
 		goes(ctx, t, r, 10)
 		stop(ctx, t, r)
 	})

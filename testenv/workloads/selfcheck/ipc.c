@@ -140,6 +140,13 @@ COMMAND(utsipc) {
 	end_child(c);
 }
 
+// An IPC namespace with a POSIX message queue that nobody has open.
+COMMAND(posixqueue) {
+	SYS(unshare(CLONE_NEWIPC));
+	SYS(syscall(SYS_close, SYS(syscall(SYS_mq_open, "left", O_RDWR | O_CREAT, 0600, NULL))));
+	loop(NULL);
+}
+
 static int su_sem;
 
 static void su_check(void) { CHECK(semctl(su_sem, 0, GETVAL) == 1, "semaphore changed"); }
