@@ -190,3 +190,23 @@ func TestContainer(t *testing.T) {
 		t.Errorf("the mounts of the host were\n%s\nand are\n%s", before, strings.TrimSpace(after))
 	}
 }
+
+// TestContainerMigrates moves a tree with namespaces of its own to another host
+// and back.
+func TestContainerMigrates(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	f, alpha, beta := newFleet(ctx, t)
+	r := contained(ctx, t, alpha, newDir(t), "container")
+	for _, to := range []*hosts.Host{beta, alpha} {
+		m, res, err := f.Migrate(ctx, r.Host.Name(), r.Pid, to.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if res.Code != 0 || m.State != "completed" || m.Owner != "destination" {
+			t.Fatalf("migration: exit code %d, state %s, owner %s: %s%s", res.Code, m.State, m.Owner, res.Stdout, res.Stderr)
+		}
+		r.Host, r.Pid = to, m.LandedPID
+		goes(ctx, t, r, 10)
+	}
+	stop(ctx, t, r)
+}

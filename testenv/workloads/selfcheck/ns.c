@@ -26,6 +26,7 @@ static int ct_read_mounts(char list[64][512]) {
 	while (fgets(line, sizeof line, f)) {
 		char root[256], point[256], opts[128], rest[512] = "", tags[128] = "";
 		CHECK(sscanf(line, "%*d %*d %*s %255s %255s %127s %511[^\n]", root, point, opts, rest) == 4, "mountinfo: %s", line);
+		if (strcmp(point, "/etc/hosts") == 0) continue; // each host of the tests has another
 		if (strstr(rest, "shared:") && strstr(rest, "shared:") < strstr(rest, " - ")) strcat(tags, "shared ");
 		if (strstr(rest, "master:") && strstr(rest, "master:") < strstr(rest, " - ")) strcat(tags, "slave ");
 		if (strstr(rest, "unbindable")) strcat(tags, "unbindable ");
