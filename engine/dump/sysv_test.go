@@ -19,7 +19,9 @@ func TestSegmentsOfOthers(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			x := newCollector(nil, Options{}, 10, nil)
 			x.segments[7] = &segment{facts: image.SysVFacts{ID: 7}, attach: c.attach, inside: c.inside, first: &process{pid: 10}, vma: &mem.VMA{Start: 0x1000, End: 0x2000}}
-			x.finishSysV()
+			if err := x.finishSysV(); err != nil {
+				t.Fatal(err)
+			}
 			err := x.err()
 			var r *refuse.Refusal
 			if errors.As(err, &r) != c.refused {

@@ -45,7 +45,6 @@ type unixState struct {
 	diag  unixDiag
 	e     *sk_unix.UnixSkEntry
 	facts *image.UnixFacts
-	outer *unixDiag // of a peer outside the tree to which it is connected again
 }
 
 func isDgram(typ uint32) bool { return typ == unix.SOCK_DGRAM }
