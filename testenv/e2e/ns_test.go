@@ -70,7 +70,7 @@ func hostMounts(t *testing.T, h *hosts.Host) string {
 func network(ctx context.Context, t *testing.T, h *hosts.Host, pid int) []string {
 	t.Helper()
 	out, err := h.Run(ctx, "nsenter", fmt.Sprintf("--net=/proc/%d/ns/net", pid), "sh", "-c",
-		"ip -o link | sed 's/ state [A-Z]*//'; ip -o addr; for t in main 77; do ip route show table $t; done; ip -6 route show table all | sort; ip rule; ip -6 rule; cd /proc/sys/net; "+
+		"ip -o link | sed 's/ state [A-Z]*//; s/,LOWER_UP//; s/NO-CARRIER,//; s/,M-DOWN//'; ip -o addr; for t in main 77; do ip route show table $t; done; ip -6 route show table all | sort; ip rule; ip -6 rule; cd /proc/sys/net; "+
 			"grep . core/somaxconn unix/max_dgram_qlen ipv4/ip_forward ipv4/ip_local_port_range ipv4/conf/*/proxy_arp ipv4/conf/*/forwarding ipv6/conf/*/accept_dad")
 	if err != nil {
 		t.Fatal(err)
