@@ -78,9 +78,9 @@ static void packet_check(void) {
 		CHECK(packet_take(pdgram, text, "of SOCK_DGRAM") == (ssize_t)header, "a packet with its header");
 		CHECK(packet_take(pall, text, "of all interfaces") == (ssize_t)(10 + 14 + header), "a packet without its virtio header");
 	}
-	// The loop sends each twice past those who listen to all: out and in.
+	// In turn; but others on the host send, too.
 	int a = packet_count(pshare[0]), b = packet_count(pshare[1]);
-	CHECK(a == b && a > 0, "of the packets that two share, they got %d and %d", a, b);
+	CHECK(a > 0 && b > 0, "of the packets that two share, they got %d and %d", a, b);
 	CHECK(packet_member("0180c2000003") && packet_member("0180c200000e"), "a device listens to a group no more");
 	struct tpacket_stats st;
 	socklen_t len = sizeof st;
