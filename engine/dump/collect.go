@@ -394,6 +394,16 @@ func (c *collector) process(p *process) error {
 	return c.files.AddProcess(files.Proc{Pid: p.pid, VPid: p.vpid, Comm: p.comm, FilesID: p.filesID})
 }
 
+// inFreezer says whether a running process waits in the freezer of control groups;
+// one that is traced and stopped does not tell.
+func inFreezer(pid int, status *procfs.Status) bool {
+	if status.State != 'S' && status.State != 'D' {
+		return false // stopped by a signal, it waits in the same function
+	}
+	place, err := procfs.ReadAll(procfs.Path(pid, "wchan"))
+	return err == nil && slices.Contains([]string{"get_signal", "do_freezer_trap", "__refrigerator"}, string(place))
+}
+
 // state refuses what the whole process is in.
 func (c *collector) state(p *process) error {
 	st := &p.status
@@ -406,6 +416,9 @@ func (c *collector) state(p *process) error {
 		c.refuse(p, "", "is dumping core", "")
 	case st.Tagged:
 		c.refuse(p, "", "uses tags in addresses (LAM), which cannot be carried", "")
+	}
+	if inFreezer(p.pid, st) {
+		c.refuse(p, "", "stands still in a frozen control group, where nothing can be executed in it", "thaw the group: write 0 to its cgroup.freeze (version 1: THAWED to freezer.state)")
 	}
 	if !st.Kthread && compat(p.pid) {
 		c.refuse(p, "", "is a 32-bit program, which cannot be carried", "")

@@ -56,6 +56,12 @@ func TestCgroups(t *testing.T) {
 			t.Errorf("%v: exit code %d, %q; want 1 and %q", args, o.code, o.stderr, want)
 		}
 	}
+	// In a frozen group nothing can be asked of a program, and nothing is waited for.
+	freezer := fmt.Sprintf("/run/cg/2/%s/sub/cgroup", name)
+	sh("echo 1 >%[1]s.freeze; until grep -q 'frozen 1' %[1]s.events; do sleep 0.01; done", freezer)
+	fails("frozen control group", "dump", "-t", fmt.Sprint(r.Pid), "-D", newDir(t), "-R")
+	sh("echo 0 >%s.freeze", freezer)
+	goes(ctx, t, r, 5)
 	for i := range 10 {
 		img := dump(ctx, t, h, r.Pid, "--manage-cgroups")
 		if i == 0 {
