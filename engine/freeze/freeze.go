@@ -316,6 +316,11 @@ func (s *seizer) awaitStop(p *Proc, tid int) (stop unix.Signal, alive bool, err 
 			if time.Since(told) > vforkPatience && procfs.InVfork(p.Pid, tid) {
 				return 0, false, &passingError{fmt.Errorf("task %d of pid %d (%s) waits for a child that it made by vfork", tid, p.Pid, p.Comm)}
 			}
+			if time.Since(told) > vforkPatience && ended(p.Pid, tid) {
+				// Nobody is told of a first thread that has ended before all others
+				// are reaped, of which some are ours.
+				return 0, false, &passingError{fmt.Errorf("task %d of pid %d (%s) is ending", tid, p.Pid, p.Comm)}
+			}
 			time.Sleep(pause)
 			pause = min(pause*2, 2*time.Millisecond)
 			continue
@@ -340,6 +345,11 @@ func (s *seizer) awaitStop(p *Proc, tid int) (stop unix.Signal, alive bool, err 
 			return 0, false, &ptrace.StopError{Want: "an event stop", Got: st}
 		}
 	}
+}
+
+func ended(pid, tid int) bool {
+	st, err := procfs.ReadTaskStat(pid, tid)
+	return procfs.Gone(err) || err == nil && (st.State == 'Z' || st.State == 'X')
 }
 
 func waitingIn(pid, tid int) string {
@@ -458,7 +468,7 @@ func (th *Thread) identify(p *Proc) error {
 			return fmt.Errorf("suspend seccomp of task %d (the agent itself must not be under seccomp): %w", th.Tid, err)
 		}
 	}
-	if th.stop == 0 && (th.Regs.ContinuesUnnamed() || th.Regs.AboutToContinue() && th.atSyscall()) {
+	if th.Regs.ContinuesUnnamed() || th.Regs.AboutToContinue() && th.atSyscall() {
 		stopped, err := ptrace.NameContinued(p.Pid, th.Tid, &th.Regs)
 		th.Resend = th.Resend || stopped
 		if err != nil {

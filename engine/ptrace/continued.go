@@ -24,8 +24,8 @@ const continuedPatience = 100 * time.Millisecond
 // become those with its result, and the same goes for a task that the kernel has just
 // sent back to the call and that has not made it yet. stopped says that a SIGSTOP came, which the
 // caller sends again.
-// Preconditions: the task pid/tid is in an event stop, with these registers, and not
-// part of a group stop; seccomp is suspended.
+// Preconditions: the task pid/tid is in an event stop, with these registers; seccomp
+// is suspended.
 func NameContinued(pid, tid int, regs *arch.Regs) (stopped bool, err error) {
 	mask, err := BlockSignals(tid)
 	if err != nil {
