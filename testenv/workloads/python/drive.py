@@ -24,31 +24,9 @@ import sys
 import threading
 import time
 
-prefix, program, work = sys.argv[1:4]
-stopping = threading.Event()
-records = 0
+from workload import check, fail, guarded, on_failure, prefix, run, stopping, verdict
 
-
-def verdict(suffix, text):
-    try:
-        fd = os.open(f"{prefix}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    except FileExistsError:
-        return
-    os.write(fd, text.encode())
-    os.close(fd)
-
-
-def fail(text):
-    verdict("fail", f"FAIL after {records} records, pid {os.getpid()}: {text}\n")
-    for p in started:
-        if p.poll() is None:
-            p.kill()
-    os._exit(1)
-
-
-def check(cond, text):
-    if not cond:
-        fail(text)
+program, work = sys.argv[2:4]
 
 
 def path(name):
@@ -62,6 +40,13 @@ def write(name, text):
 
 
 started = []
+
+
+@on_failure.append
+def end_all():
+    for p in started:
+        if p.poll() is None:
+            p.kill()
 
 
 def spawn(argv, **kw):
@@ -527,15 +512,6 @@ asyncio.run(main())
         ended(self.p)
 
 
-def guarded(step):
-    def run():
-        try:
-            step()
-        except BaseException as e:  # a thread must not die unnoticed
-            fail(f"{program}: {type(e).__name__}: {e}")
-    return run
-
-
 def repeat(step):
     while not stopping.is_set():
         step()
@@ -544,23 +520,6 @@ def repeat(step):
 os.makedirs(work, exist_ok=True)
 if not shutil.which({"sqlite": "sqlite3", "redis": "redis-server", "python": "python3"}.get(program, program)):
     fail(f"{program} is not installed")
-signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-log = os.open(f"{prefix}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 it = {c.__name__: c for c in Work.__subclasses__()}[program]()
 guarded(it.begin)()
-threads = [threading.Thread(target=guarded(lambda step=step: repeat(step))) for step in it.threads]
-for t in threads:
-    t.start()
-verdict("ready", "ready\n")
-last = 0
-while not stopping.is_set():
-    now = time.monotonic_ns()
-    check(now >= last, f"the clock went back from {last} to {now}")
-    last = now
-    os.write(log, f"{records} {now}\n".encode())
-    records += 1
-    time.sleep(0.01)
-for t in threads:
-    t.join()
-guarded(it.end)()
-verdict("ok", f"OK {records}\n")
+run([lambda step=step: repeat(step) for step in it.threads], it.end)

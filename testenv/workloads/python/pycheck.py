@@ -9,36 +9,13 @@ them in two threads.
 
 import array
 import hashlib
-import os
-import signal
 import sys
 import threading
 import time
 
-prefix = sys.argv[1]
+from workload import check, run, stopping
+
 mib = int(sys.argv[2]) if len(sys.argv) > 2 else 64
-stopping = threading.Event()
-records = 0
-
-
-def verdict(suffix, text):
-    try:
-        fd = os.open(f"{prefix}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    except FileExistsError:
-        return
-    os.write(fd, text.encode())
-    os.close(fd)
-
-
-def fail(text):
-    verdict("fail", f"FAIL after {records} records, pid {os.getpid()}: {text}\n")
-    os._exit(1)
-
-
-def check(cond, text):
-    if not cond:
-        fail(text)
-
 
 # Half of the memory are doubles in large arrays, computed by rows.
 ROW = 1 << 17
@@ -61,16 +38,6 @@ lock = threading.Lock()
 counters = [0, 0]
 
 
-def guarded(f):
-    def run():
-        try:
-            f()
-        except BaseException as e:  # a thread must not die unnoticed
-            fail(f"{type(e).__name__}: {e}")
-    return run
-
-
-@guarded
 def rewrite():
     """Adds one to every number of a row; the sum tells whether any was missed."""
     r = 0
@@ -84,7 +51,6 @@ def rewrite():
         time.sleep(0.005)
 
 
-@guarded
 def inspect():
     n = 0
     while not stopping.is_set():
@@ -102,24 +68,11 @@ def inspect():
         time.sleep(0.01)
 
 
-signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-log = os.open(f"{prefix}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-threads = [threading.Thread(target=f) for f in (rewrite, inspect)]
-for t in threads:
-    t.start()
-verdict("ready", "ready\n")
-last = 0
-while not stopping.is_set():
-    now = time.monotonic_ns()
-    check(now >= last, f"the clock went back from {last} to {now}")
-    last = now
-    os.write(log, f"{records} {now}\n".encode())
-    records += 1
-    time.sleep(0.01)
-for t in threads:
-    t.join()
-check(min(counters) > 0, f"threads did {counters} rounds")
-for r in range(len(rows)):
-    want = total + ROW * r + ROW * versions[r]
-    check(abs(row_sum(r) - want) < 1e-3 * ROW, f"row {r}: sum {row_sum(r)}, want {want}")
-verdict("ok", f"OK {records}\n")
+def end():
+    check(min(counters) > 0, f"threads did {counters} rounds")
+    for r in range(len(rows)):
+        want = total + ROW * r + ROW * versions[r]
+        check(abs(row_sum(r) - want) < 1e-3 * ROW, f"row {r}: sum {row_sum(r)}, want {want}")
+
+
+run([rewrite, inspect], end)
