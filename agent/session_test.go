@@ -91,7 +91,14 @@ func TestFailures(t *testing.T) {
 		t.Run(tt.point, func(t *testing.T) {
 			r.fresh(t)
 			r.w.on(tt.point, func(context.Context) error { return broken })
-			rec := r.finished(r.begin())
+			id := r.create()
+			p, err := r.prepare(id)
+			noErr(t, err)
+			// The destination may fail before the source has even begun.
+			if err := r.start(id, p.Stream); err != nil && !strings.HasPrefix(tt.point, "restore") {
+				t.Fatal(err)
+			}
+			rec := r.finished(id)
 			r.check(tt.runs)
 			if rec.State != tt.state || !strings.Contains(rec.Reason, tt.reason) || rec.Owner != wire.Owner_OWNER_SOURCE {
 				t.Errorf("record is %s, owner %s, reason %q, steps %v", rec.State, rec.Owner, rec.Reason, states(rec))
@@ -99,8 +106,8 @@ func TestFailures(t *testing.T) {
 			if rec.Error.GetHost() == "" || rec.Error.GetPhase() == "" {
 				t.Errorf("the error lacks host or phase: %v", rec.Error)
 			}
-			if n := r.w.count("thaw"); tt.point != "freeze" && n != 1 {
-				t.Errorf("thawed %d times", n)
+			if f, n := r.w.count("freeze"), r.w.count("thaw"); tt.point != "freeze" && n != f {
+				t.Errorf("frozen %d times and thawed %d times", f, n)
 			}
 		})
 	}
