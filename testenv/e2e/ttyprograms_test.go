@@ -410,7 +410,16 @@ func (w *work) attach(ctx context.Context, t *testing.T, h *hosts.Host) {
 	tmux(ctx, t, h, "select-window", "-t", "work:0")
 	p := newTypist(ctx, t, h, "stty rows 24 cols 80; unset TMUX; tmux attach -t work; echo left; sleep 1000")
 	at := p.sees(ctx, 0, "tick")
-	p.types("\x02d") // detach
+	// Detach; tmux drops keys that come while it still asks what the terminal is.
+	for ctx.Err() == nil {
+		p.types("\x02d")
+		for range 100 {
+			if b, _ := os.ReadFile(p.out); strings.Contains(string(b[min(at, len(b)):]), "left") {
+				return
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+	}
 	p.sees(ctx, at, "left")
 }
 
