@@ -47,16 +47,7 @@ a dump that succeeded the tree is killed, unless --leave-running or
 Exit codes: 0 done; 1 failed or refused, the tree runs on.`,
 		Example: `  godwit-agent dump -t 4711 -D /var/tmp/img --external 'file[72:a3e7]'`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := needRoot("dump"); err != nil {
-				return localError(err)
-			}
-			log, closeLog, err := f.logger(cmd.ErrOrStderr())
-			if err != nil {
-				return localError(err)
-			}
-			defer closeLog()
-			boundMemory(localMemory)
-			return localError(f.logged(runDump(cmd.Context(), engine.New(log), f, log)))
+			return f.run(cmd, func(log hclog.Logger) error { return runDump(cmd.Context(), engine.New(log), f, log) })
 		},
 	}
 	f.addDump(cmd)
@@ -122,6 +113,21 @@ const (
 	localMemory       = 96 << 20
 	descriptionMemory = 2 << 10
 )
+
+// run is the frame of the commands that work without a bus: they need root, keep
+// a log, bound their memory and exit as CRIU does.
+func (f *localFlags) run(cmd *cobra.Command, do func(hclog.Logger) error) error {
+	if err := needRoot(cmd.Name()); err != nil {
+		return localError(err)
+	}
+	log, closeLog, err := f.logger(cmd.ErrOrStderr())
+	if err != nil {
+		return localError(err)
+	}
+	defer closeLog()
+	boundMemory(localMemory)
+	return localError(f.logged(do(log)))
+}
 
 // localError gives the errors of dump and restore CRIU's exit code, whatever
 // they are.

@@ -68,16 +68,7 @@ Exit codes: 0 done; 1 failed or refused, DIR holds no images. The tree is not st
 		Example: `  godwit-agent pre-dump -t 4711 -D /var/tmp/img/1
   godwit-agent dump -t 4711 -D /var/tmp/img/2 --prev-images-dir ../1`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := needRoot("pre-dump"); err != nil {
-				return localError(err)
-			}
-			log, closeLog, err := f.logger(cmd.ErrOrStderr())
-			if err != nil {
-				return localError(err)
-			}
-			defer closeLog()
-			boundMemory(localMemory)
-			return localError(f.logged(runPreDump(cmd.Context(), engine.New(log), f, log)))
+			return f.run(cmd, func(log hclog.Logger) error { return runPreDump(cmd.Context(), engine.New(log), f, log) })
 		},
 	}
 	f.addDump(cmd)

@@ -47,16 +47,7 @@ pid namespace of its own is not told to the outside, and 0 stands for it).
 Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 		Example: `  godwit-agent restore -D /var/tmp/img -d --inherit-fd 'fd[4]:file[72:a3e7]' 4<>/run/fifo`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := needRoot("restore"); err != nil {
-				return localError(err)
-			}
-			log, closeLog, err := f.logger(cmd.ErrOrStderr())
-			if err != nil {
-				return localError(err)
-			}
-			defer closeLog()
-			boundMemory(localMemory)
-			return localError(f.logged(runRestore(cmd.Context(), engine.New(log), f, log)))
+			return f.run(cmd, func(log hclog.Logger) error { return runRestore(cmd.Context(), engine.New(log), f, log) })
 		},
 	}
 	f.add(cmd)
