@@ -185,6 +185,7 @@ type frozen struct {
 
 	segments []int              // System V shared memory that was dumped
 	sockets  []files.SocketFile // of the dumped tree
+	moved    []files.Moved      // of the dumped tree
 	conns    *files.Connections // of the dumped tree
 	links    *files.Links       // names that the dump made
 }
@@ -210,7 +211,7 @@ func (f *frozen) Dump(ctx context.Context, sink image.Sink) (DumpStats, error) {
 		}
 		f.conns, f.links = s.Connections, s.Links
 		if err == nil {
-			f.segments, f.sockets = s.Segments, s.Sockets
+			f.segments, f.sockets, f.moved = s.Segments, s.Sockets, s.Moved
 		}
 		return DumpStats{
 			Processes: s.Processes, Threads: s.Threads, Pages: s.Pages, Bytes: s.Bytes,
@@ -279,6 +280,9 @@ func (f *frozen) Kill() error {
 			if err := s.Remove(); err != nil {
 				f.e.log.Warn("a file is left", "pid", f.pid, "error", err)
 			}
+		}
+		if err := files.RemoveMoved(f.moved); err != nil {
+			f.e.log.Warn("a file is left", "pid", f.pid, "error", err)
 		}
 	}
 	return f.removeSegments()

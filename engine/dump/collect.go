@@ -103,7 +103,7 @@ func newCollector(log hclog.Logger, o Options, root int, emit func(image.Entry) 
 	return &collector{
 		log: log, o: o,
 		files: files.NewDumper(log, files.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, SkipInFlight: o.SkipInFlight, NetworkLock: o.NetworkLock, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, ShellJob: o.ShellJob, FileOptions: o.Files,
-			ExtUnixSk: o.ExtUnixSk, Ends: o.Ends}, emit),
+			ExtUnixSk: o.ExtUnixSk, Ends: o.Ends, Elsewhere: o.Elsewhere}, emit),
 		refusal: refuse.Refusal{Doing: fmt.Sprintf("dump of pid %d", root)},
 		shmems:  map[uint32]*shmem{}, segments: map[uint32]*segment{},
 		limits: map[int]plan.Rlimit{},

@@ -37,6 +37,7 @@ type Stats struct {
 	Bytes              uint64 // of data, all kinds
 	Segments           []int  // ids of System V shared memory
 	Sockets            []files.SocketFile
+	Moved              []files.Moved // files that leave with the tree
 	DataDur            time.Duration // reading all data and giving it to the sink
 	// Connections are the TCP connections, for the tree's end; the caller closes
 	// them. Nil if there are none or the dump failed.
@@ -106,7 +107,7 @@ func Dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 		return st, err
 	}
 	facts.Files = c.files.Facts()
-	st.Sockets = c.files.SocketFiles()
+	st.Sockets, st.Moved = c.files.SocketFiles(), c.files.MovedFiles()
 	facts.Ghosts = c.files.GhostFacts()
 	facts.TTYs = c.files.TTYFacts()
 	facts.SysV = c.sysvFacts()

@@ -48,6 +48,8 @@ type Options struct {
 	// ExtUnixSk carries datagram sockets that are connected to a named one outside
 	// the tree: they are connected to that name again.
 	ExtUnixSk bool
+	// Elsewhere: the tree goes to another host. Files of POSIX shared memory go with it.
+	Elsewhere bool
 	// Ends: the tree does not run on after the dump. Only then is data that waits
 	// in connections not accepted yet carried: to read it, they are accepted.
 	Ends bool
@@ -198,6 +200,7 @@ type Dumper struct {
 	mntns   map[int]bool        // pid → lives in another mount namespace
 	root    func(string) string // where paths of the tree are found; nil: by mntns
 	others  *outsiders
+	holders map[inodeID]outsider // of shared memory with a name
 	netns   inodeID
 	fresh   map[sockType][][]byte // options of new sockets
 	joined  *[]procfs.MulticastGroup

@@ -80,7 +80,7 @@ func init() {
 		kindPipe, kindFifo,
 		kindTun, // sockets may be bound to its addresses
 		kindUnix, kindInet, kindNetlink, kindPacket,
-		kindGhost, kindTTY, kindDevice, kindRegular,
+		kindCarried, kindGhost, kindTTY, kindDevice, kindRegular,
 		kindNamespace, kindInotify, kindFanotify,
 	}
 }

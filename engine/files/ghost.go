@@ -54,6 +54,7 @@ var kindGhost = &kind{
 // ghost is a deleted file on its way.
 type ghost struct {
 	id    uint32
+	dev   uint64
 	msg   *ghost_file.GhostFileEntry
 	users []uint32 // ids of the REG entries
 	facts image.GhostFacts
@@ -93,7 +94,7 @@ func (d *Dumper) addGhost(o *object, regID uint32) error {
 	k := inode(&o.stat)
 	g, ok := d.ghosts[k]
 	if !ok {
-		g = &ghost{id: uint32(len(d.ghosts) + 1)}
+		g = &ghost{id: uint32(len(d.ghosts) + 1), dev: uint64(o.stat.Dev)}
 		g.msg = &ghost_file.GhostFileEntry{
 			Uid: proto.Uint32(o.stat.Uid), Gid: proto.Uint32(o.stat.Gid), Mode: proto.Uint32(o.mode()),
 			Dev: proto.Uint32(uint32(o.stat.Dev)), Ino: proto.Uint64(o.stat.Ino),
@@ -286,6 +287,9 @@ func (r *Restorer) loadGhostFacts() error {
 			}
 		}
 		g.facts = f
+		if err := g.checkNamed(); err != nil {
+			return fmt.Errorf("%s: file %d: %w", image.FactsFile, f.ID, err)
+		}
 	}
 	return nil
 }
@@ -314,8 +318,11 @@ func openGhost(r *Restorer, x *description) error {
 // (whose name the kernel makes from its inode) can still be given a name, so it
 // becomes one again.
 func (g *ghostFile) create(r *Restorer, e *regfile.RegFileEntry) error {
-	if g.file != nil {
+	switch {
+	case g.file != nil:
 		return nil
+	case g.carried():
+		return g.createNamed(r)
 	}
 	name := e.GetName()
 	err := r.inParent(name, func(dir int, base string) (err error) {

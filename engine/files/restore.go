@@ -124,6 +124,7 @@ type Restorer struct {
 	latePipes map[uint32][]*description
 	firsts    map[uint32][]*description // by table
 	links     Links
+	carried   Carried
 	ghosts    map[uint32]*ghostFile
 	memfds    map[uint32]*memfdFile
 	pipes     map[uint32]*queue
@@ -660,7 +661,7 @@ func (r *Restorer) Made() []string { return r.made }
 // Close closes everything that was made and not handed on. It may be called twice.
 func (r *Restorer) Close() error {
 	r.links.Close()
-	var errs []error
+	errs := []error{r.carried.Remove()}
 	for _, x := range r.all {
 		if x.file != nil {
 			errs = append(errs, x.file.Close())

@@ -374,6 +374,15 @@ type GhostFacts struct {
 	MtimeNS int64 `json:"mtime_ns"`
 	// Xattrs are the extended attributes by name.
 	Xattrs map[string][]byte `json:"xattrs,omitempty"`
+	// Named is of a file that is not deleted: it travels with its name.
+	Named *NamedFacts `json:"named,omitempty"`
+}
+
+// NamedFacts belongs to a file that travels with its name and content.
+type NamedFacts struct {
+	Path string `json:"path"`
+	// Replace: it may take the place of another file.
+	Replace bool `json:"replace,omitempty"`
 }
 
 // UnixFacts belongs to a unix socket.

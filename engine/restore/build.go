@@ -65,6 +65,7 @@ type Tree struct {
 	joined    ns.Set              // their kinds
 	rootDir   *os.File            // root directory of a mount namespace of the tree's own
 	links     *files.Links        // names to remove once the tree runs
+	carried   *files.Carried      // files to be placed before it runs
 	made      []int               // System V segments that go with a Discard
 	spare     uint64
 	filler    *filler // nil: memory is not inherited
@@ -181,7 +182,7 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 	if err := t.tracer.Do(func() error { return t.complete(ctx) }); err != nil {
 		return nil, err
 	}
-	t.landing = t.files.TakeLanding()
+	t.landing, t.carried = t.files.TakeLanding(), t.files.TakeCarried()
 	t.st.RestoreDur = time.Since(start)
 	log.Debug("tree stands", "duration_ms", t.st.RestoreDur.Milliseconds())
 	return t, t.releaseFiles()
@@ -865,10 +866,16 @@ func (t *Tree) run(stopped bool) error {
 	if t.done {
 		return errors.New("the tree was let go or discarded already")
 	}
+	if err := t.carried.Place(); err != nil {
+		return err
+	}
 	if err := t.landing.Release(t.log); err != nil {
 		return err
 	}
 	t.done = true
+	if cerr := t.carried.Close(); cerr != nil {
+		t.log.Warn("a file that was replaced stays beside the new one", "error", cerr)
+	}
 	if lerr := t.links.Remove(); lerr != nil {
 		t.log.Warn("a name that the dump made for a file stays", "error", lerr)
 	}
@@ -937,7 +944,7 @@ func (t *Tree) Discard() error {
 		}
 	}
 	t.landing.Close()
-	err = errors.Join(err, t.discardSegments(), t.leaveCgroups(true), t.releaseFiles())
+	err = errors.Join(err, t.discardSegments(), t.leaveCgroups(true), t.carried.Remove(), t.releaseFiles())
 	t.links.Close()
 	return err
 }

@@ -91,6 +91,7 @@ func TestMigrate(t *testing.T) {
 		{"unixrights", func(p string) []string { return []string{programs.Selfcheck, "unixrights", p} }},
 		{"unixoob", func(p string) []string { return []string{programs.Selfcheck, "unixoob", p} }},
 		{"guards", func(p string) []string { return []string{programs.Selfcheck, "guards", p} }},
+		{"posixshm", func(p string) []string { return []string{programs.Selfcheck, "posixshm", p} }},
 		{"sysvshm", func(p string) []string { return []string{programs.Selfcheck, "sysvshm", p} }},
 		{"seccomp", func(p string) []string { return []string{programs.Selfcheck, "seccomp", p} }},
 		{"pycheck", func(p string) []string { return []string{"/usr/bin/python3", programs.Pycheck, p, "32"} }},

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"godwit/testenv/fleet"
 	"godwit/testenv/hosts"
 	"godwit/testenv/setup"
 )
@@ -20,8 +21,46 @@ import (
 // TestPrograms dumps and restores well-known programs in the middle of their
 // work; each has a check of its own that nothing was lost or done twice.
 func TestPrograms(t *testing.T) {
-	for name, run := range map[string]func(*testing.T){"postgres": postgres} {
-		t.Run(name, run)
+	t.Run("postgres", func(t *testing.T) {
+		ctx := deadline(t, 3*time.Minute)
+		h := newHosts(t, "alpha").Host("alpha")
+		postgres(ctx, t, h, newDir(t), func(s *script, n int) { s.rounds(ctx, n) })
+	})
+}
+
+// TestMigratePostgres moves the server and its clients to and fro. Its files are
+// on storage that both hosts have, its socket is each host's own; its shared
+// memory, of System V and of POSIX, moves with it.
+func TestMigratePostgres(t *testing.T) {
+	ctx := deadline(t, 4*time.Minute)
+	f, alpha, beta := newFleet(ctx, t)
+	to := []*hosts.Host{beta, alpha}
+	run := "/run/" + filepath.Base(newDir(t))
+	for _, h := range to {
+		if _, err := h.Run(ctx, "install", "-d", "-o", "postgres", run); err != nil {
+			t.Fatal(err)
+		}
+	}
+	shm := func(h *hosts.Host) string {
+		names, err := h.Run(ctx, "ls", "-A", "/dev/shm")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return names
+	}
+	postgres(ctx, t, alpha, run, func(s *script, n int) {
+		if names := shm(s.h); !strings.Contains(names, "PostgreSQL.") {
+			t.Errorf("the server has no POSIX shared memory: %q", names)
+		}
+		for i := range n {
+			time.Sleep(100 * time.Millisecond) // work to be interrupted
+			s.migrate(ctx, f, to[i%2])
+		}
+	})
+	for _, h := range to {
+		if names := shm(h); names != "" {
+			t.Errorf("left in /dev/shm of %s: %s", h.Name(), names)
+		}
 	}
 }
 
@@ -85,31 +124,46 @@ func (s *script) rounds(ctx context.Context, n int, options ...string) {
 	}
 }
 
-// postgres is a server with pgbench at work over a unix socket, both of one tree.
-func postgres(t *testing.T) {
-	ctx := deadline(t, 3*time.Minute)
-	h := newHosts(t, "alpha").Host("alpha")
+// migrate moves the tree and wants that to succeed.
+func (s *script) migrate(ctx context.Context, f *fleet.Fleet, to *hosts.Host) {
+	s.t.Helper()
+	m, res, err := f.Migrate(ctx, s.h.Name(), s.pid, to.Name())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if res.Code != 0 || m.LandedPID != s.pid {
+		s.t.Fatalf("migration: exit code %d, landed as pid %d, want %d: %s%s", res.Code, m.LandedPID, s.pid, res.Stdout, res.Stderr)
+	}
+	if err := s.h.WaitGone(ctx, s.pid); err != nil {
+		s.t.Fatalf("two copies: %v", err)
+	}
+	s.h = to
+}
+
+// postgres is a server with pgbench at work over a unix socket in run, both of one
+// tree, which move dumps and restores n times.
+func postgres(ctx context.Context, t *testing.T, h *hosts.Host, run string, move func(s *script, n int)) {
 	dir := newDir(t)
-	s := startScript(ctx, t, h, dir, strings.NewReplacer("DIR", dir, "BIN", filepath.Dir(setup.Find(setup.Postgres))).Replace(`
+	s := startScript(ctx, t, h, dir, strings.NewReplacer("DIR", dir, "RUN", run, "BIN", filepath.Dir(setup.Find(setup.Postgres))).Replace(`
 set -e
 cd DIR
 mkdir data && chown postgres:postgres data && chmod 700 data
 as() { setpriv --reuid=postgres --regid=postgres --init-groups "$@"; }
 as BIN/initdb -D DIR/data -A peer -N >initdb.log 2>&1
-setpriv --reuid=postgres --regid=postgres --init-groups BIN/postgres -D DIR/data -k DIR -c listen_addresses= -c fsync=off -c max_connections=20 </dev/null >server.log 2>&1 &
+setpriv --reuid=postgres --regid=postgres --init-groups BIN/postgres -D DIR/data -k RUN -c listen_addresses= -c fsync=off -c max_connections=20 </dev/null >server.log 2>&1 &
 server=$!
-until as pg_isready -q -h DIR; do sleep 0.05; done
-as createdb -h DIR bench
-as pgbench -h DIR -i -q -s 1 bench >init.log 2>&1
+until as pg_isready -q -h RUN; do sleep 0.05; done
+as createdb -h RUN bench
+as pgbench -h RUN -i -q -s 1 bench >init.log 2>&1
 bench() {
 	echo benching $1
-	as pgbench -h DIR -c 4 -j 2 -T 15 $2 bench && code=0 || code=$?
+	as pgbench -h RUN -c 4 -j 2 -T 15 $2 bench && code=0 || code=$?
 	echo pgbench $1 ended with $code
 	until [ -e DIR/next$1 ]; do sleep 0.1; done
 }
 bench 1
 bench 2 "-n -C" # without emptying the history
-as psql -h DIR -At bench -c "select 'sums', (select sum(abalance) from pgbench_accounts), (select sum(bbalance) from pgbench_branches), (select sum(tbalance) from pgbench_tellers), (select sum(delta) from pgbench_history), (select count(*) from pgbench_history)"
+as psql -h RUN -At bench -c "select 'sums', (select sum(abalance) from pgbench_accounts), (select sum(bbalance) from pgbench_branches), (select sum(tbalance) from pgbench_tellers), (select sum(delta) from pgbench_history), (select count(*) from pgbench_history)"
 kill -INT $server
 wait $server
 echo server ended with $?
@@ -121,12 +175,12 @@ echo server ended with $?
 				t.Logf("%s:\n%s", f, b)
 			}
 		}
-		_ = h.Kill(s.pid, unix.SIGKILL)
+		_ = s.h.Kill(s.pid, unix.SIGKILL)
 	})
 	// First with connections that stay, then with a new one for each transaction.
 	for i, n := range []int{10, 5} {
 		s.said(ctx, fmt.Sprintf("^benching %d$", i+1))
-		s.rounds(ctx, n)
+		move(s, n)
 		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("next%d", i+1)), nil, 0o644); err != nil {
 			t.Fatal(err)
 		}
