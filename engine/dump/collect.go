@@ -66,6 +66,7 @@ type process struct {
 	vfork                        int                    // a thread that waits for a child made by vfork
 
 	vmas            []*mem.VMA
+	insn            uint64 // address of a system-call instruction, 0: not looked for yet
 	exe, cwd, root  uint32 // file ids
 	filesID         uint32
 	vmID, fsID, sig uint32
@@ -89,14 +90,16 @@ type collector struct {
 	refusal refuse.Refusal
 	shmems  map[uint32]*shmem
 
-	segments map[uint32]*segment // System V shared memory by id
-	own      ns.Set              // namespaces that the tree has for itself
-	links    ns.Links            // those of the root
-	cgroups  cgroup.Collector
-	net      *ns.Network // of a network namespace of its own
-	mounts   *ns.Mounts  // of a mount namespace of its own
-	rss      uint64
-	limits   map[int]plan.Rlimit
+	segments   map[uint32]*segment // System V shared memory by id
+	semaphores []procfs.SysVObject // sets of a frozen tree's IPC namespace, none if there is no undoer
+	undoers    []undoer
+	own        ns.Set   // namespaces that the tree has for itself
+	links      ns.Links // those of the root
+	cgroups    cgroup.Collector
+	net        *ns.Network // of a network namespace of its own
+	mounts     *ns.Mounts  // of a mount namespace of its own
+	rss        uint64
+	limits     map[int]plan.Rlimit
 }
 
 func newCollector(log hclog.Logger, o Options, root int, emit func(image.Entry) error) *collector {
@@ -487,6 +490,9 @@ func (c *collector) threads(p *process) error {
 		}
 		if st.Zombie() && tid == p.pid && len(p.tids) > 1 {
 			c.refuse(p, "", "its first thread has exited while others run, which cannot be rebuilt", "")
+		}
+		if (st.SigPnd|st.ShdPnd)&(1<<(uint(unix.SIGTRAP)-1)) != 0 {
+			c.refuse(p, "", what+"has a SIGTRAP waiting for it, which cannot be carried", "")
 		}
 		if st.TracerPid != 0 && !ownThread(st.TracerPid) {
 			c.refuse(p, "", fmt.Sprintf("%sis being traced by pid %d", what, st.TracerPid), "detach that tracer first")

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	criu_core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
@@ -92,6 +93,12 @@ func Dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 		st.Threads += len(fp.Threads)
 	}
 	if err := c.collect(procs, false); err != nil {
+		return st, err
+	}
+	if err := c.err(); err != nil {
+		return st, err
+	}
+	if err := c.adjustments(t); err != nil {
 		return st, err
 	}
 	if err := c.err(); err != nil {
@@ -279,24 +286,28 @@ func (c *collector) processImages(t *freeze.Tree, fp *freeze.Proc, p *process, f
 	return put(image.FSFile(vpid), image.MagicFS, &fsimg.FsEntry{CwdId: &p.cwd, RootId: &p.root, Umask: &leader.Umask})
 }
 
+// borrow makes a thread execute system calls for us, in the area of another thread
+// of its process or, for 0, in one of its own.
+// Preconditions: on the tracer's thread.
+func (c *collector) borrow(fp *freeze.Proc, p *process, th *freeze.Thread, area uint64) (*ptrace.Borrowed, error) {
+	if p.insn == 0 {
+		i := slices.IndexFunc(p.vmas, func(v *mem.VMA) bool { return v.Is(mem.Vdso) })
+		if i < 0 {
+			return nil, errors.New("it has no [vdso]")
+		}
+		var err error
+		if p.insn, err = ptrace.FindInsn(fp.Pid, p.vmas[i].Start, p.vmas[i].End); err != nil {
+			return nil, err
+		}
+	}
+	trapIgnored := p.status.SigIgn&(1<<(uint(unix.SIGTRAP)-1)) != 0
+	return ptrace.Borrow(th.Tid, p.insn, th.Regs, trapIgnored, area)
+}
+
 // readTasks borrows every thread of a process in turn to read what only it can
 // tell, and puts all of them back, whatever happens.
 func (c *collector) readTasks(t *freeze.Tree, fp *freeze.Proc, p *process) (out []*task.Dumped, state *mem.State, err error) {
-	var vdso *mem.VMA
-	for _, v := range p.vmas {
-		if v.Is(mem.Vdso) {
-			vdso = v
-		}
-	}
-	if vdso == nil {
-		return nil, nil, errors.New("it has no [vdso]")
-	}
 	err = t.Tracer.Do(func() (err error) {
-		insn, err := ptrace.FindInsn(fp.Pid, vdso.Start, vdso.End)
-		if err != nil {
-			return err
-		}
-		trapIgnored := p.status.SigIgn&(1<<(uint(unix.SIGTRAP)-1)) != 0
 		var area uint64
 		var lead *ptrace.Borrowed
 		defer func() {
@@ -306,7 +317,7 @@ func (c *collector) readTasks(t *freeze.Tree, fp *freeze.Proc, p *process) (out 
 			}
 		}()
 		for i, th := range fp.Threads {
-			b, berr := ptrace.Borrow(th.Tid, insn, th.Regs, trapIgnored, area)
+			b, berr := c.borrow(fp, p, th, area)
 			if berr != nil {
 				return berr
 			}

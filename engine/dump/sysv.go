@@ -11,7 +11,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"godwit/engine/files"
 	"godwit/engine/image"
 	"godwit/engine/mem"
 	"godwit/engine/ns"
@@ -111,7 +110,7 @@ func (c *collector) finishSysV() error {
 	if err != nil {
 		return err
 	}
-	if err := c.adjustments(sets); err != nil {
+	if err := c.findUndo(sets); err != nil {
 		return err
 	}
 	if !c.o.Elsewhere || c.own.Has(ns.Ipc) {
@@ -161,44 +160,6 @@ func (c *collector) unattached() error {
 		c.shmems[id] = &shmem{id: id, file: f, size: int64(d.Segsz)}
 	}
 	return nil
-}
-
-// adjustments refuses processes that have semaphores put back when they end
-// (SEM_UNDO): nothing tells by how much. Every thread makes a list for that, so
-// that for a process of several the semaphores must tell who used them.
-func (c *collector) adjustments(sets []procfs.SysVObject) error {
-	users := map[int]bool{}
-	n := 0
-	for _, o := range sets {
-		for i := range int(o.Size) {
-			if pid, err := sys.SemPid(o.ID, i); err == nil {
-				users[pid] = true
-				n++
-			}
-		}
-	}
-	if n == 0 {
-		return nil
-	}
-	return files.WithStillborn(func(none int) error {
-		for _, p := range c.procs {
-			if p.zombie {
-				continue
-			}
-			ord, err := sys.KcmpTask(none, p.pid, sys.KcmpSysVSem)
-			if errors.Is(err, unix.ESRCH) {
-				continue
-			}
-			if err != nil {
-				return fmt.Errorf("look for semaphore adjustments of pid %d: %w", p.pid, err)
-			}
-			if ord != sys.Equal && (len(p.tids) == 1 || users[p.pid]) {
-				c.refuse(p, "", "uses System V semaphores that are put back when it ends (SEM_UNDO), and nothing tells by how much",
-					"use them without SEM_UNDO")
-			}
-		}
-		return nil
-	})
 }
 
 // leftBehind refuses objects of the host's IPC namespace that the tree uses and

@@ -232,6 +232,27 @@ func (r *Remote) SlowAction(sig unix.Signal, action []byte) error {
 	return Errno("rt_sigaction", ret)
 }
 
+// slowAction reads the action of a signal, a struct kernel_sigaction, without a
+// batch. Preconditions: an area is mapped.
+func (r *Remote) slowAction(sig unix.Signal) ([]byte, error) {
+	at := r.Area + arch.PageSize
+	ret, err := r.Slow(unix.SYS_RT_SIGACTION, uint64(sig), 0, at, 8)
+	if err == nil {
+		err = Errno("rt_sigaction", ret)
+	}
+	if err != nil {
+		return nil, err
+	}
+	action := make([]byte, actionSize)
+	if _, err := sys.ProcessVMRead(r.Tid, action, []unix.RemoteIovec{{Base: uintptr(at), Len: actionSize}}); err != nil {
+		return nil, fmt.Errorf("read action of %s from task %d: %w", unix.SignalName(sig), r.Tid, err)
+	}
+	return action, nil
+}
+
+// actionSize is sizeof(struct kernel_sigaction).
+const actionSize = 32
+
 // Errno turns a raw result into an error, nil for success.
 func Errno(name string, ret int64) error {
 	if ret < 0 && ret >= -4095 {
@@ -377,19 +398,20 @@ func (r *Remote) write(addr uint64, b []byte) error {
 type Borrowed struct {
 	Remote
 
-	regs  arch.Regs
-	mask  uint64
-	trapI bool
-	sud   sys.SUDConfig
+	regs arch.Regs
+	mask uint64
+	// trap is the action of SIGTRAP, a struct kernel_sigaction, if it is ignored.
+	trap []byte
+	sud  sys.SUDConfig
 }
 
 // Borrow prepares a stopped task: saves registers and signal mask, blocks
-// signals and, for withArea, maps an area. insn is an address from FindInsn;
+// signals and, for area 0, maps one. insn is an address from FindInsn;
 // regs are its registers as they are to be put back; trapIgnored says that the
-// process ignores SIGTRAP, which a batch would reset.
+// process ignores SIGTRAP, which a batch resets and Return sets again.
 // Preconditions: tid is in a PTRACE_EVENT_STOP.
 func Borrow(tid int, insn uint64, regs arch.Regs, trapIgnored bool, area uint64) (*Borrowed, error) {
-	b := &Borrowed{Remote: Remote{Tid: tid, Insn: insn, Base: regs}, regs: regs, trapI: trapIgnored}
+	b := &Borrowed{Remote: Remote{Tid: tid, Insn: insn, Base: regs}, regs: regs}
 	var err error
 	if b.sud, err = sys.PtraceGetSUD(tid); err != nil && !errors.Is(err, unix.EIO) {
 		return nil, err
@@ -410,6 +432,11 @@ func Borrow(tid int, insn uint64, regs arch.Regs, trapIgnored bool, area uint64)
 	if err := b.Map(0); err != nil {
 		return nil, errors.Join(err, b.putBack())
 	}
+	if trapIgnored {
+		if b.trap, err = b.slowAction(unix.SIGTRAP); err != nil {
+			return nil, errors.Join(err, b.Return(false))
+		}
+	}
 	return b, nil
 }
 
@@ -423,10 +450,8 @@ func (b *Borrowed) SUD() sys.SUDConfig { return b.sud }
 func (b *Borrowed) Return(keepArea bool) error {
 	var err error
 	if !keepArea {
-		if b.trapI && b.Area != 0 {
-			ignore := make([]byte, 32)
-			ignore[0] = 1 // SIG_IGN
-			err = b.SlowAction(unix.SIGTRAP, ignore)
+		if b.trap != nil && b.Area != 0 {
+			err = b.SlowAction(unix.SIGTRAP, b.trap)
 		}
 		err = errors.Join(err, b.Unmap())
 	}

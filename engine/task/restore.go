@@ -2,6 +2,7 @@ package task
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/bits"
 	"os"
@@ -246,6 +247,9 @@ func signalCalls(add func(string, uintptr, ...ptrace.Arg), q *siginfo.SignalQueu
 		sig := int(le32(si))
 		if sig < 1 || sig > Signals {
 			return fmt.Errorf("image holds a pending signal with number %d", sig)
+		}
+		if sig == int(unix.SIGTRAP) {
+			return errors.New("image holds a pending SIGTRAP, which cannot be queued while the process is being built")
 		}
 		what := fmt.Sprintf("queue signal %d", sig)
 		if vtid != 0 {

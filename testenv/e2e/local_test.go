@@ -241,6 +241,17 @@ func TestObjects(t *testing.T) {
 		goes(ctx, t, r, 10)
 		stop(ctx, t, r)
 	})
+	// That there were threads, and what came to nothing, is not held.
+	for _, how := range []string{"threads", "exec"} {
+		t.Run("semundo "+how, func(t *testing.T) {
+			ctx := deadline(t, time.Minute)
+			r := selfcheck(ctx, t, h, newDir(t), "semundo", how)
+			mustAgent(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", newDir(t), "-R")
+			goes(ctx, t, r, 10)
+			dumpRestore(ctx, t, r, 3)
+			stop(ctx, t, r)
+		})
+	}
 	// Forks go on while the freeze runs after them.
 	t.Run("forker", func(t *testing.T) {
 		ctx := deadline(t, time.Minute)

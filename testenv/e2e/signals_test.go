@@ -85,3 +85,28 @@ func TestStopsDuringDumps(t *testing.T) {
 	}
 	stop(ctx, t, r)
 }
+
+// TestSIGTRAPAction dumps programs that have set the action of SIGTRAP in every
+// way, by each kind of dump that leaves them running, failed ones included.
+func TestSIGTRAPAction(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	h := newHosts(t, "alpha").Host("alpha")
+	r := selfcheck(ctx, t, h, newDir(t), "sigtrap")
+	small := newDir(t)
+	if _, err := h.Run(ctx, "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small); err != nil {
+		t.Fatal(err)
+	}
+	pid := strconv.Itoa(r.Pid)
+	for range 3 {
+		mustAgent(ctx, t, h, nil, "dump", "-t", pid, "-D", newDir(t), "-R")
+		goes(ctx, t, r, 5)
+		mustAgent(ctx, t, h, nil, "pre-dump", "-t", pid, "-D", newDir(t))
+		goes(ctx, t, r, 5)
+		if o := agentCmd(ctx, t, h, nil, "dump", "-t", pid, "-D", small); o.code != 1 || !strings.Contains(o.stderr, "no space left") {
+			t.Fatalf("dump into a full file system: exit code %d, %q", o.code, o.stderr)
+		}
+		goes(ctx, t, r, 5)
+	}
+	dumpRestore(ctx, t, r, 2)
+	stop(ctx, t, r)
+}
