@@ -158,7 +158,7 @@ func TestScriptsRealTree(t *testing.T) {
 	noErr(t, cmd.Start())
 	pid := strconv.Itoa(cmd.Process.Pid)
 	defer func() { _ = unix.Kill(cmd.Process.Pid, unix.SIGKILL) }()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	// The letter of the process's state: t is stopped by a tracer.
 	script := `echo $CRTOOLS_SCRIPT_ACTION $(sed -n 's/^State:.\(.\).*/\1/p' /proc/` + pid + `/status) >> ` + notes

@@ -69,7 +69,7 @@ func TestDaemon(t *testing.T) {
 	args := func(host, state string) []string {
 		return []string{"run", "--host", host, "--state-dir", state, "--nats-url", url}
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	log := &output{}
 	daemon := program(ctx, args("alpha", state)...)
@@ -158,7 +158,7 @@ func TestDumpRestore(t *testing.T) {
 		t.Helper()
 		_, err := held.WriteString(word + "\n")
 		noErr(t, err)
-		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(2 * time.Millisecond) {
+		for deadline := time.Now().Add(time.Minute); ; time.Sleep(2 * time.Millisecond) {
 			b, _ := os.ReadFile(log)
 			if string(b) == want {
 				return
@@ -170,7 +170,7 @@ func TestDumpRestore(t *testing.T) {
 	}
 	say("one", "got one\n")
 
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	run := func(cmd *exec.Cmd) (int, string) {
 		out, _ := cmd.CombinedOutput()

@@ -360,7 +360,7 @@ func freePort(t *testing.T) string {
 func (r *rig) startBus() {
 	r.t.Helper()
 	var err error
-	for range 50 {
+	for range 3000 {
 		if r.bus, err = bus.Start(r.busCfg); err == nil {
 			return
 		}
@@ -389,10 +389,10 @@ func (r *rig) newNode(host string, edit func(*Config)) *node {
 		Host: host, Version: "1.2.3", Engine: &fakeEngine{w: r.w, bytes: 6 << 20}, Records: n.recs,
 		Streams: &Streams{
 			Bus: busCfg, Control: nc, Window: 512 << 10, ChunkSize: 64 << 10, Lanes: 2,
-			IdleTimeout: 2 * time.Second, OpenTimeout: 2 * time.Second, Logger: log,
+			IdleTimeout: 5 * time.Second, OpenTimeout: 10 * time.Second, Logger: log,
 		},
 		Progress: func(p *wire.Progress) { _ = transport.PublishProgress(nc, p) },
-		Timeouts: Timeouts{Begin: 5 * time.Second, Freeze: time.Second, Frozen: 30 * time.Second, Prepared: 2 * time.Second},
+		Timeouts: Timeouts{Begin: 30 * time.Second, Freeze: 10 * time.Second, Frozen: 2 * time.Minute, Prepared: 10 * time.Second},
 		Logger:   log,
 	}
 	if edit != nil {
@@ -406,7 +406,7 @@ func (r *rig) newNode(host string, edit func(*Config)) *node {
 	noErr(r.t, n.Serve(n.svc))
 	noErr(r.t, nc.Flush()) // so that calls over other connections find it
 	r.t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		if err := n.Stop(ctx); err != nil {
 			r.t.Errorf("stop %s: %v", host, err)
@@ -500,7 +500,7 @@ func (n *node) busy() bool {
 // until waits for a condition.
 func (r *rig) until(what string, cond func() bool) {
 	r.t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(2 * time.Minute)
 	for !cond() {
 		if time.Now().After(deadline) {
 			r.t.Fatalf("waited too long for %s; the tree runs at: %s", what, r.w.runs())

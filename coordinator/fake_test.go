@@ -65,7 +65,7 @@ func (b *testBus) restart(away time.Duration) {
 }
 
 // quick is a patience for tests.
-var quick = patience{probe: 200 * time.Millisecond, dead: 600 * time.Millisecond, orphan: 1500 * time.Millisecond}
+var quick = patience{probe: 300 * time.Millisecond, dead: 3 * time.Second, orphan: 5 * time.Second}
 
 // command runs godwit against the bus.
 type command struct {
@@ -105,7 +105,7 @@ func (b *testBus) godwit(args ...string) *command {
 	b.t.Cleanup(func() {
 		select {
 		case <-done:
-		case <-time.After(20 * time.Second):
+		case <-time.After(2 * time.Minute):
 			b.t.Errorf("godwit %v does not end", args)
 		}
 	})
@@ -126,7 +126,7 @@ func (c *command) wait(t *testing.T) int {
 	select {
 	case code := <-c.code:
 		return code
-	case <-time.After(20 * time.Second):
+	case <-time.After(2 * time.Minute):
 		t.Fatalf("the command does not end\nstdout: %s\nstderr: %s", c.stdout.String(), c.stderr.String())
 		return -1
 	}

@@ -264,7 +264,7 @@ func await(t *testing.T, f *fakeAgent, s stop) {
 			if r == s {
 				return
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(time.Minute):
 			t.Fatalf("%s never got to %s", f.host, s)
 		}
 	}

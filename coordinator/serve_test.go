@@ -112,7 +112,7 @@ func TestWatchOver(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		}
-	case <-time.After(5 * time.Second):
+	case <-time.After(time.Minute):
 		t.Error("it does not stop")
 	}
 }

@@ -107,7 +107,7 @@ func (p *program) read() string {
 
 func (p *program) until(text string) {
 	p.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !strings.Contains(p.read(), text); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); !strings.Contains(p.read(), text); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			p.t.Fatalf("the program did not say %q but %q", text, p.read())
 		}

@@ -67,7 +67,7 @@ func TestDemo(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(demoBase) })
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
 	defer cancel()
 	t.Run("to its end", func(t *testing.T) {
 		w := &watched{}
@@ -93,7 +93,7 @@ func TestDemo(t *testing.T) {
 			t.Errorf("an interrupted demo ends with %v:\n%s", err, w)
 		}
 	})
-	for range 200 { // the kernel may still be busy with the last of them
+	for range 6000 { // the kernel may still be busy with the last of them
 		if len(leftovers(t)) == 0 {
 			break
 		}

@@ -32,7 +32,7 @@ func test(ctx context.Context, args []string) error {
 	if !slices.ContainsFunc(flags, func(a string) bool {
 		return strings.HasPrefix(a, "-timeout") || strings.HasPrefix(a, "--timeout")
 	}) {
-		flags = append(flags, "-timeout=20m")
+		flags = append(flags, "-timeout=60m")
 	}
 	if len(packages) > 0 {
 		return goTest(ctx, flags, packages)

@@ -197,7 +197,7 @@ func testChunk(seed uint64, i uint64, most int) []byte {
 // transfer moves n chunks and checks that they arrive in order, whole, once.
 func transfer(t testing.TB, s *Sender, r *Receiver, n uint64, most int) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	sent := make(chan error, 1)
 	go func() {

@@ -145,7 +145,7 @@ func TestRecordsWatch(t *testing.T) {
 	b := startBus(t, bus.Config{StoreDir: dir})
 	listen := strings.TrimPrefix(b.URL(), "nats://")
 	r := openRecords(t, b.URL())
-	ctx, cancel := context.WithTimeout(t.Context(), 25*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	rec := &wire.Record{Id: "m1"}
 	if _, err := r.Create(ctx, rec); err != nil {

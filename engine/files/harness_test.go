@@ -58,7 +58,7 @@ func TestMain(m *testing.M) {
 	tmp := os.Getenv(envReady) + ".tmp"
 	must(os.WriteFile(tmp, b, 0o600))
 	must(os.Rename(tmp, os.Getenv(envReady)))
-	time.Sleep(time.Minute)
+	time.Sleep(10 * time.Minute)
 	os.Exit(1)
 }
 
@@ -106,7 +106,7 @@ func startIn(t *testing.T, dir, scene string, env []string, files ...*os.File) *
 		t.Fatal(err)
 	}
 	t.Cleanup(c.kill)
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(2 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(2 * time.Millisecond) {
 		b, err := os.ReadFile(ready)
 		if err == nil {
 			if err := json.Unmarshal(b, &c.fds); err != nil {

@@ -85,7 +85,7 @@ func TestDumpLeavesNoTrace(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 50 {
-		tree, err := freeze.Freeze(context.Background(), pid, 5*time.Second)
+		tree, err := freeze.Freeze(context.Background(), pid, time.Minute)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -98,7 +98,7 @@ func TestLock(t *testing.T) {
 					t.Errorf("direction %d passes", i)
 				}
 			}
-			if !passes(t, other, another, time.Second) || !passes(t, another, other, time.Second) {
+			if !passes(t, other, another, time.Minute) || !passes(t, another, other, time.Minute) {
 				t.Error("another connection does not pass")
 			}
 			if err := l.Keep(); err != nil {
@@ -120,7 +120,7 @@ func TestLock(t *testing.T) {
 			if found, err := Remove("test", nil); err != nil || found {
 				t.Errorf("remove again: %v, %v", found, err)
 			}
-			if !passes(t, a, b, 5*time.Second) {
+			if !passes(t, a, b, time.Minute) {
 				t.Error("it does not pass after the lock")
 			}
 		})
@@ -147,7 +147,7 @@ func TestLockEndsWithMaker(t *testing.T) {
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if !passes(t, a, b, 5*time.Second) {
+	if !passes(t, a, b, time.Minute) {
 		t.Error("it does not pass after the lock")
 	}
 }

@@ -317,7 +317,7 @@ func TestZombieAndGone(t *testing.T) {
 		t.Fatal(err)
 	}
 	pid := cmd.Process.Pid
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
 		st, err := ReadStat(pid)
 		if err != nil {

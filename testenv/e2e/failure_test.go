@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -15,11 +16,12 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"godwit/testenv/hosts"
 	"godwit/testenv/workloads"
 )
 
 // smallGap is a pause between two records that a busy machine makes by itself.
-const smallGap = 400 * time.Millisecond
+const smallGap = 2 * time.Second
 
 // TestRefused: what cannot be carried is named before anything is touched.
 func TestRefused(t *testing.T) {
@@ -81,19 +83,27 @@ func TestUnknownPid(t *testing.T) {
 	}
 }
 
+// takePid starts a sleep that has a certain pid of a host, under the shell that is returned.
+func takePid(ctx context.Context, t *testing.T, h *hosts.Host, pid int) *exec.Cmd {
+	t.Helper()
+	out := filepath.Join(newDir(t), "holder")
+	// Whatever else runs there may take the pid between the two steps.
+	cmd := h.Command(ctx, "sh", "-c", fmt.Sprintf("while :; do echo %d >/proc/sys/kernel/ns_last_pid; sleep 1000 & "+
+		"if [ $! = %d ]; then break; fi; kill $!; wait $!; done; echo $! >%s; wait", pid-1, pid, out))
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	waitText(ctx, t, out, fmt.Sprintf("%d\n", pid))
+	return cmd
+}
+
 // TestPidTaken: a restore whose pid is in use says who has it, and harms nobody.
 func TestPidTaken(t *testing.T) {
 	ctx := deadline(t, time.Minute)
 	h := newHosts(t, "alpha").Host("alpha")
 	r := selfcheck(ctx, t, h, newDir(t), "counter")
 	img := dump(ctx, t, h, r.Pid)
-	// The shell itself takes the pid: nothing forks between setting and taking.
-	out := filepath.Join(img, "holder")
-	cmd := h.Command(ctx, "sh", "-c", fmt.Sprintf("echo %d >/proc/sys/kernel/ns_last_pid; sleep 1000 & echo $! >%s; wait", r.Pid-1, out))
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	waitText(ctx, t, out, fmt.Sprintf("%d\n", r.Pid))
+	holder := takePid(ctx, t, h, r.Pid)
 	o := agentCmd(ctx, t, h, nil, "restore", "-D", img, "-d")
 	if o.code != 1 || !strings.Contains(o.stderr, strconv.Itoa(r.Pid)) || !strings.Contains(o.stderr, "sleep") {
 		t.Errorf("exit code %d, %q; want 1, the pid and its holder", o.code, o.stderr)
@@ -104,7 +114,7 @@ func TestPidTaken(t *testing.T) {
 	if err := h.Kill(r.Pid, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	_ = cmd.Wait()
+	_ = holder.Wait()
 	if err := h.WaitGone(ctx, r.Pid); err != nil {
 		t.Fatal(err)
 	}

@@ -319,10 +319,10 @@ func TestGoServer(t *testing.T) {
 	h := newHosts(t, "alpha").Host("alpha")
 	prefix := filepath.Join(newDir(t), "gocheck")
 	r := start(ctx, t, h, prefix, programs.Gocheck, prefix, "127.0.0.1:8080", "32")
-	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
+	client := &http.Client{Timeout: time.Minute, Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(_ context.Context, network, addr string) (net.Conn, error) {
-			return h.Dial(network, addr, 5*time.Second)
+			return h.Dial(network, addr, time.Minute)
 		},
 	}}
 	get := func(path string) string {

@@ -152,45 +152,66 @@ func TestMigrateGiB(t *testing.T) {
 		return float64(longestGap(t, r, n).Microseconds())/1000 - 1 // less the usual pause
 	}
 
-	n := count(t, r)
-	begin := time.Now()
-	m := migrate(ctx, t, f, r, beta)
-	seen := gapMS(n)
-	if m.FrozenMS == nil {
-		t.Fatal("no frozen time is reported")
+	other := func() *hosts.Host {
+		if r.Host == alpha {
+			return beta
+		}
+		return alpha
 	}
-	t.Logf("to beta: %d bytes, total %.1f ms, frozen %.1f ms, observed gap %.1f ms", m.Bytes, m.TotalMS, *m.FrozenMS, seen)
-	if err := agree("frozen time", *m.FrozenMS, seen); err != nil {
+	// On a busy machine the observer itself may be late: one agreement of several
+	// shows that the report is right, one that is wrong never agrees.
+	tries := func(move func() error) {
+		t.Helper()
+		var err error
+		for range 8 {
+			if err = move(); err == nil || t.Failed() {
+				return
+			}
+			t.Log(err)
+		}
 		t.Error(err)
 	}
-	if m.TotalMS > float64(time.Since(begin).Milliseconds()) || m.TotalMS < *m.FrozenMS {
-		t.Errorf("total time %.1f ms does not fit frozen time %.1f ms and %v for the command", m.TotalMS, *m.FrozenMS, time.Since(begin))
-	}
-	if m.Bytes < 1<<30 || m.Pages < 1<<18 {
-		t.Errorf("%d bytes and %d pages were reported for 1 GiB", m.Bytes, m.Pages)
-	}
+	tries(func() error {
+		n, begin := count(t, r), time.Now()
+		m := migrate(ctx, t, f, r, other())
+		seen := gapMS(n)
+		if m.FrozenMS == nil {
+			t.Fatal("no frozen time is reported")
+		}
+		t.Logf("to %s: %d bytes, total %.1f ms, frozen %.1f ms, observed gap %.1f ms", r.Host.Name(), m.Bytes, m.TotalMS, *m.FrozenMS, seen)
+		if m.TotalMS > float64(time.Since(begin).Milliseconds()) || m.TotalMS < *m.FrozenMS {
+			t.Errorf("total time %.1f ms does not fit frozen time %.1f ms and %v for the command", m.TotalMS, *m.FrozenMS, time.Since(begin))
+		}
+		if m.Bytes < 1<<30 || m.Pages < 1<<18 {
+			t.Errorf("%d bytes and %d pages were reported for 1 GiB", m.Bytes, m.Pages)
+		}
+		return agree("frozen time", *m.FrozenMS, seen)
+	})
 
-	// Back, with the view for people.
-	n = count(t, r)
-	res, err := f.Run(ctx, "migrate", fmt.Sprintf("beta:%d", r.Pid), "alpha")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if res.Code != 0 {
-		t.Fatalf("exit code %d: %s%s", res.Code, res.Stdout, res.Stderr)
-	}
-	r.Host = alpha
-	goes(ctx, t, r, 50)
-	seen = gapMS(n)
-	total, frozen := duration(t, res.Stdout, "total time"), duration(t, res.Stdout, "frozen time")
-	t.Logf("to alpha: total %v, frozen %v, observed gap %.1f ms, command %v\n%s%s", total, frozen, seen, res.Took, res.Stderr, res.Stdout)
-	// People get three digits.
-	if d := math.Abs(float64(frozen.Microseconds())/1000 - seen); d > slack+seen/100 {
-		t.Errorf("frozen time: reported is %v, an observer saw %.1f ms", frozen, seen)
-	}
-	if total > res.Took || total < frozen {
-		t.Errorf("total time %v does not fit frozen time %v and %v for the command", total, frozen, res.Took)
-	}
+	// With the view for people.
+	tries(func() error {
+		n, to := count(t, r), other()
+		res, err := f.Run(ctx, "migrate", fmt.Sprintf("%s:%d", r.Host.Name(), r.Pid), to.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if res.Code != 0 {
+			t.Fatalf("exit code %d: %s%s", res.Code, res.Stdout, res.Stderr)
+		}
+		r.Host = to
+		goes(ctx, t, r, 50)
+		seen := gapMS(n)
+		total, frozen := duration(t, res.Stdout, "total time"), duration(t, res.Stdout, "frozen time")
+		t.Logf("to %s: total %v, frozen %v, observed gap %.1f ms, command %v\n%s%s", to.Name(), total, frozen, seen, res.Took, res.Stderr, res.Stdout)
+		if total > res.Took || total < frozen {
+			t.Errorf("total time %v does not fit frozen time %v and %v for the command", total, frozen, res.Took)
+		}
+		// People get three digits.
+		if d := math.Abs(float64(frozen.Microseconds())/1000 - seen); d > slack+seen/100 {
+			return fmt.Errorf("frozen time: reported is %v, an observer saw %.1f ms", frozen, seen)
+		}
+		return nil
+	})
 	for _, h := range []string{"alpha", "beta"} {
 		rss, err := f.PeakRSS(h)
 		if err != nil {
@@ -272,12 +293,7 @@ func TestMigratePids(t *testing.T) {
 	ctx := deadline(t, 2*time.Minute)
 	f, alpha, beta := newFleet(ctx, t)
 	r := selfcheck(ctx, t, alpha, newDir(t), "threads")
-	out := filepath.Join(newDir(t), "holder")
-	cmd := beta.Command(ctx, "sh", "-c", fmt.Sprintf("echo %d >/proc/sys/kernel/ns_last_pid; sleep 1000 & echo $! >%s; wait", r.Pid-1, out))
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	waitText(ctx, t, out, fmt.Sprintf("%d\n", r.Pid))
+	takePid(ctx, t, beta, r.Pid)
 	n := count(t, r)
 	_, res, err := f.Migrate(ctx, "alpha", r.Pid, "beta")
 	if err != nil {
@@ -352,7 +368,7 @@ func launch(ctx context.Context, t *testing.T, f *fleet.Fleet, r *workloads.Run,
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &inFlight{cmd: f.Godwit(ctx, "migrate", fmt.Sprintf("%s:%d", r.Host.Name(), r.Pid), to, "--output", "json", "--bandwidth", "40MiB/s")}
+	m := &inFlight{cmd: f.Godwit(ctx, "migrate", fmt.Sprintf("%s:%d", r.Host.Name(), r.Pid), to, "--output", "json", "--bandwidth", "25MiB/s")}
 	m.cmd.Stdout, m.cmd.Stderr = &m.stdout, &m.stderr
 	if err := m.cmd.Start(); err != nil {
 		t.Fatal(err)

@@ -129,7 +129,7 @@ func TestContainer(t *testing.T) {
 			"nsenter --net=/proc/%d/ns/net sh -ec 'ip addr add 10.66.0.2/24 dev in0; ip link set in0 up'", r.Pid, r.Pid)
 		ping := func() {
 			t.Helper()
-			sh("for i in 1 2 3 4 5 6 7 8 9 10; do timeout 2 bash -c '</dev/tcp/10.66.0.2/9' 2>&1 | grep -q refused && exit 0; sleep .2; done; exit 1")
+			sh("for i in $(seq 100); do timeout 20 bash -c '</dev/tcp/10.66.0.2/9' 2>&1 | grep -q refused && exit 0; sleep .2; done; exit 1")
 		}
 		ping()
 		img := dump(ctx, t, h, r.Pid, "--tcp-established")
@@ -168,7 +168,7 @@ func TestContainer(t *testing.T) {
 		stop(ctx, t, r)
 		sh("umount /run/kept; rm /run/kept; ip link del hostbr")
 		// The pair goes with its inner end, a moment later.
-		sh("for i in $(seq 100); do ip link show out0 2>/dev/null || exit 0; sleep .05; done; exit 1")
+		sh("for i in $(seq 1200); do ip link show out0 2>/dev/null || exit 0; sleep .05; done; exit 1")
 		if out := sh("ls /run"); strings.Contains(out, "kept") {
 			t.Errorf("something is left: %s", out)
 		}

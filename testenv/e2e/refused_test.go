@@ -51,7 +51,7 @@ func TestRefusedTasks(t *testing.T) {
 		if o.code != 1 || !strings.Contains(o.stderr, want) {
 			t.Errorf("exit code %d, %q; want 1 and %q", o.code, o.stderr, want)
 		}
-		if d := time.Since(begin); d > 20*time.Second {
+		if d := time.Since(begin); d > time.Minute {
 			t.Errorf("it took %s", d)
 		}
 		if after := traces(t, h, pid); after != before {

@@ -256,7 +256,7 @@ func TestTCPInFlight(t *testing.T) {
 	h := newHosts(t, "alpha").Host("alpha")
 	r := selfcheck(ctx, t, h, newDir(t), "tcpflight", "7100")
 	for range 3 {
-		c, err := h.Dial("tcp", "127.0.0.1:7100", 5*time.Second)
+		c, err := h.Dial("tcp", "127.0.0.1:7100", time.Minute)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -266,7 +266,7 @@ func TestTCPInFlight(t *testing.T) {
 		}
 		img := dump(ctx, t, h, r.Pid, "--tcp-established", "--skip-in-flight")
 		restore(ctx, t, h, img, r.Pid, nil, "--tcp-established")
-		if err := c.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		if err := c.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
@@ -274,7 +274,7 @@ func TestTCPInFlight(t *testing.T) {
 		}
 		_ = c.Close()
 	}
-	c, err := h.Dial("tcp", "127.0.0.1:7100", 5*time.Second)
+	c, err := h.Dial("tcp", "127.0.0.1:7100", time.Minute)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -334,7 +334,7 @@ func TestHTTPClients(t *testing.T) {
 		return err
 	}
 	for range 4 {
-		c, err := h.Dial("tcp", "127.0.0.1:8080", 5*time.Second)
+		c, err := h.Dial("tcp", "127.0.0.1:8080", time.Minute)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -389,7 +389,7 @@ func TestRedisPipeline(t *testing.T) {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	c, err := h.Dial("tcp", "127.0.0.1:6379", 5*time.Second)
+	c, err := h.Dial("tcp", "127.0.0.1:6379", time.Minute)
 	if err != nil {
 		t.Fatal(err)
 	}

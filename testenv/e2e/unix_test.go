@@ -64,7 +64,7 @@ func TestUnixOutside(t *testing.T) {
 		}
 		ask := func(f *os.File, b byte) {
 			t.Helper()
-			if err := unix.SetsockoptTimeval(int(f.Fd()), unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 10}); err != nil {
+			if err := unix.SetsockoptTimeval(int(f.Fd()), unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 60}); err != nil {
 				t.Fatal(err)
 			}
 			got := []byte{b}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -153,8 +154,8 @@ func (e *Env) add(i int, name string) error {
 		return errors.New("named twice")
 	}
 	// Pids of different hosts differ, as they mostly do on real ones, so that a
-	// tree finds its own free where it lands.
-	c := initConfig{Hostname: name, Shared: e.dir, Hosts: map[string]string{}, FirstPid: 1000 * (i + 1)}
+	// tree finds its own free where it lands, however many it has used up before.
+	c := initConfig{Hostname: name, Shared: e.dir, Hosts: map[string]string{}, FirstPid: 1000 + i*pidsApart(len(e.names))}
 	for j, n := range e.names {
 		c.Hosts[n] = address(j).String()
 	}
@@ -245,6 +246,17 @@ func (e *Env) add(i int, name string) error {
 	return errors.Join(err, goW.Close())
 }
 
+// pidsApart is how many pids lie between the first of one host and the next's.
+func pidsApart(n int) int {
+	most := 32768 // the default of pid_max(5)
+	if b, err := os.ReadFile("/proc/sys/kernel/pid_max"); err == nil {
+		if m, err := strconv.Atoi(strings.TrimSpace(string(b))); err == nil {
+			most = m
+		}
+	}
+	return min(most/(n+1), 100000)
+}
+
 func address(i int) netip.Addr {
 	a := Net.Addr()
 	for range i + 1 {
@@ -296,8 +308,8 @@ func (e *Env) Close() error {
 	for _, h := range hs {
 		select {
 		case <-h.done:
-		case <-time.After(20 * time.Second):
-			errs = append(errs, fmt.Errorf("processes of host %s did not end within 20 s", h.name))
+		case <-time.After(2 * time.Minute):
+			errs = append(errs, fmt.Errorf("processes of host %s did not end within 2 minutes", h.name))
 		}
 	}
 	close(e.work)

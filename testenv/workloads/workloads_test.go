@@ -26,7 +26,7 @@ func TestStandAlone(t *testing.T) {
 	}
 	e := hosts.ForTest(t, "alpha")
 	h := e.Host("alpha")
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
 	defer cancel()
 	p, err := Build(ctx, e.Dir())
 	if err != nil {

@@ -31,7 +31,7 @@ static void clocks_check(void) {
 	for (int i = 0; i < CLOCKS; i++) {
 		int64_t now = read_clock(clocks[i], i % 2);
 		CHECK(now >= clock_last[i], "clock %d went back from %ld to %ld", clocks[i], clock_last[i], now);
-		CHECK(clock_last[i] == 0 || now < clock_last[i] + 30000000000LL, "clock %d jumped from %ld to %ld", clocks[i], clock_last[i], now);
+		CHECK(clock_last[i] == 0 || now < clock_last[i] + 90000000000LL, "clock %d jumped from %ld to %ld", clocks[i], clock_last[i], now);
 		clock_last[i] = now;
 	}
 	// The library's way, without a system call, and the kernel's agree.
@@ -40,14 +40,14 @@ static void clocks_check(void) {
 		int64_t coarse = clocks[i] == CLOCK_MONOTONIC_COARSE ? 10000000 : 0;
 		CHECK(b >= a - coarse && b <= c + coarse, "clock %d is %ld for the library between %ld and %ld of the kernel", clocks[i], b, a, c);
 	}
-	int64_t ahead = read_clock(CLOCK_BOOTTIME, true) - read_clock(CLOCK_MONOTONIC, true);
-	CHECK(ahead > boot_ahead - 1000000000LL && ahead < boot_ahead + 1000000000LL, "boot time was %ld ahead and is %ld", boot_ahead, ahead);
+	int64_t before = read_clock(CLOCK_MONOTONIC, true), boot = read_clock(CLOCK_BOOTTIME, true), after = read_clock(CLOCK_MONOTONIC, true);
+	CHECK(boot - before > boot_ahead - 1000000000LL && boot - after < boot_ahead + 1000000000LL, "boot time was %ld ahead and is %ld to %ld", boot_ahead, boot - after, boot - before);
 	uptime_check();
 	static int turn;
 	static uint64_t last[4];
 	if (++turn % 150) return;
 	for (int i = 0; i < 4; i++) {
-		CHECK(waits[i] != last[i], "wait %d never ends", i);
+		CHECK(moved(&waits[i], last[i]), "wait %d never ends", i);
 		last[i] = waits[i];
 	}
 }
@@ -57,7 +57,7 @@ static void clocks_check(void) {
 static void met(const char *what, clockid_t c, int64_t until) {
 	int64_t now = read_clock(c, true);
 	CHECK(now >= until, "%s ended %ld ns too early", what, until - now);
-	CHECK(now < until + 20000000000LL, "%s ended %ld ns too late", what, now - until);
+	CHECK(now < until + 90000000000LL, "%s ended %ld ns too late", what, now - until);
 }
 
 static struct timespec at(int64_t ns) { return (struct timespec){ns / 1000000000, ns % 1000000000}; }

@@ -353,7 +353,7 @@ static void *joiner(void *arg) {
 		pthread_t t = spawn(short_thread, (void *)n);
 		struct timespec until;
 		clock_gettime(CLOCK_REALTIME, &until);
-		until.tv_sec += 30;
+		until.tv_sec += PATIENCE_MS / 1000;
 		int e = pthread_timedjoin_np(t, &got, &until);
 		CHECK(e == 0 && got == (void *)(n * 7), "blocked join of thread %lu: %s", n, strerror(e));
 	}

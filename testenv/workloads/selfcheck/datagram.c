@@ -286,10 +286,7 @@ static void raw_check(void) {
 	CHECK(SYS(send(rcon, &h, sizeof h, 0)) == sizeof h, "send an echo");
 	unsigned char b[256];
 	for (int seen = 0; seen < 2;) { // rcon has no filter: it gets both
-		struct pollfd p = {rcon, POLLIN, 0};
-		int r = poll(&p, 1, 1000);
-		if (r < 0 && errno == EINTR) continue;
-		CHECK(r == 1, "a raw socket gets %d of 2", seen);
+		CHECK(comes(rcon, POLLIN), "a raw socket gets %d of 2", seen);
 		CHECK(SYS(recv(rcon, b, sizeof b, 0)) == 28, "a datagram of another size");
 		seen++;
 	}
@@ -364,10 +361,7 @@ static void ping_once(int fd, const void *to, socklen_t n, int request, int answ
 	static uint16_t seq;
 	struct icmphdr h = {.type = request, .un.echo.sequence = htons(++seq)}, b;
 	CHECK(sendto(fd, &h, sizeof h, 0, to, n) == sizeof h, "ping: %s", strerror(errno));
-	struct pollfd p = {fd, POLLIN, 0};
-	int r;
-	while ((r = poll(&p, 1, 1000)) < 0 && errno == EINTR) {}
-	CHECK(r == 1 && recv(fd, &b, sizeof b, 0) == sizeof b, "no answer to a ping");
+	CHECK(comes(fd, POLLIN) && recv(fd, &b, sizeof b, 0) == sizeof b, "no answer to a ping");
 	struct sockaddr_storage a = {0};
 	socklen_t len = sizeof a;
 	SYS(getsockname(fd, (struct sockaddr *)&a, &len));

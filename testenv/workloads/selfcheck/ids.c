@@ -366,7 +366,7 @@ static void forker_check(void) {
 	static int turn;
 	static uint64_t last;
 	if (++turn % 500) return;
-	CHECK(forks_done != last, "forks stand still at %lu", last);
+	CHECK(moved(&forks_done, last), "forks stand still at %lu", last);
 	last = forks_done;
 }
 

@@ -117,7 +117,7 @@ static void kinship_check(void) {
 		if (kin_board->n[i].gone && !kin_board->n[i].zombie) continue;
 		look(i);
 		if (turn % 200 == 199 && !kin_board->n[i].gone) {
-			CHECK(kin_board->n[i].beats != last[i], "member %d stands still", i);
+			CHECK(moved(&kin_board->n[i].beats, last[i]), "member %d stands still", i);
 			last[i] = kin_board->n[i].beats;
 		}
 	}

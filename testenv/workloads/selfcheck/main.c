@@ -1,4 +1,5 @@
 #include "selfcheck.h"
+#include <poll.h>
 #include <stdarg.h>
 
 volatile sig_atomic_t stopping;
@@ -76,6 +77,25 @@ void nap_ms(int ms) {
 	if (e == EINTR && stopping) return;
 	CHECK(e == 0, "sleep of %d ms: %s", ms, strerror(e));
 	CHECK(now_ns() >= until, "sleep of %d ms ended too early", ms);
+}
+
+bool comes(int fd, short events) {
+	struct pollfd p = {fd, events, 0};
+	for (int64_t until = now_ns() + PATIENCE_MS * 1000000LL;;) {
+		int r = poll(&p, 1, PATIENCE_MS);
+		if (r > 0) return true;
+		CHECK(r == 0 || errno == EINTR, "poll: %s", strerror(errno));
+		if (now_ns() >= until) return false;
+	}
+}
+
+bool moved(const volatile uint64_t *n, uint64_t was) {
+	for (int64_t until = now_ns() + PATIENCE_MS * 1000000LL; *n == was;) {
+		if (now_ns() >= until) return false;
+		struct timespec t = {0, 1000000};
+		nanosleep(&t, NULL);
+	}
+	return true;
 }
 
 void loop(void (*check)(void)) {

@@ -68,7 +68,7 @@ COMMAND(edges) {
 // ---- shmpart: System V segments of which parts were unmapped, others mapped into
 // the holes, a part moved elsewhere by mremap.
 
-static unsigned char *part[3], *moved, *inside;
+static unsigned char *part[3], *shifted, *inside;
 static int part_ids[3];
 
 static void shmpart_check(void) {
@@ -83,12 +83,12 @@ static void shmpart_check(void) {
 	same("segment in a hole", part[1], 0, 2 * PAGE, 431);
 	same("memory in a hole", inside, 0, 2 * PAGE, 433);
 	same("segment without its head", part[2], 4 * PAGE, 8 * PAGE, 432);
-	for (int i = 0; i < 2 * PAGE; i++) CHECK(moved[i] == pattern(432, i), "moved part: byte %d", i);
+	for (int i = 0; i < 2 * PAGE; i++) CHECK(shifted[i] == pattern(432, i), "moved part: byte %d", i);
 	CHECK(!readable(part[2] + 8 * PAGE) || !has_flag(part[2] + 8 * PAGE, "sh"), "what was unmapped is there");
 	// Both parts are still one segment, and so are two attachments.
 	unsigned char c = part[2][5 * PAGE];
 	unsigned char *p = SYS(shmat(part_ids[2], NULL, 0));
-	CHECK(p[5 * PAGE] == c && p[0] == moved[0], "a new attachment shows something else");
+	CHECK(p[5 * PAGE] == c && p[0] == shifted[0], "a new attachment shows something else");
 	p[5 * PAGE] = c;
 	SYS(shmdt(p));
 	CHECK(!has_flag(part[2] + 5 * PAGE, "wr") && has_flag(part[2] + 4 * PAGE, "wr"), "protection of a part");
@@ -107,7 +107,7 @@ COMMAND(shmpart) {
 	inside = SYS(mmap(part[0] + 4 * PAGE, 2 * PAGE, RW, PA | MAP_FIXED_NOREPLACE, -1, 0));
 	put(inside, 2 * PAGE, 433);
 	unsigned char *room = SYS(mmap(NULL, 2 * PAGE, RW, PA, -1, 0));
-	moved = SYS(mremap(part[2], 2 * PAGE, 2 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, room));
+	shifted = SYS(mremap(part[2], 2 * PAGE, 2 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, room));
 	SYS(munmap(part[2] + 2 * PAGE, 2 * PAGE));
 	SYS(mprotect(part[2] + 5 * PAGE, PAGE, PROT_READ));
 	loop(shmpart_check);

@@ -20,13 +20,10 @@ static int nl_open(int protocol, int type, uint32_t port) {
 	return fd;
 }
 
-// nl_wait receives one datagram, which must come within a second.
+// nl_wait receives one datagram, which must come.
 static struct nlmsghdr *nl_wait(int fd, const char *what) {
 	static _Alignas(struct nlmsghdr) char b[32768];
-	struct pollfd p = {fd, POLLIN, 0};
-	int r;
-	while ((r = poll(&p, 1, 1000)) < 0 && errno == EINTR) {}
-	CHECK(r == 1, "%s: nothing comes", what);
+	CHECK(comes(fd, POLLIN), "%s: nothing comes", what);
 	ssize_t n = recv(fd, b, sizeof b, 0);
 	CHECK(n >= (ssize_t)sizeof(struct nlmsghdr), "%s: %zd bytes, %s", what, n, strerror(errno));
 	return (struct nlmsghdr *)b;

@@ -32,10 +32,7 @@ static int packet_open(int type, int protocol, const char *dev) {
 // packet_take receives a packet whose last bytes are text, and gives its length.
 static ssize_t packet_take(int fd, const char *text, const char *what) {
 	char b[512];
-	struct pollfd p = {fd, POLLIN, 0};
-	int r;
-	while ((r = poll(&p, 1, 1000)) < 0 && errno == EINTR) {}
-	CHECK(r == 1, "%s: nothing comes", what);
+	CHECK(comes(fd, POLLIN), "%s: nothing comes", what);
 	ssize_t n = recv(fd, b, sizeof b, 0);
 	size_t len = strlen(text);
 	CHECK(n > (ssize_t)len && memcmp(b + n - len, text, len) == 0, "%s: another packet, of %zd bytes", what, n);

@@ -37,6 +37,9 @@ extern char **arg_values;
 _Noreturn void fail(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int64_t now_ns(void);
 void beat(void);
+enum { PATIENCE_MS = 120000 }; // for what must happen, however busy the machine is
+bool comes(int fd, short events); // polls that long, whatever interrupts it
+bool moved(const volatile uint64_t *n, uint64_t was); // waits that long for another number
 void nap_ms(int ms); // whole, whatever interrupts it, but for SIGTERM
 void loop(void (*check)(void)); // ready, then check and beat until SIGTERM
 _Noreturn void ok(void);

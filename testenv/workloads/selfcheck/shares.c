@@ -71,7 +71,7 @@ static void shares_check(void) {
 	state->turn = turn;
 	for (int i = 0; i < MEMBERS; i++) {
 		for (int n = 0; state->m[i].ack != turn; n++) {
-			CHECK(n < 20000, "%s does not answer", kinds[i].what);
+			CHECK(n < PATIENCE_MS, "%s does not answer", kinds[i].what);
 			nap_ms(1);
 		}
 		bool files = kinds[i].with & FILES, dirs = kinds[i].with & DIRS;
@@ -160,7 +160,7 @@ static void spawner_check(void) {
 	static int turn;
 	if (++turn % 300) return;
 	for (int i = 0; i < 3; i++) {
-		CHECK(spawned[i] != last[i], "spawner %d stands still", i);
+		CHECK(moved(&spawned[i], last[i]), "spawner %d stands still", i);
 		last[i] = spawned[i];
 	}
 }

@@ -61,12 +61,7 @@ void so_recheck(void) {
 
 void so_expect(int fd, const char *want, const char *what) {
 	char b[256];
-	struct pollfd p = {fd, POLLIN, 0};
-	for (int i = 0; i < 100 && !(p.revents & POLLIN); i++) {
-		int r = poll(&p, 1, 10);
-		CHECK(r >= 0 || errno == EINTR, "poll: %s", strerror(errno));
-	}
-	CHECK(p.revents & POLLIN, "%s: nothing comes", what);
+	CHECK(comes(fd, POLLIN), "%s: nothing comes", what);
 	ssize_t n = recv(fd, b, sizeof b, MSG_DONTWAIT);
 	CHECK(n == (ssize_t)strlen(want) && memcmp(b, want, n) == 0, "%s: received %zd bytes (%s), want \"%s\"", what, n, n < 0 ? strerror(errno) : "", want);
 }

@@ -46,7 +46,7 @@ static void stopped_check(void) {
 	}
 	CHECK(chlds == STOPPED, "%d times SIGCHLD, want %d", chlds, STOPPED);
 	if (++turn % 100 == 0) {
-		CHECK(turns[STOPPED] != last, "the child that runs stands still");
+		CHECK(moved(&turns[STOPPED], last), "the child that runs stands still");
 		last = turns[STOPPED];
 	}
 }
@@ -85,7 +85,7 @@ COMMAND(stopped) {
 		SYS(waitid(P_PID, stopped[i], &si, WCONTINUED));
 		CHECK(si.si_pid == stopped[i] && si.si_code == CLD_CONTINUED, "child %d does not go on: code %d", i, si.si_code);
 		for (int n = 0; turns[i] < turns_before[i] + 5; n++) {
-			CHECK(n < 5000, "child %d was continued and stands still", i);
+			CHECK(n < PATIENCE_MS, "child %d was continued and stands still", i);
 			nap_ms(1);
 		}
 		end_child(stopped[i]);

@@ -58,23 +58,20 @@ static void tcp_fill(struct conn *x, int i, uint64_t max) {
 static void tcp_drain(struct conn *x, int i, bool shut, const char *what) {
 	unsigned char b[4096];
 	for (uint64_t at = 0; at < x->sent[i];) {
-		struct pollfd p = {i ? x->c : x->s, POLLIN, 0};
-		int r = poll(&p, 1, 5000);
-		if (r < 0 && errno == EINTR) continue;
-		CHECK(r == 1, "%s: %lu bytes of %lu came", what, at, x->sent[i]);
+		int fd = i ? x->c : x->s;
+		CHECK(comes(fd, POLLIN), "%s: %lu bytes of %lu came", what, at, x->sent[i]);
 		uint64_t left = x->sent[i] - at;
-		ssize_t n = recv(p.fd, b, left < sizeof b ? left : sizeof b, MSG_DONTWAIT);
+		ssize_t n = recv(fd, b, left < sizeof b ? left : sizeof b, MSG_DONTWAIT);
 		CHECK(n > 0, "%s: receive: %zd, %s", what, n, n ? strerror(errno) : "end of file");
 		for (ssize_t k = 0; k < n; k++) CHECK(b[k] == pattern(i + 1, at + k), "%s: byte %lu is wrong", what, at + k);
 		at += n;
 	}
 	x->sent[i] = 0;
 	struct pollfd p = {i ? x->c : x->s, POLLIN, 0};
-	int r = poll(&p, 1, shut ? 5000 : 0);
 	if (shut) {
-		CHECK(r == 1 && recv(p.fd, b, 1, MSG_DONTWAIT) == 0, "%s: no end of file", what);
+		CHECK(comes(p.fd, POLLIN) && recv(p.fd, b, 1, MSG_DONTWAIT) == 0, "%s: no end of file", what);
 	} else {
-		CHECK(r == 0, "%s: more came than was sent", what);
+		CHECK(poll(&p, 1, 0) == 0, "%s: more came than was sent", what);
 	}
 }
 

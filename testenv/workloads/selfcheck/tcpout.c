@@ -79,7 +79,19 @@ static void send_all(int fd, const void *p, size_t n) {
 
 // The peer.
 
+#ifndef TCP_RTO_MAX_MS
+#define TCP_RTO_MAX_MS 44 // Linux 6.15
+#endif
+
 static int peer_listener, peer_full;
+
+// persist makes a connection go on within some seconds after a pause of the other
+// end, however long that was: as a rule the time from one try to the next doubles with
+// each. After 15 tries, of more than a minute together, the kernel gives up.
+static void persist(int fd) {
+	int most = 8000;
+	(void)setsockopt(fd, IPPROTO_TCP, TCP_RTO_MAX_MS, &most, sizeof most);
+}
 
 static void peer_accept(void) {
 	struct sockaddr_in6 a;
@@ -105,6 +117,7 @@ static void peer_accept(void) {
 		SYS(connect(fd, (struct sockaddr *)&a, n));
 	}
 	CHECK(link_count < MAX_CONNS, "too many connections");
+	persist(fd);
 	struct link *l = &links[link_count++];
 	*l = (struct link){.fd = fd, .id = h.id, .role = h.role};
 	if (l->role == ENDED || l->role == BOTH_LATE) {
@@ -218,7 +231,7 @@ static struct tcp_info info_of(int fd) {
 
 static void wait_state(struct link *l, const char *when) {
 	int got = 0;
-	for (int i = 0; i < 500; i++) {
+	for (int i = 0; i < PATIENCE_MS / 10; i++) {
 		got = info_of(l->fd).tcpi_state;
 		if (got == l->state) return;
 		nap_ms(10);
@@ -333,7 +346,7 @@ COMMAND(tcpout) {
 		struct link *l = &links[i];
 		for (int k = 0; !l->ended; k++) {
 			pull(l, 1 << 26);
-			CHECK(k < 1000, "connection %d (%c): no end of file after %lu bytes", l->id, l->role, l->got);
+			CHECK(k < PATIENCE_MS / 10, "connection %d (%c): no end of file after %lu bytes", l->id, l->role, l->got);
 			if (!l->ended) nap_ms(10);
 		}
 		CHECK(l->role != ENDED && l->role != BOTH_LATE ? true : l->got == 5000, "connection %d (%c): %lu bytes came, want 5000", l->id, l->role, l->got);
@@ -354,7 +367,7 @@ COMMAND(tcpout) {
 	for (int i = 0; i < link_count; i++)
 		CHECK(counts[i] == links[i].sent, "connection %d (%c): the peer received %lu bytes, %lu were sent", i, links[i].role, counts[i], links[i].sent);
 	struct pollfd p = {asked, POLLOUT, 0};
-	for (int64_t end = now_ns() + 40000000000LL; poll(&p, 1, 1000) != 1;) CHECK(now_ns() < end, "the peer had room, but no connection was made");
+	for (int64_t end = now_ns() + PATIENCE_MS * 1000000LL; poll(&p, 1, 1000) != 1;) CHECK(now_ns() < end, "the peer had room, but no connection was made");
 	int err = 0;
 	socklen_t len = sizeof err;
 	SYS(getsockopt(asked, SOL_SOCKET, SO_ERROR, &err, &len));

@@ -14,7 +14,8 @@ static struct tick {
 	int64_t interval; // ns
 	bool cpu, there, oneshot;
 	timer_t id;
-	int64_t t0, total;
+	int64_t t0;
+	volatile uint64_t total;
 } ticks[TIMERS];
 static volatile pid_t ticker;
 static pid_t busy;
@@ -57,7 +58,7 @@ static void *t_burn(void *arg) {
 
 static void ticking_check(void) {
 	static int turn;
-	static int64_t last[TIMERS];
+	static uint64_t last[TIMERS];
 	bool look = ++turn % 150 == 0;
 	for (int i = 0; i < TIMERS; i++) {
 		struct tick *t = &ticks[i];
@@ -75,9 +76,9 @@ static void ticking_check(void) {
 		if (t->notify == SIGEV_NONE) continue;
 		// Never more than its clock has gone on.
 		int64_t most = (read_ns(t->cpu && t->clock != CLOCK_PROCESS_CPUTIME_ID ? CLOCK_MONOTONIC : t->clock) - t->t0) / t->interval + 2;
-		CHECK(t->cpu || t->total <= most, "%s: %ld ticks, at most %ld", t->name, t->total, most);
+		CHECK(t->cpu || (int64_t)t->total <= most, "%s: %ld ticks, at most %ld", t->name, t->total, most);
 		if (!look) continue;
-		CHECK(t->total > last[i], "%s stands still at %ld ticks", t->name, t->total);
+		CHECK(moved(&t->total, last[i]), "%s stands still at %ld ticks", t->name, t->total);
 		last[i] = t->total;
 	}
 }

@@ -58,7 +58,7 @@ static void puts_to(int fd, const char *text) { put(fd, text, strlen(text)); }
 // await_input waits until a terminal has n bytes, which the kernel hands on by itself.
 static void await_input(int fd, int n) {
 	for (int i = 0; number(fd, FIONREAD) != n; i++) {
-		CHECK(i < 5000, "fd %d has %d bytes to be read, want %d", fd, number(fd, FIONREAD), n);
+		CHECK(i < PATIENCE_MS, "fd %d has %d bytes to be read, want %d", fd, number(fd, FIONREAD), n);
 		nap_ms(1);
 	}
 }
@@ -275,7 +275,7 @@ COMMAND(pty) {
 	// It can be edited still.
 	puts_to(LINES, "\x7f!\n");
 	for (int i = 0; !(events(LINES + 1) & POLLIN); i++) {
-		CHECK(i < 5000, "no line came");
+		CHECK(i < PATIENCE_MS, "no line came");
 		nap_ms(1);
 	}
 	want_text(LINES + 1, "not ye!\n", "rest of a line");
@@ -291,7 +291,7 @@ COMMAND(pty) {
 	CHECK(!(events(STOPPED + 1) & POLLOUT), "tcflow ends a stop by ^S");
 	puts_to(STOPPED, "\x11");
 	for (int i = 0; !(events(STOPPED + 1) & POLLOUT); i++) {
-		CHECK(i < 5000, "^Q does not start the output");
+		CHECK(i < PATIENCE_MS, "^Q does not start the output");
 		nap_ms(1);
 	}
 	puts_to(HELD, "\x11");
@@ -449,7 +449,7 @@ static _Noreturn void lead(const char *name) {
 		CHECK(strcmp(link, "/dev/tty") == 0, "/dev/tty is %s", link);
 		// After a dump it runs for an instant, into its stop.
 		for (int i = 0; state_of(jobs->stopped) != 'T'; i++) {
-			CHECK(i < 1000, "the stopped job is in state %c", state_of(jobs->stopped));
+			CHECK(i < PATIENCE_MS, "the stopped job is in state %c", state_of(jobs->stopped));
 			usleep(1000);
 		}
 		expect_alive(jobs->detached);
@@ -506,7 +506,7 @@ static void ptyjobs_check(void) {
 		SYS(ioctl(MASTER, TIOCSWINSZ, &w));
 		sizes++;
 		for (int i = 0; jobs->winch != sizes; i++) {
-			CHECK(i < 5000, "the front job is not told of a new size");
+			CHECK(i < PATIENCE_MS, "the front job is not told of a new size");
 			nap_ms(1);
 		}
 	}
@@ -540,12 +540,12 @@ COMMAND(ptyjobs) {
 	uint64_t rounds = jobs->rounds;
 	puts_to(MASTER, "\x03");
 	for (int i = 0; jobs->ints != 1; i++) {
-		CHECK(i < 5000, "^C does not reach the front job");
+		CHECK(i < PATIENCE_MS, "^C does not reach the front job");
 		nap_ms(1);
 	}
 	puts_to(MASTER, "\x1a");
 	for (int i = 0; state_of(jobs->front) != 'T'; i++) {
-		CHECK(i < 5000, "^Z does not stop the front job");
+		CHECK(i < PATIENCE_MS, "^Z does not stop the front job");
 		nap_ms(1);
 	}
 	puts_to(MASTER, "hello\n");

@@ -75,10 +75,7 @@ static void tun_check(void) {
 	inet_pton(AF_INET, "10.78.3.4", &to.sin_addr);
 	CHECK(sendto(tudp, text, len, 0, (struct sockaddr *)&to, sizeof to) == len, "send through the interface: %s", strerror(errno));
 	for (;;) { // IPv6 says a word of its own now and then
-		struct pollfd p = {tfd, POLLIN, 0};
-		int e = poll(&p, 1, 1000);
-		if (e < 0 && errno == EINTR) continue;
-		CHECK(e == 1, "no packet comes out");
+		CHECK(comes(tfd, POLLIN), "no packet comes out");
 		ssize_t got = SYS(read(tfd, b, sizeof b));
 		if (b[0] >> 4 != 4) continue;
 		CHECK(got == 28 + len && memcmp(b + 28, text, len) == 0 && memcmp(b + 16, &to.sin_addr, 4) == 0, "another packet of %zd bytes", got);

@@ -867,7 +867,7 @@ static void jail_check(void) {
 }
 
 COMMAND(unixjail) {
-	char *dir = path_of("jail"), real[300];
+	char *dir = path_of("jail"), real[300], up[300];
 	SYS(mkdir(dir, 0755));
 	snprintf(real, sizeof real, "%s/in.sock", dir);
 	jail_child = child();
@@ -876,6 +876,7 @@ COMMAND(unixjail) {
 		SYS(chdir("/"));
 		struct addr a = path_addr("/in.sock"), own;
 		int l = listener(SOCK_STREAM | SOCK_NONBLOCK, a, 3), conn[8], n = 0, e;
+		close(SYS(open("/up", O_WRONLY | O_CREAT, 0644)));
 		for (unsigned char b;; orphan_check()) {
 			own = name_of(l, false, &e);
 			if (own.n != a.n || memcmp(&own.a, &a.a, a.n)) _exit(3);
@@ -890,8 +891,8 @@ COMMAND(unixjail) {
 			if (p[0].revents & POLLIN && n < 8) conn[n++] = accept(l, NULL, NULL);
 		}
 	}
-	while (access(real, F_OK)) nap_ms(5);
-	nap_ms(20);
+	snprintf(up, sizeof up, "%s/up", dir);
+	while (access(up, F_OK)) nap_ms(5);
 	jail_fd = usock(SOCK_STREAM);
 	join(jail_fd, path_addr(real));
 	HOLD(jail_fd);

@@ -38,7 +38,7 @@ static void *t_wait_for(void *arg) {
 		int64_t el = now_ns() - t0;
 		CHECK(el >= WAIT_MS * 1000000LL, "%s ended after %ld ns", names[i], el);
 		nap_ms(30); // the other thread has noticed a pause by then
-		int64_t most = WAIT_MS * 1000000LL + (paused_ns - p0) + 600000000;
+		int64_t most = WAIT_MS * 1000000LL + (paused_ns - p0) + 1000000000;
 		CHECK(el <= most, "%s of %d ms took %ld ns, %ld of them paused", names[i], WAIT_MS, el, paused_ns - p0);
 	}
 	return NULL;
