@@ -19,6 +19,7 @@ import (
 //	godwit.v1.agent.HOST.METHOD   control calls
 //	godwit.v1.progress.ID         progress of a migration
 //	godwit.v1.stream.ID.…         one stream: laneK, ack, ctl
+//	godwit.v1.relay.HOST.ID.END   one end (home, tree) of a relay at HOST
 const Prefix = "godwit.v1"
 
 // StreamSubject is the subject of the stream with the given name; the parts of
