@@ -196,6 +196,8 @@ type Dumper struct {
 	ttyUses    []ttyUse
 	ttyScanned bool
 	wantedTTYs map[string]bool // keys of Options.External; true: found
+	wantedPipe map[uint32]bool // inodes of pipes declared external; true: found
+	proxies    map[string]bool // keys of Options.Proxied; true: found
 
 	mntns   map[int]bool        // pid → lives in another mount namespace
 	root    func(string) string // where paths of the tree are found; nil: by mntns
@@ -244,7 +246,18 @@ func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumpe
 		vpid: map[int]int{}, flights: map[*object]*flight{}, apart: map[uint32]bool{}, externs: map[uint32]bool{},
 		remapOf: map[inodeID]*linkRemap{},
 		memfds:  map[inodeID]*memfdInode{}, ghosts: map[inodeID]*ghost{}, mntns: map[int]bool{}, wantedTTYs: map[string]bool{},
+		wantedPipe: map[uint32]bool{}, proxies: map[string]bool{},
 	}
+	proxied := map[string]bool{}
+	for s, travels := range o.Proxied {
+		key, err := canonicalKey(s)
+		if err != nil {
+			d.refusal.Add(refuse.Problem{Key: s, Reason: err.Error(), Hint: "plan lists every open file with its key"})
+			continue
+		}
+		proxied[key] = travels
+	}
+	d.opts.Proxied = proxied
 	for _, s := range o.External {
 		if key, ok, err := parseTTYKey(s); ok && err == nil {
 			d.wantedTTYs[key] = false
@@ -252,6 +265,10 @@ func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumpe
 		}
 		if ino, ok := parseUnixKey(s); ok {
 			d.apart[ino] = true
+			continue
+		}
+		if ino, ok := parsePipeKey(s); ok {
+			d.wantedPipe[ino] = false
 			continue
 		}
 		keys, err := ParseKey(s)
@@ -545,6 +562,8 @@ func (d *Dumper) Finish() error {
 		return err
 	}
 	d.checkTTYKeys()
+	d.checkPipeKeys()
+	d.checkProxied()
 	for _, o := range d.objects {
 		release(o.file)
 		o.file = nil
@@ -731,8 +750,11 @@ func (d *Dumper) Plan() (files []plan.File, ext []plan.External, ports []plan.Po
 		}
 		if o.ext {
 			name := o.key.String()
-			if o.ttyKey != "" {
+			switch {
+			case o.ttyKey != "":
 				name = o.ttyKey
+			case o.kind == kindPipe:
+				name = pipeKey(o.stat.Ino)
 			}
 			k := fmt.Sprintf("%s %o", name, o.flags)
 			if !byKey[k] {

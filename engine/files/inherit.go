@@ -57,6 +57,11 @@ func (r *Restorer) matchInherit() error {
 			r.handed[name] = &in
 		}
 	}
+	for k := range r.opts.Proxied {
+		if _, ok := inheritName(k, names); !ok {
+			errs = append(errs, fmt.Errorf("the other end of %s is wanted, but the images have no such file", k))
+		}
+	}
 	return list("handed files cannot be used", errs)
 }
 
@@ -64,6 +69,13 @@ func (r *Restorer) matchInherit() error {
 func inheritName(k string, names map[string]bool) (string, bool) {
 	if names[k] {
 		return k, true
+	}
+	if link, ok := linkOfKey(k); ok {
+		for n := range names {
+			if have, ok := linkOfKey(n); ok && have == link {
+				return n, true
+			}
+		}
 	}
 	if key, ok, err := parseTTYKey(k); ok {
 		return key, err == nil && names[key]

@@ -132,7 +132,8 @@ func (r *Restorer) late(x *description) bool {
 	case kindEventfd, kindTimerfd, kindSignalfd:
 		return true
 	case kindPipe:
-		return r.inheritedName(fmt.Sprintf("pipe:[%d]", x.entry.GetPipe().GetPipeId())) == nil
+		name := fmt.Sprintf("pipe:[%d]", x.entry.GetPipe().GetPipeId())
+		return r.inheritedName(name) == nil && r.far(name) == nil
 	case kindRegular:
 		return r.inherited(x.entry.GetReg()) == nil && r.linked[x.id] == 0
 	}

@@ -12,6 +12,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pipe-data"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+
+	"godwit/engine/plan"
 )
 
 // kindPipe carries anonymous pipes with the bytes in them, if no process outside
@@ -49,10 +51,14 @@ func finishPipes(d *Dumper, os []*object) error {
 	}
 	for _, ino := range order {
 		ends := byIno[ino]
-		if x, ok := d.outside(ends[0].link); ok {
+		if d.pipeOutside(ends) {
+			if d.dry() || ends[0].refused || !d.opts.Proxied[pipeKey(ino)] {
+				continue
+			}
+		} else if x, ok := d.outside(ends[0].link); ok {
 			for _, o := range ends {
 				d.refuse(o, fmt.Sprintf("the pipe is also held by pid %d (%s), fd %d, outside the tree", x.pid, x.comm, x.fd),
-					"include that process in the tree, or start the program with files or fifos in place of the pipe")
+					"include that process in the tree, or declare the pipe external: --external "+pipeKey(o.stat.Ino))
 			}
 			continue
 		}
@@ -229,6 +235,10 @@ func checkPipe(r *Restorer, x *description) error {
 	if x.entry.GetPipe().GetFlags()&unix.O_ACCMODE == unix.O_ACCMODE {
 		return errors.New("the access mode of a pipe is not possible")
 	}
+	name := fmt.Sprintf("pipe:[%d]", x.entry.GetPipe().GetPipeId())
+	if f := r.facts[x.id]; f != nil && f.External && r.handed[name] == nil && r.far(name) == nil {
+		return fmt.Errorf("external pipe %s was not handed in: supply it, such as --inherit-fd fd[4]:%s with the pipe open as descriptor 4", name, name)
+	}
 	return nil
 }
 
@@ -243,7 +253,7 @@ func openPipes(r *Restorer, xs []*description) []error {
 		if in := r.inheritedName(fmt.Sprintf("pipe:[%d]", id)); in != nil {
 			err = r.openHandedPipe(in, ends)
 		} else {
-			err = openPipe(r.pipes[id], ends)
+			err = openPipe(r.pipes[id], ends, r.far(fmt.Sprintf("pipe:[%d]", id)))
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: make the pipe again: %w", r.who(ends[0]), err))
@@ -252,7 +262,9 @@ func openPipes(r *Restorer, xs []*description) []error {
 	return errs
 }
 
-func openPipe(q *queue, ends []*description) error {
+// openPipe makes a pipe with what was in it. The end that the tree does not have
+// goes to far, if that is not nil.
+func openPipe(q *queue, ends []*description, far *plan.Far) error {
 	var p [2]int
 	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
 		return os.NewSyscallError("pipe2", err)
@@ -265,6 +277,16 @@ func openPipe(q *queue, ends []*description) error {
 	}
 	if err := q.fill(wr, packets); err != nil {
 		return err
+	}
+	if far != nil {
+		end := wr
+		if ends[0].entry.GetPipe().GetFlags()&unix.O_ACCMODE == unix.O_WRONLY {
+			end = rd
+		}
+		var err error
+		if far.File, err = dupFile(end); err != nil {
+			return err
+		}
 	}
 	usedR, usedW := false, false
 	for _, x := range ends {

@@ -864,8 +864,15 @@ func (u *unixOpener) settle(x *description) error {
 	}
 	e, f := x.entry.GetUsk(), u.r.unixFacts(x)
 	fd := int(x.file.Fd())
+	shutdown := e.GetShutdown()
 	if far := u.closers[x]; far != nil {
 		delete(u.closers, x)
+		if keep := u.r.far(fmt.Sprintf("socket:[%d]", e.GetIno())); keep != nil {
+			keep.File = far
+			// What the other end does is for the one who has it to repeat, after all
+			// that is still to come.
+			return u.settleFar(x, shutdown&^sk_opts.SkShutdown_READ)
+		}
 		if f.Reset { // it is closed with data that it has not read
 			if err := unix.Sendto(fd, []byte{0}, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, nil); err != nil {
 				return os.NewSyscallError("send", err)
@@ -878,10 +885,8 @@ func (u *unixOpener) settle(x *description) error {
 	if err := u.r.restoreSockOpts(x, e.GetOpts(), nil); err != nil {
 		return err
 	}
-	if how, ok := map[sk_opts.SkShutdown]int{sk_opts.SkShutdown_READ: unix.SHUT_RD, sk_opts.SkShutdown_WRITE: unix.SHUT_WR, sk_opts.SkShutdown_BOTH: unix.SHUT_RDWR}[e.GetShutdown()]; ok {
-		if err := unix.Shutdown(fd, how); err != nil && !errors.Is(err, unix.ENOTCONN) {
-			return os.NewSyscallError("shutdown", err)
-		}
+	if err := shutdownSocket(fd, shutdown); err != nil {
+		return err
 	}
 	if e.GetState() == stateListen {
 		if err := u.listenAs(x.file, f.PeerCred, int(min(e.GetBacklog(), 1<<30))); err != nil {
@@ -892,6 +897,29 @@ func (u *unixOpener) settle(x *description) error {
 		return err
 	}
 	return setStatus(x.file, e.GetFlags())
+}
+
+// settleFar is settle for a connection whose other end somebody keeps.
+func (u *unixOpener) settleFar(x *description, shutdown sk_opts.SkShutdown) error {
+	e := x.entry.GetUsk()
+	if err := u.r.restoreSockOpts(x, e.GetOpts(), nil); err != nil {
+		return err
+	}
+	if err := shutdownSocket(int(x.file.Fd()), shutdown); err != nil {
+		return err
+	}
+	return setStatus(x.file, e.GetFlags())
+}
+
+func shutdownSocket(fd int, s sk_opts.SkShutdown) error {
+	how, ok := map[sk_opts.SkShutdown]int{sk_opts.SkShutdown_READ: unix.SHUT_RD, sk_opts.SkShutdown_WRITE: unix.SHUT_WR, sk_opts.SkShutdown_BOTH: unix.SHUT_RDWR}[s]
+	if !ok {
+		return nil
+	}
+	if err := unix.Shutdown(fd, how); err != nil && !errors.Is(err, unix.ENOTCONN) {
+		return os.NewSyscallError("shutdown", err)
+	}
+	return nil
 }
 
 // settlePath gives the socket file that x made its owner and mode.

@@ -257,6 +257,9 @@ func (t *unixTree) finish(o *object, st *unixState) error {
 		o.fact(o.id)
 	}
 	o.facts.Unix = st.facts
+	if d.socketProxied(o) {
+		return t.proxied(o, st)
+	}
 	if x, ok := d.outside(o.link); ok && (u.hasPeer || isDgram(uint32(u.typ))) {
 		d.refuse(o, fmt.Sprintf("the socket is also held by pid %d (%s), fd %d, outside the tree", x.pid, x.comm, x.fd), "include that process in the tree")
 		return nil

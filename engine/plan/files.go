@@ -1,5 +1,7 @@
 package plan
 
+import "os"
+
 // FileOptions says how the open files of a tree are dumped, besides what other
 // options say.
 type FileOptions struct {
@@ -15,6 +17,16 @@ type FileOptions struct {
 	IrmapScanPaths []string
 	// BuildIDs writes the build-id of every ELF file, not only of mapped ones.
 	BuildIDs bool
+	// Proxied are keys (pipe[inode], unix[inode], tty[rdev:dev]) of pipes, connected
+	// stream sockets and terminals whose other end is outside the tree and whose bytes
+	// the caller goes on carrying. True: the other end is the caller's own, and what
+	// waits for the tree travels; false: it stays where it is.
+	Proxied map[string]bool
+}
+
+// Far is the other end of an object that was made anew.
+type Far struct {
+	File *os.File // of the caller, once the restore has made it
 }
 
 // FileValidation says which differences between a file as it was and as it is
@@ -37,4 +49,6 @@ type FileRestoreOptions struct {
 	Validation FileValidation
 	// SkipModeCheck leaves the permissions out of ValidateSize and ValidateBuildID.
 	SkipModeCheck bool
+	// Proxied gives the far ends of objects that were dumped as proxied, by key.
+	Proxied map[string]*Far
 }
