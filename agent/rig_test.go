@@ -218,6 +218,8 @@ func (t *fakeTree) Thaw() error {
 
 func (t *fakeTree) ThawStopped() error { return t.Thaw() }
 
+func (t *fakeTree) Pids() []int { return []int{1 << 22} }
+
 func (t *fakeTree) Kill() error {
 	if err := t.e.w.at(context.Background(), "kill"); err != nil {
 		return err

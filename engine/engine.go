@@ -234,6 +234,8 @@ type Tree interface {
 	ThawStopped() error
 	// Kill ends every task of the tree, without any of them running again.
 	Kill() error
+	// Pids are all processes on this host.
+	Pids() []int
 }
 
 // Standing is a rebuilt tree of which no task has run yet (Restore).

@@ -190,6 +190,15 @@ type frozen struct {
 	links    *files.Links       // names that the dump made
 }
 
+// Pids implements Tree.
+func (f *frozen) Pids() []int {
+	var out []int
+	for _, p := range f.t.Procs {
+		out = append(out, p.Pid)
+	}
+	return out
+}
+
 // freezeTries is how often a tree is frozen before what it holds that cannot
 // be carried is taken for lasting.
 const freezeTries = 4

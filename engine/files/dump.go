@@ -196,7 +196,6 @@ type Dumper struct {
 	ttyUses    []ttyUse
 	ttyScanned bool
 	wantedTTYs map[string]bool // keys of Options.External; true: found
-	wantedPipe map[uint32]bool // inodes of pipes declared external; true: found
 	proxies    map[string]bool // keys of Options.Proxied; true: found
 
 	mntns   map[int]bool        // pid → lives in another mount namespace
@@ -246,7 +245,7 @@ func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumpe
 		vpid: map[int]int{}, flights: map[*object]*flight{}, apart: map[uint32]bool{}, externs: map[uint32]bool{},
 		remapOf: map[inodeID]*linkRemap{},
 		memfds:  map[inodeID]*memfdInode{}, ghosts: map[inodeID]*ghost{}, mntns: map[int]bool{}, wantedTTYs: map[string]bool{},
-		wantedPipe: map[uint32]bool{}, proxies: map[string]bool{},
+		proxies: map[string]bool{},
 	}
 	proxied := map[string]bool{}
 	for s, travels := range o.Proxied {
@@ -265,10 +264,6 @@ func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumpe
 		}
 		if ino, ok := parseUnixKey(s); ok {
 			d.apart[ino] = true
-			continue
-		}
-		if ino, ok := parsePipeKey(s); ok {
-			d.wantedPipe[ino] = false
 			continue
 		}
 		keys, err := ParseKey(s)
@@ -562,7 +557,6 @@ func (d *Dumper) Finish() error {
 		return err
 	}
 	d.checkTTYKeys()
-	d.checkPipeKeys()
 	d.checkProxied()
 	for _, o := range d.objects {
 		release(o.file)
@@ -750,11 +744,8 @@ func (d *Dumper) Plan() (files []plan.File, ext []plan.External, ports []plan.Po
 		}
 		if o.ext {
 			name := o.key.String()
-			switch {
-			case o.ttyKey != "":
+			if o.ttyKey != "" {
 				name = o.ttyKey
-			case o.kind == kindPipe:
-				name = pipeKey(o.stat.Ino)
 			}
 			k := fmt.Sprintf("%s %o", name, o.flags)
 			if !byKey[k] {

@@ -51,14 +51,14 @@ func finishPipes(d *Dumper, os []*object) error {
 	}
 	for _, ino := range order {
 		ends := byIno[ino]
-		if d.pipeOutside(ends) {
-			if d.dry() || ends[0].refused || !d.opts.Proxied[pipeKey(ino)] {
+		if travels, ok := d.pipeProxied(ends); ok {
+			if !travels {
 				continue
 			}
 		} else if x, ok := d.outside(ends[0].link); ok {
 			for _, o := range ends {
 				d.refuse(o, fmt.Sprintf("the pipe is also held by pid %d (%s), fd %d, outside the tree", x.pid, x.comm, x.fd),
-					"include that process in the tree, or declare the pipe external: --external "+pipeKey(o.stat.Ino))
+					"include that process in the tree, or start the program with files or fifos in place of the pipe")
 			}
 			continue
 		}
@@ -234,10 +234,6 @@ func (q *queue) fill(w *os.File, packets bool) error {
 func checkPipe(r *Restorer, x *description) error {
 	if x.entry.GetPipe().GetFlags()&unix.O_ACCMODE == unix.O_ACCMODE {
 		return errors.New("the access mode of a pipe is not possible")
-	}
-	name := fmt.Sprintf("pipe:[%d]", x.entry.GetPipe().GetPipeId())
-	if f := r.facts[x.id]; f != nil && f.External && r.handed[name] == nil && r.far(name) == nil {
-		return fmt.Errorf("external pipe %s was not handed in: supply it, such as --inherit-fd fd[4]:%s with the pipe open as descriptor 4", name, name)
 	}
 	return nil
 }

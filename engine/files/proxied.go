@@ -21,22 +21,6 @@ import (
 // waits for the tree stays with the original, which the caller keeps, or travels if
 // the other end was the caller's own.
 
-// pipeKey is the key of a pipe, pipe[inode], decimal.
-func pipeKey(ino uint64) string { return fmt.Sprintf("pipe[%d]", ino) }
-
-func parsePipeKey(s string) (ino uint32, ok bool) {
-	link, ok := linkOfKey(s)
-	if !ok {
-		return 0, false
-	}
-	in, ok := strings.CutPrefix(link, "pipe:[")
-	if !ok {
-		return 0, false
-	}
-	n, err := strconv.ParseUint(strings.TrimSuffix(in, "]"), 10, 32)
-	return uint32(n), err == nil
-}
-
 // linkOfKey gives the text of the /proc links to a pipe or socket by its key:
 // pipe[12], pipe:[12]; socket[12], socket:[12], unix[12].
 func linkOfKey(s string) (string, bool) {
@@ -78,36 +62,19 @@ func (d *Dumper) checkProxied() {
 	}
 }
 
-// checkPipeKeys refuses keys of pipes that match nothing.
-func (d *Dumper) checkPipeKeys() {
-	for ino, found := range d.wantedPipe {
-		if !found {
-			d.refusal.Add(refuse.Problem{Key: pipeKey(uint64(ino)), Reason: "no process of the tree has this pipe open"})
-		}
+// pipeProxied says whether a pipe was declared proxied, and what is in it travels.
+func (d *Dumper) pipeProxied(ends []*object) (travels, ok bool) {
+	key := fmt.Sprintf("pipe[%d]", ends[0].stat.Ino)
+	travels, ok = d.opts.Proxied[key]
+	if !ok {
+		return false, false
 	}
-}
-
-// pipeOutside says whether a pipe was declared external or proxied.
-func (d *Dumper) pipeOutside(ends []*object) bool {
-	ino := ends[0].stat.Ino
-	_, external := d.wantedPipe[uint32(ino)]
-	_, proxied := d.opts.Proxied[pipeKey(ino)]
-	switch {
-	case proxied:
-		d.proxies[pipeKey(ino)] = true
-		if why := cannotProxyPipe(ends); why != "" {
-			d.refuse(ends[0], why, "hand in another pipe (inherit), or let the program close the end that it does not use")
-		}
-	case external:
-		d.wantedPipe[uint32(ino)] = true
-	default:
-		return false
+	d.proxies[key] = true
+	if why := cannotProxyPipe(ends); why != "" {
+		d.refuse(ends[0], why, "hand in another pipe (inherit), or let the program close the end that it does not use")
+		travels = false
 	}
-	for _, o := range ends {
-		o.ext = !proxied
-		o.fact(o.id).External = true
-	}
-	return true
+	return travels, true
 }
 
 // cannotProxyPipe says why the bytes of a pipe cannot be carried to and from

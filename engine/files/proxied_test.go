@@ -146,40 +146,6 @@ func TestProxied(t *testing.T) {
 	}
 }
 
-// TestExternalPipe hands another pipe in for one that leads out of the tree.
-func TestExternalPipe(t *testing.T) {
-	s := startProxied(t)
-	in, out := s.keys["in"], s.keys["out"]
-	d := dumpOK(t, Options{External: []string{in, strings.Replace(out, "pipe[", "pipe:[", 1), s.keys["sock"]}}, s.child)
-	_, ext, _, _ := d.d.Plan()
-	s.kill()
-	r1, w1, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _, _ = r1.Close(), w1.Close() }()
-	if _, err := NewRestorer(nil, d.set, RestoreOptions{Inherit: map[string]Inherit{in: {File: r1}}}); err == nil || !strings.Contains(err.Error(), "pipe:[") {
-		t.Errorf("one pipe was not handed in: %v", err)
-	}
-	handed := map[string]Inherit{in: {File: r1}, out: {File: w1, Forward: true}}
-	if ps := CheckDestination(nil, ext, nil, handed); len(ps) != 0 {
-		t.Errorf("CheckDestination: %v", ps)
-	}
-	for name, bad := range map[string]Inherit{"kind": {File: mustOpen(t, "/dev/null", os.O_RDWR)}, "mode": {File: w1, Forward: true}} {
-		if ps := CheckDestination(nil, ext, nil, map[string]Inherit{in: bad, out: {File: w1}}); len(ps) != 1 {
-			t.Errorf("wrong %s: %v", name, ps)
-		}
-	}
-	r := restore(t, d, RestoreOptions{Inherit: handed})
-	must1(unix.Write(r.fd(s.child, "out"), []byte("through")))
-	if got := must1(readFD(t, r.fd(s.child, "in"))); got != "through" {
-		t.Errorf("%q came, and what waited must stay outside", got)
-	}
-	if ord, err := sys.KcmpFile(os.Getpid(), r.fd(s.child, "out"), os.Getpid(), int(w1.Fd())); err != nil || ord != sys.Equal {
-		t.Errorf("the end was not forwarded: %v", err)
-	}
-}
-
 func TestProxiedRefused(t *testing.T) {
 	c := start(t, "pipes")
 	var key string

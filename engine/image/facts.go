@@ -233,10 +233,8 @@ type TTYPiece struct {
 type FileFacts struct {
 	ID   uint32 `json:"id"`
 	Path string `json:"path,omitempty"` // where an external file was on the source
-	// External: a pipe whose other end is provided where the tree is restored.
-	External bool   `json:"external,omitempty"`
-	Dev      uint64 `json:"dev,omitempty"`
-	Ino      uint64 `json:"ino,omitempty"`
+	Dev  uint64 `json:"dev,omitempty"`
+	Ino  uint64 `json:"ino,omitempty"`
 	// Rdev is the device number of a character device.
 	Rdev uint64 `json:"rdev,omitempty"`
 	// Quiet: a reader of a fifo that poll(2) does not tell of a hang-up although
