@@ -32,7 +32,8 @@ type dumpFlags struct {
 	fileLocks      bool
 	files          fileFlags
 	incremental
-	extUnixSk bool
+	extUnixSk   bool
+	freezeGroup string
 }
 
 func cmdDump() *cobra.Command {
@@ -72,6 +73,7 @@ func (f *dumpFlags) addDump(cmd *cobra.Command) {
 	fs.BoolVar(&f.tcpClose, "tcp-close", false, "let TCP connections come back closed; restore so, too")
 	fs.BoolVar(&f.skipInFlight, "skip-in-flight", false, "leave connections behind that wait to be accepted, of unix sockets those from outside the tree")
 	fs.StringVar(&f.networkLock, "network-lock", "nftables", "how the network is locked: nftables, or skip if it is locked by other means")
+	fs.StringVar(&f.freezeGroup, "freeze-cgroup", "", "directory of a control group, of version 1 or 2, that all of the tree is in: it is frozen while the tasks are stopped, and left as it was found")
 	f.files.add(fs, true)
 	foreignFlags(fs,
 		"address",
@@ -87,7 +89,6 @@ func (f *dumpFlags) addDump(cmd *cobra.Command) {
 		"enable-external-sharing",
 		"enable-fs",
 		"exec-cmd",
-		"freeze-cgroup",
 		"join-ns",
 		"lazy-pages",
 		"log-pid",
@@ -162,6 +163,7 @@ func (f *dumpFlags) options() (engine.DumpOptions, error) {
 	}
 	opts := engine.DumpOptions{TCPEstablished: f.tcpEstablished, TCPClose: f.tcpClose, SkipInFlight: f.skipInFlight, NetworkLock: lock, External: f.external, GhostLimit: limit, FileLocks: f.fileLocks, Timeout: time.Duration(f.timeout) * time.Second}
 	opts.ShellJob = f.shellJob
+	opts.FreezeGroup = f.freezeGroup
 	opts.ExtUnixSk = f.extUnixSk
 	if err := f.namespaces.set(&opts); err != nil {
 		return opts, err

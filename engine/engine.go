@@ -68,6 +68,10 @@ type DumpOptions struct {
 	Files FileOptions
 	// Timeout bounds the freezing of all tasks; 0 means 10 s.
 	Timeout time.Duration
+	// FreezeGroup is the directory of a control group, of version 1 or 2, that all of
+	// the tree is in; it is frozen until all tasks are stopped. Empty: they are
+	// stopped one by one.
+	FreezeGroup string
 	// Host names this host in Facts and messages; empty means os.Hostname.
 	Host string
 	// GhostLimit is the largest allocated size, in bytes, of a deleted file

@@ -36,6 +36,7 @@ func (o DumpOptions) internal() (dump.Options, error) {
 	d := dump.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, SkipInFlight: o.SkipInFlight, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Elsewhere: o.Elsewhere, Host: o.Host}
 	d.ExtUnixSk, d.Ends = o.ExtUnixSk, o.Ends
 	d.Files = o.Files
+	d.FreezeGroup = o.FreezeGroup
 	if err := o.namespaces(&d); err != nil {
 		return d, err
 	}
@@ -159,7 +160,7 @@ func (e *Engine) Freeze(ctx context.Context, pid int, o DumpOptions) (Tree, erro
 	if timeout == 0 {
 		timeout = defaultFreezeTimeout
 	}
-	t, err := freeze.Freeze(ctx, pid, timeout)
+	t, err := freeze.FreezeIn(ctx, pid, timeout, o.FreezeGroup)
 	if err != nil {
 		return nil, err
 	}
@@ -236,7 +237,7 @@ func (f *frozen) again(ctx context.Context, pause time.Duration) error {
 		return err
 	}
 	time.Sleep(pause)
-	t, err := freeze.Freeze(ctx, f.pid, f.timeout)
+	t, err := freeze.FreezeIn(ctx, f.pid, f.timeout, f.o.FreezeGroup)
 	if err != nil {
 		return err
 	}

@@ -18,6 +18,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/cgroup"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+
+	"godwit/engine/sys"
 )
 
 // Modes of --manage-cgroups, as criu(8) has them.
@@ -90,37 +92,6 @@ func (s Set) equal(o Set) bool {
 	return true
 }
 
-// mount makes a mount of a hierarchy that only its descriptor leads to.
-func mount(name string) (*os.File, error) {
-	fstype := "cgroup"
-	if name == "" {
-		fstype = "cgroup2"
-	}
-	fsfd, err := unix.Fsopen(fstype, 1) // FSOPEN_CLOEXEC
-	if err != nil {
-		return nil, os.NewSyscallError("fsopen "+fstype, err)
-	}
-	defer func() { _ = unix.Close(fsfd) }()
-	if title, ok := strings.CutPrefix(name, "name="); ok {
-		err = errors.Join(unix.FsconfigSetFlag(fsfd, "none"), unix.FsconfigSetString(fsfd, "name", title))
-	} else if name != "" {
-		for _, c := range strings.Split(name, ",") {
-			err = errors.Join(err, unix.FsconfigSetFlag(fsfd, c))
-		}
-	}
-	if err == nil {
-		err = unix.FsconfigCreate(fsfd)
-	}
-	var fd int
-	if err == nil {
-		fd, err = unix.Fsmount(fsfd, 1, 0) // FSMOUNT_CLOEXEC
-	}
-	if err != nil {
-		return nil, fmt.Errorf("mount the cgroup hierarchy %q: %w", name, err)
-	}
-	return os.NewFile(uintptr(fd), "cgroup "+name), nil
-}
-
 // dir is where this process finds a group of a hierarchy.
 func dir(root *os.File, group string) string {
 	return fmt.Sprintf("/proc/self/fd/%d%s", root.Fd(), path.Clean("/"+group))
@@ -168,7 +139,7 @@ func (c *Collector) Image() (*cgroup.CgroupEntry, error) {
 		out.Sets = append(out.Sets, e)
 	}
 	for _, n := range c.sets[0].names() {
-		root, err := mount(n)
+		root, err := sys.MountCgroup(n)
 		if err != nil {
 			return nil, err
 		}
@@ -307,7 +278,7 @@ func (r *Restorer) place(name, group string) string {
 // Make makes the groups, as the mode has it. After an error Undo removes what was made.
 func (r *Restorer) Make() error {
 	for name := range r.root {
-		root, err := mount(name)
+		root, err := sys.MountCgroup(name)
 		if err != nil {
 			return err
 		}

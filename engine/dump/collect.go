@@ -27,6 +27,7 @@ import (
 	"godwit/engine/ns"
 	"godwit/engine/plan"
 	"godwit/engine/procfs"
+	"godwit/engine/ptrace"
 	"godwit/engine/refuse"
 	"godwit/engine/sys"
 	"godwit/engine/task"
@@ -43,7 +44,8 @@ type Options struct {
 	FileLocks      bool     // carried, not refused
 	Elsewhere      bool     // the tree goes to another host
 	Mounts         ns.MountOptions
-	Cgroups        bool // the tree's places and settings are recorded
+	Cgroups        bool   // the tree's places and settings are recorded
+	FreezeGroup    string // the directory of the control group that stops the tree, or empty
 	// Networks are keys under which the restorer provides network namespaces, by the
 	// texts of their links.
 	Networks  map[string]string
@@ -96,8 +98,9 @@ type collector struct {
 	own        ns.Set   // namespaces that the tree has for itself
 	links      ns.Links // those of the root
 	cgroups    cgroup.Collector
-	net        *ns.Network // of a network namespace of its own
-	mounts     *ns.Mounts  // of a mount namespace of its own
+	inGroup    map[int]bool // tids in the control group that stops the tree, nil: there is none
+	net        *ns.Network  // of a network namespace of its own
+	mounts     *ns.Mounts   // of a mount namespace of its own
 	rss        uint64
 	limits     map[int]plan.Rlimit
 }
@@ -237,6 +240,15 @@ func (c *collector) collect(procs []*process, running bool) error {
 	}
 	if err := c.setOwn(procs[0]); err != nil {
 		return fmt.Errorf("read the namespaces of pid %d (%s): %w", procs[0].pid, procs[0].comm, err)
+	}
+	if c.o.FreezeGroup != "" {
+		g, err := cgroup.OpenFreezer(c.o.FreezeGroup)
+		if err != nil {
+			return err
+		}
+		if c.inGroup, err = g.Tids(); err != nil {
+			return fmt.Errorf("read who is in the control group %s: %w", g.Name(), err)
+		}
 	}
 	// Objects of these namespaces are only seen by a thread inside.
 	return ns.Do(procs[0].pid, c.own&(ns.Net|ns.Ipc), func() error { return c.collectInside(running) })
@@ -397,16 +409,6 @@ func (c *collector) process(p *process) error {
 	return c.files.AddProcess(files.Proc{Pid: p.pid, VPid: p.vpid, Comm: p.comm, FilesID: p.filesID})
 }
 
-// inFreezer says whether a running process waits in the freezer of control groups;
-// one that is traced and stopped does not tell.
-func inFreezer(pid int, status *procfs.Status) bool {
-	if status.State != 'S' && status.State != 'D' {
-		return false // stopped by a signal, it waits in the same function
-	}
-	place, err := procfs.ReadAll(procfs.Path(pid, "wchan"))
-	return err == nil && slices.Contains([]string{"get_signal", "do_freezer_trap", "__refrigerator"}, string(place))
-}
-
 // state refuses what the whole process is in.
 func (c *collector) state(p *process) error {
 	st := &p.status
@@ -420,9 +422,7 @@ func (c *collector) state(p *process) error {
 	case st.Tagged:
 		c.refuse(p, "", "uses tags in addresses (LAM), which cannot be carried", "")
 	}
-	if inFreezer(p.pid, st) {
-		c.refuse(p, "", "stands still in a frozen control group, where nothing can be executed in it", "thaw the group: write 0 to its cgroup.freeze (version 1: THAWED to freezer.state)")
-	}
+	c.freezer(p)
 	if !st.Kthread && compat(p.pid) {
 		c.refuse(p, "", "is a 32-bit program, which cannot be carried", "")
 	}
@@ -430,6 +430,20 @@ func (c *collector) state(p *process) error {
 		return err
 	}
 	return c.namespaces(p)
+}
+
+// freezer refuses a process that stands still in a frozen control group, unless the
+// dump freezes and thaws that group itself, and one that is not in that.
+func (c *collector) freezer(p *process) {
+	if c.inGroup == nil {
+		if ptrace.Frozen(p.pid, p.status.State) {
+			c.refuse(p, "", "stands still in a frozen control group, where nothing can be executed in it", "thaw the group: write 0 to its cgroup.freeze (version 1: THAWED to freezer.state), or name it with --freeze-cgroup")
+		}
+		return
+	}
+	if !c.inGroup[p.pid] {
+		c.refuse(p, "", "is not in the control group "+c.o.FreezeGroup+", which does not stop it", "name a group that all of the tree is in (--freeze-cgroup)")
+	}
 }
 
 // profile refuses a process that a security module confines otherwise than this

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"godwit/engine/arch"
+	"godwit/engine/cgroup"
 	"godwit/engine/procfs"
 	"godwit/engine/ptrace"
 	"godwit/engine/sys"
@@ -63,7 +64,9 @@ type Tree struct {
 	FrozenAt time.Time
 	// FreezeDur is from then until all had stopped.
 	FreezeDur time.Duration
-	released  bool
+	// group is the control group by which the tree was stopped, nil if by none.
+	group    *cgroup.Freezer
+	released bool
 }
 
 // Root is the root process.
@@ -89,8 +92,15 @@ func (e *passingError) Unwrap() error { return e.err }
 // While a vfork is in progress, or a thread of many executes another program,
 // the tree is let go for a moment, again and again.
 func Freeze(ctx context.Context, pid int, timeout time.Duration) (*Tree, error) {
+	return FreezeIn(ctx, pid, timeout, "")
+}
+
+// FreezeIn is Freeze that stops all tasks at once by the freezer of control groups:
+// group is the directory of a group that all of them are in. It is thawed as soon
+// as they are stopped; a tree that is let go is in a group as it was found.
+func FreezeIn(ctx context.Context, pid int, timeout time.Duration, group string) (*Tree, error) {
 	for until := time.Now().Add(timeout); ; {
-		t, err := freeze(ctx, pid, time.Until(until))
+		t, err := freeze(ctx, pid, time.Until(until), group)
 		var p *passingError
 		if !errors.As(err, &p) {
 			return t, err
@@ -109,13 +119,18 @@ const (
 	passingPause  = 5 * time.Millisecond
 )
 
-func freeze(ctx context.Context, pid int, timeout time.Duration) (*Tree, error) {
+func freeze(ctx context.Context, pid int, timeout time.Duration, group string) (*Tree, error) {
 	t := &Tree{Tracer: ptrace.NewTracer(), FrozenAt: time.Now()}
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("not all tasks stopped within %s", timeout))
 	defer cancel()
-	err := t.Tracer.Do(func() error {
-		s := &seizer{ctx: ctx, known: map[int]bool{}, procs: map[int]*Proc{}}
-		err := s.tree(pid)
+	err := t.Tracer.Do(func() (err error) {
+		s := &seizer{ctx: ctx, known: map[int]bool{}, told: map[int]bool{}, procs: map[int]*Proc{}}
+		if group != "" {
+			t.group, err = s.group(pid, group)
+		}
+		if err == nil {
+			err = s.tree(pid)
+		}
 		t.Procs = s.order
 		if err == nil {
 			err = s.identify()
@@ -132,8 +147,59 @@ func freeze(ctx context.Context, pid int, timeout time.Duration) (*Tree, error) 
 type seizer struct {
 	ctx   context.Context
 	known map[int]bool // tids that are stopped
+	told  map[int]bool // tids that are seized and were told to stop
 	procs map[int]*Proc
 	order []*Proc
+}
+
+// group seizes what is in a control group while that stands still, and thaws it:
+// nothing of it runs in between.
+func (s *seizer) group(root int, dir string) (*cgroup.Freezer, error) {
+	g, err := cgroup.OpenFreezer(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := g.Freeze(s.ctx); err != nil {
+		return nil, err
+	}
+	if err := s.tell(root, g); err != nil {
+		return nil, errors.Join(err, g.Restore())
+	}
+	return g, g.Thaw()
+}
+
+// tell seizes all of a tree that stands still, and tells it to stop.
+func (s *seizer) tell(root int, g *cgroup.Freezer) error {
+	in, err := g.Tids()
+	if err != nil {
+		return err
+	}
+	pids, err := procfs.Tree(root)
+	if err != nil {
+		return fmt.Errorf("list the tree of pid %d: %w", root, err)
+	}
+	for _, pid := range pids {
+		st, err := procfs.ReadStat(pid)
+		if procfs.Gone(err) || err == nil && st.Zombie() {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("read state of pid %d: %w", pid, err)
+		}
+		tids, err := procfs.Tids(pid)
+		if err != nil {
+			return fmt.Errorf("list threads of pid %d: %w", pid, err)
+		}
+		for _, tid := range tids {
+			if !in[tid] {
+				return fmt.Errorf("task %d of pid %d (%s) is not in the control group %s, which does not stop it", tid, pid, st.Comm, g.Name())
+			}
+			if s.told[tid], err = s.seize(&Proc{Pid: pid, Comm: st.Comm}, tid); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // tree seizes until a full pass over the tree finds no task that is not yet
@@ -236,6 +302,10 @@ func (s *seizer) process(pid int) (found int, err error) {
 	var told []int
 	for _, tid := range tids {
 		if s.known[tid] {
+			continue
+		}
+		if s.told[tid] {
+			told = append(told, tid)
 			continue
 		}
 		ok, err := s.seize(p, tid)
@@ -356,6 +426,9 @@ func waitingIn(pid, tid int) string {
 	st, err := procfs.ReadTaskStat(pid, tid)
 	if err != nil {
 		return "state unknown"
+	}
+	if ptrace.Frozen(tid, st.State) {
+		return "it stands still in a frozen control group"
 	}
 	return fmt.Sprintf("state %c", st.State)
 }
@@ -574,7 +647,8 @@ func (t *Tree) release(stopped bool) error {
 	}
 	t.released = true
 	err := t.Tracer.Do(func() error {
-		var errs []error
+		// Before any of them runs.
+		errs := []error{t.group.Restore()}
 		for _, p := range t.Procs {
 			if stopped && !p.Zombie {
 				// Queued before the first thread is let go, as below.

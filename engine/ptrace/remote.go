@@ -120,6 +120,8 @@ func (r *Remote) resumeUntil(resume func(tid, sig int) error, want string, ok fu
 		}
 		s, err := Wait(r.Tid)
 		switch {
+		case err != nil && ok(s):
+			return nil // it was told to stop, and that is what is wanted
 		case err != nil:
 			return err
 		case s.Ended():

@@ -98,16 +98,6 @@ func (e *StopError) Unwrap() error {
 	return nil
 }
 
-// Wait waits for the next stop or the end of one traced task.
-// Preconditions: on the tracer's thread.
-func Wait(tid int) (Stop, error) {
-	pid, ws, err := sys.Wait4(tid, unix.WALL)
-	if err != nil {
-		return Stop{}, fmt.Errorf("wait for task %d: %w", tid, err)
-	}
-	return decode(pid, ws), nil
-}
-
 // TryWait is Wait that does not block; ok is false if nothing has happened.
 // Preconditions: on the tracer's thread.
 func TryWait(tid int) (s Stop, ok bool, err error) {
