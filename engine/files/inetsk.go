@@ -439,17 +439,19 @@ func checkInet(r *Restorer, x *description) error {
 	return checkRawOpts(e)
 }
 
-// openInets makes the sockets in two rounds: sockets that share a port, with
-// SO_REUSEADDR, can all be bound only while none listens.
+// openInets makes the sockets in rounds: what waits at a raw socket is sent to it
+// while all others of the tree are there and closed to it, and sockets that share a
+// port, with SO_REUSEADDR, can all be bound only while none listens.
 func openInets(r *Restorer, xs []*description) []error {
-	errs := openEach(openInet)(r, xs)
-	if len(errs) > 0 {
-		return errs
+	for _, round := range []func(*Restorer, *description) error{makeInet, queueInet, openInet, listenInet} {
+		if errs := openEach(round)(r, xs); len(errs) > 0 {
+			return errs
+		}
 	}
-	return openEach(listenInet)(r, xs)
+	return nil
 }
 
-func openInet(r *Restorer, x *description) error {
+func makeInet(r *Restorer, x *description) error {
 	e := x.entry.GetIsk()
 	if done, err := r.openHandedSocket(x, e.GetIno()); done {
 		return err
@@ -465,8 +467,21 @@ func openInet(r *Restorer, x *description) error {
 			return os.NewSyscallError("setsockopt IPV6_V6ONLY", err)
 		}
 	}
-	if err := r.queueDatagrams(x, fd); err != nil {
-		return err
+	if e.GetType() == unix.SOCK_RAW || protoName(e) == "ping" {
+		return r.closeRaw(x)
+	}
+	return nil
+}
+
+func openInet(r *Restorer, x *description) error {
+	if r.isForwarded(x) {
+		return nil
+	}
+	e, fd := x.entry.GetIsk(), int(x.file.Fd())
+	if e.GetType() == unix.SOCK_RAW || protoName(e) == "ping" { // see closeRaw
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DETACH_FILTER, 0); err != nil {
+			return os.NewSyscallError("setsockopt SO_DETACH_FILTER", err)
+		}
 	}
 	// What is left of old connections (TIME_WAIT) would keep a TCP port busy.
 	reuse := e.GetOpts().GetReuseaddr() || e.GetType() == unix.SOCK_STREAM
@@ -521,7 +536,7 @@ func openInet(r *Restorer, x *description) error {
 		if err := unix.Shutdown(fd, unix.SHUT_RDWR); err != nil && !errors.Is(err, unix.ENOTCONN) {
 			return os.NewSyscallError("shutdown", err)
 		}
-	} else if e.GetSrcPort() != 0 || anySet(e.GetSrcAddr()) {
+	} else if (e.GetSrcPort() != 0 || anySet(e.GetSrcAddr())) && !boundPing(fd, e) {
 		sa, err := sockaddr(e.GetFamily(), e.GetSrcAddr(), e.GetSrcPort(), e.GetIfname())
 		if err != nil {
 			return err

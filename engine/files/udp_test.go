@@ -4,6 +4,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/sk-inet"
 	"golang.org/x/sys/unix"
 
 	"godwit/engine/image"
@@ -111,6 +112,77 @@ func FuzzDatagram(f *testing.F) {
 		m, _, ok := datagramOf(from, oob)
 		if err := checkDatagrams([]image.SockDatagram{m}); !ok || err != nil {
 			t.Error(ok, err)
+		}
+	})
+}
+
+// What waits at raw and ping sockets is sent again only if nothing else comes of it.
+func TestResendable(t *testing.T) {
+	entry := func(family, typ, protocol, port uint32) *sk_inet.InetSkEntry {
+		return &sk_inet.InetSkEntry{Family: &family, Type: &typ, Proto: &protocol, SrcPort: &port}
+	}
+	icmp4, ping4 := entry(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_ICMP, 1), entry(unix.AF_INET, unix.SOCK_DGRAM, unix.IPPROTO_ICMP, 0x102)
+	icmp6, ping6 := entry(unix.AF_INET6, unix.SOCK_RAW, unix.IPPROTO_ICMPV6, 58), entry(unix.AF_INET6, unix.SOCK_DGRAM, unix.IPPROTO_ICMPV6, 0x102)
+	packet := func(protocol byte, first ...byte) image.SockDatagram {
+		b := append(make([]byte, 20), append(first, make([]byte, 8-len(first))...)...)
+		b[0], b[3], b[9], b[12], b[15] = 0x45, byte(len(b)), protocol, 10, 7
+		return image.SockDatagram{From: "10.0.0.7:0", Data: b}
+	}
+	change := func(m image.SockDatagram, at int, v byte) image.SockDatagram {
+		m.Data[at] = v
+		return m
+	}
+	six := func(data ...byte) image.SockDatagram {
+		return image.SockDatagram{From: "[2001:db8::1]:0", To: "::1", Data: append(data, make([]byte, 8)...)}
+	}
+	for _, x := range []struct {
+		name string
+		e    *sk_inet.InetSkEntry
+		m    image.SockDatagram
+		want bool
+	}{
+		{"echo reply", icmp4, packet(1, 0), true},
+		{"unreachable", icmp4, packet(1, 3), true},
+		{"extended echo, which is answered", icmp4, packet(1, 42), false},
+		{"another protocol", icmp4, packet(17, 0), false},
+		{"a fragment", icmp4, change(packet(1, 0), 6, 0x20), false},
+		{"another length", icmp4, change(packet(1, 0), 3, 29), false},
+		{"another sender", icmp4, change(packet(1, 0), 15, 8), false},
+		{"options", icmp4, change(packet(1, 0), 0, 0x46), false},
+		{"of UDP", entry(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_UDP, 17), packet(17), false},
+		{"of OSPF", entry(unix.AF_INET, unix.SOCK_RAW, 89, 89), packet(89), true},
+		{"of a protocol that is none", entry(unix.AF_INET, unix.SOCK_RAW, 300, 300), packet(44), false},
+		{"answer to a ping", ping4, image.SockDatagram{From: "10.0.0.7:0", Data: []byte{0, 0, 0, 0, 1, 2, 0, 1}}, true},
+		{"of another", ping4, image.SockDatagram{From: "10.0.0.7:0", Data: []byte{0, 0, 0, 0, 1, 3, 0, 1}}, false},
+		{"a ping itself", ping4, image.SockDatagram{From: "10.0.0.7:0", Data: []byte{8, 0, 0, 0, 1, 2, 0, 1}}, false},
+		{"short", ping4, image.SockDatagram{From: "10.0.0.7:0", Data: []byte{0, 0, 0, 0}}, false},
+		{"from the other family", ping4, six(0, 0, 0, 0, 1, 2), false},
+		{"too large", ping4, image.SockDatagram{From: "10.0.0.7:0", Data: make([]byte, 65530)}, false},
+		{"echo reply of IPv6", icmp6, six(129), true},
+		{"router advertisement", icmp6, six(134), false},
+		{"echo request of IPv6", icmp6, six(128), false},
+		{"answer to a ping of IPv6", ping6, six(129, 0, 0, 0, 1, 2), true},
+		{"of IPv6 to nobody", ping6, image.SockDatagram{From: "[::1]:0", Data: make([]byte, 8)}, false},
+		{"from nobody", icmp4, image.SockDatagram{Data: make([]byte, 28)}, false},
+	} {
+		if got := resendable(x.e, x.m); got != x.want {
+			t.Errorf("%s: %t, want %t", x.name, got, x.want)
+		}
+	}
+}
+
+// FuzzResendable: what an image holds makes nothing panic on its way to a socket.
+func FuzzResendable(f *testing.F) {
+	f.Add(uint32(unix.AF_INET), uint32(unix.SOCK_RAW), uint32(1), "10.0.0.7:0", "", []byte{0x45})
+	f.Add(uint32(unix.AF_INET6), uint32(unix.SOCK_DGRAM), uint32(58), "[::1]:0", "::1", make([]byte, 8))
+	f.Fuzz(func(t *testing.T, family, typ, protocol uint32, from, to string, data []byte) {
+		e := &sk_inet.InetSkEntry{Family: &family, Type: &typ, Proto: &protocol}
+		m := image.SockDatagram{From: from, To: to, Data: data}
+		if family != unix.AF_INET && family != unix.AF_INET6 || !resendable(e, m) {
+			return
+		}
+		if p, to := rawPacket(e, m); len(p) > 1<<16-1+ipv6Header || !to.IsLoopback() {
+			t.Errorf("%d bytes to %s", len(p), to)
 		}
 	})
 }

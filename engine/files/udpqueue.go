@@ -21,7 +21,9 @@ import (
 const (
 	maxDatagrams     = 1 << 16
 	maxDatagramBytes = 16 << 20 // of all sockets of a tree
-	maxDatagram      = 65507    // bytes of content, over IPv4
+	maxDatagram      = 1<<16 - 1
+	maxUDP           = 65507 // bytes of content, over IPv4
+	maxUndelivered   = 3     // datagrams that do not arrive, before no more are sent
 	udpHeader        = 8
 )
 
@@ -37,8 +39,14 @@ func (d *Dumper) dumpWaiting(o *object, fd int, e *sk_inet.InetSkEntry) error {
 		return os.NewSyscallError("poll", err)
 	}
 	// An error that waits would be taken from the program by looking at the queue.
-	if p[0].Revents&(unix.POLLIN|unix.POLLRDHUP|unix.POLLERR) == unix.POLLIN && protoName(e) == "udp" {
-		ms, lost, err := peekDatagrams(fd, maxDatagramBytes-d.waiting)
+	if p[0].Revents&(unix.POLLIN|unix.POLLRDHUP|unix.POLLERR) == unix.POLLIN {
+		read := func(_ *object, fd int, _ *sk_inet.InetSkEntry, room int) ([]image.SockDatagram, int, error) {
+			return peekDatagrams(fd, room)
+		}
+		if e.GetType() == unix.SOCK_RAW || protoName(e) == "ping" {
+			read = d.takeDatagrams
+		}
+		ms, lost, err := read(o, fd, e, maxDatagramBytes-d.waiting)
 		if err != nil {
 			return err
 		}
@@ -163,16 +171,27 @@ func checkDatagrams(ms []image.SockDatagram) error {
 	return nil
 }
 
-// queueDatagrams puts datagrams into the queue of a new UDP socket. For that it gets
-// a port that nobody knows, to which they are sent with the addresses of their
-// senders; then it is as new again, but for the queue. What does not arrive is told:
-// UDP may lose it.
-func (r *Restorer) queueDatagrams(x *description, fd int) error {
+// queueInet puts what waited to be received into the queue of a new socket. What does
+// not arrive is told: the protocols may lose it.
+func queueInet(r *Restorer, x *description) error {
 	e, f := x.entry.GetIsk(), r.facts[x.id]
-	if f == nil || f.Sock == nil || len(f.Sock.Datagrams) == 0 || protoName(e) != "udp" {
+	if r.isForwarded(x) || f == nil || f.Sock == nil || len(f.Sock.Datagrams) == 0 {
 		return nil
 	}
-	ms := f.Sock.Datagrams
+	switch protoName(e) {
+	case "udp", "udplite":
+		return r.queueUDP(x, f.Sock.Datagrams)
+	case "raw", "ping":
+		return r.queueRaw(x, f.Sock.Datagrams)
+	}
+	return nil
+}
+
+// queueUDP: for that the socket gets a port that nobody knows, to which the datagrams
+// are sent with the addresses of their senders; then it is as new again, but for the
+// queue.
+func (r *Restorer) queueUDP(x *description, ms []image.SockDatagram) error {
+	e, fd := x.entry.GetIsk(), int(x.file.Fd())
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 1<<29); err != nil {
 		return os.NewSyscallError("setsockopt SO_RCVBUFFORCE", err)
 	}
@@ -185,7 +204,7 @@ func (r *Restorer) queueDatagrams(x *description, fd int) error {
 	if err := unix.Bind(fd, anyAddr); err != nil {
 		return os.NewSyscallError("bind", err)
 	}
-	if err := sendDatagrams(fd, ms); err != nil {
+	if err := sendDatagrams(fd, uint8(e.GetProto()), ms); err != nil {
 		r.log.Warn("datagrams that waited to be received are lost, as UDP allows", "file", r.who(x), "error", err)
 	}
 	if err := sys.Disconnect(fd); err != nil {
@@ -194,16 +213,23 @@ func (r *Restorer) queueDatagrams(x *description, fd int) error {
 	return nil
 }
 
+// memoryOf is how much memory the queue of a socket takes, bytes.
+func memoryOf(fd int) (uint32, error) {
+	b := make([]byte, 4) // SK_MEMINFO_RMEM_ALLOC is the first number
+	_, err := sys.GetSockopt(fd, unix.SOL_SOCKET, unix.SO_MEMINFO, b)
+	return binary.NativeEndian.Uint32(b), err
+}
+
 // arrived waits until more is in a queue than there was, bytes of memory, and tells how
 // much that is. To look at the queue would not do: a second look passes over what has
 // no content (net/core/datagram.c __skb_try_recv_from_queue).
 func arrived(fd int, was uint32) (uint32, error) {
-	for until := time.Now().Add(100 * time.Millisecond); ; time.Sleep(100 * time.Microsecond) {
-		b := make([]byte, 4) // SK_MEMINFO_RMEM_ALLOC is the first number
-		if _, err := sys.GetSockopt(fd, unix.SOL_SOCKET, unix.SO_MEMINFO, b); err != nil {
+	for until := time.Now().Add(2 * time.Second); ; time.Sleep(100 * time.Microsecond) {
+		n, err := memoryOf(fd)
+		if err != nil {
 			return 0, err
 		}
-		if n := binary.NativeEndian.Uint32(b); n > was {
+		if n > was {
 			return n, nil
 		}
 		if time.Now().After(until) {
@@ -212,7 +238,7 @@ func arrived(fd int, was uint32) (uint32, error) {
 	}
 }
 
-func sendDatagrams(fd int, ms []image.SockDatagram) error {
+func sendDatagrams(fd int, protocol uint8, ms []image.SockDatagram) error {
 	sa, err := unix.Getsockname(fd)
 	if err != nil {
 		return os.NewSyscallError("getsockname", err)
@@ -239,10 +265,14 @@ func sendDatagrams(fd int, ms []image.SockDatagram) error {
 			_ = unix.Close(s)
 		}
 	}()
-	for _, m := range ms {
+	for i, m := range ms {
 		from, err := netip.ParseAddrPort(m.From)
 		if err != nil {
 			return err
+		}
+		if len(m.Data) > maxUDP {
+			errs = append(errs, fmt.Errorf("one of %d bytes", len(m.Data)))
+			continue
 		}
 		family := unix.AF_INET6
 		if from.Addr().Is4() {
@@ -263,12 +293,16 @@ func sendDatagrams(fd int, ms []image.SockDatagram) error {
 				to = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 			}
 		}
-		err = sendRaw(s, packetOf(from, netip.AddrPortFrom(to, uint16(port)), m), to)
+		err = sendRaw(s, packetOf(protocol, from, netip.AddrPortFrom(to, uint16(port)), m), to)
 		if err == nil {
 			queued, err = arrived(fd, queued)
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("one of %d bytes from %s: %w", len(m.Data), from, err))
+			if len(errs) == maxUndelivered {
+				errs = append(errs, fmt.Errorf("%d others are not tried", len(ms)-i-1))
+				break
+			}
 		}
 	}
 	return errors.Join(errs...)
@@ -282,36 +316,41 @@ func sendRaw(s int, packet []byte, to netip.Addr) error {
 	return os.NewSyscallError("sendto", unix.Sendto(s, packet, 0, sa))
 }
 
-// packetOf makes the whole packet of a datagram (RFC 791, 8200, 768).
-func packetOf(from, to netip.AddrPort, m image.SockDatagram) []byte {
+// packetOf makes the whole packet of a datagram of UDP or UDP-Lite (RFC 791, 8200, 768, 3828).
+func packetOf(protocol uint8, from, to netip.AddrPort, m image.SockDatagram) []byte {
 	be := binary.BigEndian
 	ttl := m.TTL
 	if ttl == 0 {
 		ttl = 64
 	}
+	n := uint16(udpHeader + len(m.Data))
 	udp := be.AppendUint16(nil, from.Port())
 	udp = be.AppendUint16(udp, to.Port())
-	udp = be.AppendUint16(udp, uint16(udpHeader+len(m.Data)))
+	if protocol == unix.IPPROTO_UDPLITE {
+		udp = be.AppendUint16(udp, 0) // the checksum covers all of it
+	} else {
+		udp = be.AppendUint16(udp, n)
+	}
 	udp = append(be.AppendUint16(udp, 0), m.Data...)
-	if from.Addr().Is4() { // the kernel fills in what is 0; no checksum of UDP
-		p := []byte{0x45, m.TOS}
-		p = be.AppendUint16(p, uint16(20+len(udp)))
-		p = append(p, 0, 0, 0, 0, ttl, unix.IPPROTO_UDP, 0, 0)
-		p = append(append(p, from.Addr().AsSlice()...), to.Addr().AsSlice()...)
-		return append(p, udp...)
-	}
 	src, dst := from.Addr().AsSlice(), to.Addr().AsSlice()
-	sum := onesSum(onesSum(onesSum(uint32(len(udp))+unix.IPPROTO_UDP, src), dst), udp)
-	for sum>>16 != 0 {
-		sum = sum&0xffff + sum>>16
+	if !from.Addr().Is4() || protocol == unix.IPPROTO_UDPLITE { // UDP over IPv4 needs none
+		sum := onesSum(onesSum(onesSum(uint32(n)+uint32(protocol), src), dst), udp)
+		for sum>>16 != 0 {
+			sum = sum&0xffff + sum>>16
+		}
+		if sum = ^sum & 0xffff; sum == 0 {
+			sum = 0xffff
+		}
+		be.PutUint16(udp[6:], uint16(sum))
 	}
-	if sum = ^sum & 0xffff; sum == 0 {
-		sum = 0xffff
+	if from.Addr().Is4() { // the kernel fills in what is 0
+		p := be.AppendUint16([]byte{0x45, m.TOS}, uint16(ipv4Header)+n)
+		p = append(p, 0, 0, 0, 0, ttl, protocol, 0, 0)
+		return append(append(append(p, src...), dst...), udp...)
 	}
-	be.PutUint16(udp[6:], uint16(sum))
 	p := be.AppendUint32(nil, 6<<28|uint32(m.TOS)<<20)
-	p = be.AppendUint16(p, uint16(len(udp)))
-	p = append(p, unix.IPPROTO_UDP, ttl)
+	p = be.AppendUint16(p, n)
+	p = append(p, protocol, ttl)
 	return append(append(append(p, src...), dst...), udp...)
 }
 
