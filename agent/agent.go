@@ -14,6 +14,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
+	"godwit/configs/external"
 	"godwit/engine"
 	"godwit/engine/image"
 	"godwit/engine/procfs"
@@ -56,7 +57,9 @@ type Config struct {
 	Progress   func(*wire.Progress) // publishes; must not wait
 	Timeouts   Timeouts
 	GhostLimit uint64 // bytes
-	Logger     hclog.Logger
+	// External are the rules of this host for what trees that land here have open.
+	External []external.Rule
+	Logger   hclog.Logger
 }
 
 // Agent holds the sessions of a host. Its methods are the control calls and
@@ -100,6 +103,7 @@ func (a *Agent) Serve(svc *transport.Service) error {
 		func() error { return transport.Handle(svc, "info", a.Info) },
 		func() error { return transport.Handle(svc, "ps", a.Ps) },
 		func() error { return transport.Handle(svc, "preflight", a.Preflight) },
+		func() error { return transport.Handle(svc, "resolve", a.Resolve) },
 		func() error { return transport.Handle(svc, "prepare", a.Prepare) },
 		func() error { return transport.Handle(svc, "start", a.Start) },
 		func() error { return transport.Handle(svc, "abort", a.Abort) },

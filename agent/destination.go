@@ -23,10 +23,12 @@ import (
 type destination struct {
 	*session
 	req  *wire.PrepareRequest
-	held *inherited
-	in   inStream
-	src  *streamSource
-	tree engine.Standing
+	held *holdings
+	// landed says that the tree was let go here.
+	landed bool
+	in     inStream
+	src    *streamSource
+	tree   engine.Standing
 
 	report *wire.Report
 }
@@ -89,7 +91,7 @@ func (d *destination) run() {
 			d.unfeed()
 		}
 		if d.held != nil {
-			d.held.close()
+			d.held.close(d.landed)
 		}
 		d.cancel(nil)
 		d.leave()
@@ -134,7 +136,7 @@ func (d *destination) begin() error {
 		return err
 	}
 	d.watch()
-	if d.held, err = openInherits(d.req.Options.GetInherit(), d.req.Requirements.GetExternals()); err != nil {
+	if d.held, err = d.a.hold(ctx, d.req); err != nil {
 		return err
 	}
 	if err := d.a.cfg.Engine.Check(ctx, planOf(d.req.Requirements), d.options()); err != nil {
@@ -233,10 +235,15 @@ func (d *destination) commit() error {
 func (d *destination) land() {
 	d.enter(wire.State_STATE_HANDING_OFF, "pid", d.tree.Root())
 	committed := time.Now()
-	if err := d.tree.Run(); err != nil {
+	err := d.held.start(forever())
+	if err == nil {
+		err = d.tree.Run()
+	}
+	if err != nil {
 		d.giveBack(err)
 		return
 	}
+	d.landed = true
 	resumed := time.Now()
 	d.a.adopt(d.tree.Child(), d.id)
 	d.report.ResumeUs = us(resumed.Sub(committed))

@@ -338,13 +338,16 @@ func TestWaitChild(t *testing.T) {
 	}
 }
 
-func TestOpenInherits(t *testing.T) {
+func TestHold(t *testing.T) {
 	dir := t.TempDir()
 	file, fifo := filepath.Join(dir, "log"), filepath.Join(dir, "fifo")
 	noErr(t, os.WriteFile(file, []byte("hello"), 0o600))
 	noErr(t, unix.Mkfifo(fifo, 0o600))
 	ext := func(kind string, flags int) []*wire.ExternalFile {
 		return []*wire.ExternalFile{{Key: "file[1:2]", Path: "/src/x", Kind: kind, Flags: uint32(flags)}}
+	}
+	hold := func(ext []*wire.ExternalFile, in ...*wire.Inherit) (*holdings, error) {
+		return New(Config{}).hold(t.Context(), &wire.PrepareRequest{Options: &wire.MigrateOptions{Inherit: in}, Requirements: &wire.Requirements{Externals: ext}})
 	}
 	tests := []struct {
 		name    string
@@ -368,7 +371,7 @@ func TestOpenInherits(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			h, err := openInherits([]*wire.Inherit{{Key: "file[1:2]", Path: tt.path, Forward: tt.forward}}, tt.ext)
+			h, err := hold(tt.ext, &wire.Inherit{Key: "file[1:2]", Path: tt.path, Forward: tt.forward})
 			if tt.bad != "" {
 				f, ok := errors.AsType[*wire.Failure](err)
 				if !ok || f.Code != wire.Code_CODE_REFUSED || !strings.Contains(f.Error(), tt.bad) || !strings.Contains(f.Error(), "file[1:2]") {
@@ -377,7 +380,7 @@ func TestOpenInherits(t *testing.T) {
 				return
 			}
 			noErr(t, err)
-			defer h.close()
+			defer h.close(true)
 			in := h.files["file[1:2]"]
 			got, err := unix.FcntlInt(in.File.Fd(), unix.F_GETFL, 0)
 			noErr(t, err)
@@ -386,7 +389,7 @@ func TestOpenInherits(t *testing.T) {
 			}
 		})
 	}
-	if _, err := openInherits([]*wire.Inherit{{Key: "file[1:2]", Path: file}, {Key: "file[1:2]", Path: file}}, ext("regular", 0)); err == nil || !strings.Contains(err.Error(), "handed in twice") {
+	if _, err := hold(ext("regular", 0), &wire.Inherit{Key: "file[1:2]", Path: file}, &wire.Inherit{Key: "file[1:2]", Path: file}); err == nil || !strings.Contains(err.Error(), "handed in twice") {
 		t.Errorf("twice: %v", err)
 	}
 	if b, _ := os.ReadFile(file); string(b) != "hello" {

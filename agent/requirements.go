@@ -90,6 +90,23 @@ func planOf(r *wire.Requirements) *engine.Plan {
 	return p
 }
 
+// openObjects is the objects of a plan in the form that travels.
+func openObjects(objects []plan.Object) []*wire.OpenObject {
+	var out []*wire.OpenObject
+	for _, o := range objects {
+		w := &wire.OpenObject{
+			Key: o.Key, Kind: o.Kind, Path: o.Path, Link: o.Link, Flags: o.Flags, Offset: o.Offset, Mode: o.Mode, Size: o.Size, MtimeNs: o.MTime,
+			Dev: o.Dev, Ino: o.Ino, Rdev: o.Rdev, BuildId: o.BuildID, Sha256: o.SHA256, Queued: o.Queued, Peer: o.Peer,
+			Carry: o.Carry, Reason: o.Reason, Hint: o.Hint, Declarable: o.Declarable,
+		}
+		for _, h := range o.Holders {
+			w.Holders = append(w.Holders, &wire.Holder{Pid: int32(h.Pid), InnerPid: int32(h.VPid), Comm: h.Comm, Fds: int32s(h.FDs), Roles: h.Roles})
+		}
+		out = append(out, w)
+	}
+	return out
+}
+
 // threads counts the threads of all tasks of p.
 func threads(p *engine.Plan) int {
 	n := 0

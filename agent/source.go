@@ -67,10 +67,31 @@ func (a *Agent) Preflight(ctx context.Context, req *wire.PreflightRequest) (*wir
 		return nil, failure(wire.Errorf(wire.Code_CODE_REFUSED, "the tree of pid %d (%s) holds this agent itself: choose a process below", req.Pid, root.Comm), a.cfg.Host, wire.State_STATE_PREFLIGHT)
 	}
 	p, err := a.cfg.Engine.Plan(ctx, int(req.Pid), a.dumpOptions(req.Options))
-	if err != nil {
-		return &wire.PreflightReply{Root: root}, failure(err, a.cfg.Host, wire.State_STATE_PREFLIGHT)
+	reply := &wire.PreflightReply{Root: root}
+	if req.Discover && p != nil {
+		reply.Objects = openObjects(p.Objects)
+		err = lasting(err)
 	}
-	return &wire.PreflightReply{Requirements: requirements(p), Root: root}, nil
+	if err != nil {
+		return reply, failure(err, a.cfg.Host, wire.State_STATE_PREFLIGHT)
+	}
+	reply.Requirements = requirements(p)
+	return reply, nil
+}
+
+// lasting takes out of a refusal what a declaration solves.
+func lasting(err error) error {
+	r, ok := errors.AsType[*engine.Refusal](err)
+	if !ok {
+		return err
+	}
+	left := &engine.Refusal{Doing: r.Doing}
+	for _, p := range r.Problems {
+		if !p.Declarable {
+			left.Add(p)
+		}
+	}
+	return left.Err()
 }
 
 // checkOptions refuses what no migration can do.

@@ -192,6 +192,7 @@ func (b *testBus) agent(host string) *fakeAgent {
 			return &wire.PsReply{Processes: testProcesses()}, nil
 		}),
 		transport.Handle(f.svc, "preflight", f.preflight),
+		transport.Handle(f.svc, "resolve", f.resolve),
 		transport.Handle(f.svc, "prepare", f.prepare),
 		transport.Handle(f.svc, "start", f.start),
 		transport.Handle(f.svc, "abort", f.abort),
@@ -271,6 +272,11 @@ func (f *fakeAgent) preflight(ctx context.Context, req *wire.PreflightRequest) (
 		MemoryBytes: 1 << 30,
 		Tasks:       []*wire.RequiredTask{{Pid: req.Pid, Tids: []int32{req.Pid, req.Pid + 1, req.Pid + 2}}, {Pid: req.Pid + 9, Tids: []int32{req.Pid + 9}}},
 	}}, nil
+}
+
+func (f *fakeAgent) resolve(context.Context, *wire.ResolveRequest) (*wire.ResolveReply, error) {
+	f.called("resolve")
+	return &wire.ResolveReply{}, nil
 }
 
 func (f *fakeAgent) session(id string) context.Context {

@@ -32,6 +32,9 @@ type migration struct {
 	view   view
 	rec    *wire.Record
 	stream string // that the destination opened
+	// What the destination holds, and the entries that led to it.
+	resolutions []*wire.Resolution
+	entries     []*wire.Entry
 
 	created bool // the record exists
 	// prepared: the destination may hold something for the migration.
@@ -183,65 +186,69 @@ func stillNeeded(req, earlier *wire.Requirements) {
 // destination refused.
 func (m *migration) preflight(ctx context.Context, seen **wire.Requirements) (lacks bool, _ error) {
 	r := m.rec
-	phase := wire.State_STATE_PREFLIGHT.Phase()
+	found, srcErr := m.survey(ctx, r.Options, false)
+	if ctx.Err() != nil {
+		return false, context.Cause(ctx)
+	}
+	if err := m.describe(ctx, found.root, found.req, *seen == nil); err != nil {
+		return false, err
+	}
+	srcErr = together(srcErr, found.lacks())
+	if found.req == nil || found.dstErr != nil {
+		return false, bothErrors(r, srcErr, together(found.dstErr, found.vain()))
+	}
+	stillNeeded(found.req, *seen)
+	*seen = found.req
+	m.prepared = true
+	m.resolutions, m.entries = found.resolutions, found.entries
+	dstErr := m.prepare(ctx, found.req)
+	if ctx.Err() != nil {
+		return false, context.Cause(ctx)
+	}
+	lacks = srcErr == nil && len(found.problems) == 0 && dstErr != nil && wire.CodeOf(dstErr) == wire.Code_CODE_REFUSED
+	return lacks, bothErrors(r, srcErr, together(dstErr, found.vain()))
+}
+
+// describe notes in the record what the tree is.
+func (m *migration) describe(ctx context.Context, root *wire.Process, req *wire.Requirements, say bool) error {
+	if root == nil && req == nil {
+		return nil
+	}
+	if err := m.change(ctx, func(r *wire.Record) error {
+		if r.State != wire.State_STATE_PREFLIGHT {
+			return aborted(r, nil)
+		}
+		r.Comm, r.Command = root.GetComm(), root.GetCommand()
+		r.Tasks, r.MemoryBytes, r.Threads = uint32(len(req.GetTasks())), req.GetMemoryBytes(), 0
+		for _, t := range req.GetTasks() {
+			r.Threads += uint32(max(len(t.Tids), 1))
+		}
+		return nil
+	}); err != nil {
+		return err
+	}
+	m.view.record(m.rec)
+	if req != nil && say {
+		m.view.note(m.rec.Id, fmt.Sprintf("%s of %s: %s, %s, %s", subject(m.rec), m.rec.Source,
+			plural(m.rec.Tasks, "process"), plural(m.rec.Threads, "thread"), formatBytes(m.rec.MemoryBytes)))
+	}
+	return nil
+}
+
+// prepare asks the destination to check and to hold everything.
+func (m *migration) prepare(ctx context.Context, req *wire.Requirements) error {
+	r := m.rec
 	call, cancel := context.WithTimeout(ctx, preflightTimeout)
 	defer cancel()
-	reply, srcErr := transport.Call[*wire.PreflightRequest, *wire.PreflightReply](call, m.link.nc, r.Source, "preflight", &wire.PreflightRequest{
-		Protocol: wire.Version, Id: r.Id, Pid: r.Pid, Options: r.Options, Destination: r.Destination,
+	prep, err := transport.Call[*wire.PrepareRequest, *wire.PrepareReply](call, m.link.nc, r.Destination, "prepare", &wire.PrepareRequest{
+		Protocol: wire.Version, Id: r.Id, Source: r.Source, Requirements: req, Options: declaring(r.Options, m.resolutions), Resolutions: m.resolutions,
 	})
-	srcErr = withHosts(ctx, m.link.nc, r.Source, srcErr)
-	if srcErr == nil && reply.Requirements == nil {
-		srcErr = wire.Errorf(wire.Code_CODE_INTERNAL, "the answer does not say what the tree needs").At(r.Source, phase)
-	}
-	if ctx.Err() != nil {
-		return false, context.Cause(ctx)
-	}
-	if reply.GetRoot() != nil || reply.GetRequirements() != nil {
-		req := reply.GetRequirements()
-		if err := m.change(ctx, func(r *wire.Record) error {
-			if r.State != wire.State_STATE_PREFLIGHT {
-				return aborted(r, nil)
-			}
-			r.Comm, r.Command = reply.GetRoot().GetComm(), reply.GetRoot().GetCommand()
-			r.Tasks, r.MemoryBytes, r.Threads = uint32(len(req.GetTasks())), req.GetMemoryBytes(), 0
-			for _, t := range req.GetTasks() {
-				r.Threads += uint32(max(len(t.Tids), 1))
-			}
-			return nil
-		}); err != nil {
-			return false, err
-		}
-		m.view.record(m.rec)
-		if req != nil && *seen == nil {
-			m.view.note(r.Id, fmt.Sprintf("%s of %s: %s, %s, %s", subject(m.rec), m.rec.Source,
-				plural(m.rec.Tasks, "process"), plural(m.rec.Threads, "thread"), formatBytes(m.rec.MemoryBytes)))
-		}
-	}
-	if reply.GetRequirements() == nil {
-		// Nothing to prepare; but who has to fix the source wants to know now
-		// if the destination is not even there.
-		_, dstErr := transport.Call[*wire.InfoRequest, *wire.InfoReply](call, m.link.nc, r.Destination, "info", &wire.InfoRequest{})
-		return false, bothErrors(r, srcErr, withHosts(ctx, m.link.nc, r.Destination, dstErr))
-	}
-
-	stillNeeded(reply.Requirements, *seen)
-	*seen = reply.Requirements
-	m.prepared = true
-	call, cancel = context.WithTimeout(ctx, preflightTimeout)
-	defer cancel()
-	prep, dstErr := transport.Call[*wire.PrepareRequest, *wire.PrepareReply](call, m.link.nc, r.Destination, "prepare", &wire.PrepareRequest{
-		Protocol: wire.Version, Id: r.Id, Source: r.Source, Requirements: reply.Requirements, Options: r.Options,
-	})
-	dstErr = withHosts(ctx, m.link.nc, r.Destination, dstErr)
-	if dstErr == nil && prep.Stream == "" {
-		dstErr = wire.Errorf(wire.Code_CODE_INTERNAL, "the answer does not name the stream").At(r.Destination, phase)
-	}
-	if ctx.Err() != nil {
-		return false, context.Cause(ctx)
+	err = withHosts(ctx, m.link.nc, r.Destination, err)
+	if err == nil && prep.Stream == "" {
+		err = wire.Errorf(wire.Code_CODE_INTERNAL, "the answer does not name the stream").At(r.Destination, wire.State_STATE_PREFLIGHT.Phase())
 	}
 	m.stream = prep.GetStream()
-	lacks = srcErr == nil && dstErr != nil && wire.CodeOf(dstErr) == wire.Code_CODE_REFUSED
-	return lacks, bothErrors(r, srcErr, dstErr)
+	return err
 }
 
 // bothErrors is what two hosts said as one error; nil if both are.
@@ -279,7 +286,8 @@ func (m *migration) start(ctx context.Context) error {
 	call, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	_, err := transport.Call[*wire.StartRequest, *wire.StartReply](call, m.link.nc, r.Source, "start", &wire.StartRequest{
-		Protocol: wire.Version, Id: r.Id, Pid: r.Pid, Options: r.Options, Destination: r.Destination, Stream: m.stream,
+		Protocol: wire.Version, Id: r.Id, Pid: r.Pid, Options: declaring(r.Options, m.resolutions), Destination: r.Destination, Stream: m.stream,
+		Resolutions: m.resolutions, Entries: m.entries,
 	})
 	if ctx.Err() != nil {
 		return context.Cause(ctx)

@@ -25,7 +25,7 @@ func (e *Engine) Check(ctx context.Context, p *Plan, o RestoreOptions) error {
 	r := &Refusal{Doing: fmt.Sprintf("landing of pid %d", p.Pid)}
 	in := map[string]files.Inherit{}
 	for k, v := range o.Inherit {
-		in[k] = files.Inherit{File: v.File, Forward: v.Forward}
+		in[k] = files.Inherit{File: v.File, Forward: v.Forward, AnyKind: v.AnyKind}
 	}
 	if !o.NewPidNamespace {
 		if err := checkPids(r, p); err != nil {

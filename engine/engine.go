@@ -178,6 +178,9 @@ type Inherit struct {
 	// Forward gives the process this very open file description in place of
 	// a reopened one.
 	Forward bool
+	// AnyKind: another kind of file may stand for what was there, such as a socket
+	// for a pipe. It is forwarded.
+	AnyKind bool
 }
 
 // FileOptions, FileRestoreOptions and FileValidation are those of package plan.

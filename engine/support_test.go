@@ -138,7 +138,7 @@ func sources(t *testing.T, pkg string) map[string]*ast.File {
 // refusals gives, for each source file of a package, the reasons with which its
 // type of receiver recv refuses something.
 func refusals(t *testing.T, pkg, recv string) map[string][]string {
-	// refuse(object, reason, hint) and refuse(process, path, reason, hint).
+	// refuse(object, reason, hint), or lacks, and refuse(process, path, reason, hint).
 	at := map[string]int{"d": 1, "c": 2}[recv]
 	out := map[string][]string{}
 	total := 0
@@ -151,7 +151,7 @@ func refusals(t *testing.T, pkg, recv string) map[string][]string {
 			sel, ok := call.Fun.(*ast.SelectorExpr)
 			if ok {
 				x, isIdent := sel.X.(*ast.Ident)
-				ok = isIdent && x.Name == recv && sel.Sel.Name == "refuse"
+				ok = isIdent && x.Name == recv && (sel.Sel.Name == "refuse" || sel.Sel.Name == "lacks")
 			}
 			if !ok {
 				return true

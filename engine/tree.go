@@ -18,6 +18,7 @@ import (
 	"godwit/engine/files"
 	"godwit/engine/freeze"
 	"godwit/engine/image"
+	"godwit/engine/plan"
 	"godwit/engine/refuse"
 	"godwit/engine/restore"
 	"godwit/engine/sys"
@@ -71,8 +72,8 @@ func newRunID() string {
 }
 
 // Plan looks at the running tree below pid and says what it holds and needs.
-// It returns a *Refusal that lists everything that cannot be carried. Nothing
-// of the tree is touched.
+// It returns a *Refusal that lists everything that cannot be carried, with the
+// plan. Nothing of the tree is touched.
 func (e *Engine) Plan(ctx context.Context, pid int, o DumpOptions) (*Plan, error) {
 	if err := e.source(pid); err != nil {
 		return nil, err
@@ -97,26 +98,46 @@ func (e *Engine) Plan(ctx context.Context, pid int, o DumpOptions) (*Plan, error
 		switch {
 		case len(lasting) == 0:
 			e.log.Debug("what cannot be carried was there for a moment only", "pid", pid, "error", err)
+			passing(p, lasting)
 			return p, nil
 		case try == planTries || ctx.Err() != nil:
-			return nil, errors.Join(&Refusal{Doing: r.Doing, Problems: lasting}, ctx.Err())
+			passing(p, lasting)
+			return p, errors.Join(&Refusal{Doing: r.Doing, Problems: lasting}, ctx.Err())
 		}
 		// A running program is full of passing moments; what lasts is refused.
 		time.Sleep(20 * time.Millisecond)
 	}
 }
 
+// passing takes back the refusal of objects that is not among what lasts.
+func passing(p *Plan, lasting []refuse.Problem) {
+	if p == nil {
+		return
+	}
+	for i := range p.Objects {
+		o := &p.Objects[i]
+		if o.Carry != plan.CarryRefused || slices.ContainsFunc(lasting, func(q refuse.Problem) bool { return sameReason(q.Reason, o.Reason) }) {
+			continue
+		}
+		o.Carry, o.Reason, o.Hint, o.Declarable = plan.CarryImage, "", "", false
+	}
+}
+
 // sameTrouble says whether two looks at a tree found the same object in the
 // same way; numbers in the reason, such as sizes, may have changed.
 func sameTrouble(a, b refuse.Problem) bool {
+	return a.Pid == b.Pid && a.HasFD == b.HasFD && a.FD == b.FD && a.Path == b.Path && a.Key == b.Key && sameReason(a.Reason, b.Reason)
+}
+
+// sameReason compares reasons without their numbers.
+func sameReason(a, b string) bool {
 	digits := func(r rune) rune {
 		if unicode.IsDigit(r) {
 			return -1
 		}
 		return r
 	}
-	return a.Pid == b.Pid && a.HasFD == b.HasFD && a.FD == b.FD && a.Path == b.Path && a.Key == b.Key &&
-		strings.Map(digits, a.Reason) == strings.Map(digits, b.Reason)
+	return strings.Map(digits, a) == strings.Map(digits, b)
 }
 
 // PreDump gives the memory of the running tree below pid to a sink of its own
@@ -315,7 +336,7 @@ func (f *frozen) removeSegments() (err error) {
 func (e *Engine) Restore(ctx context.Context, src image.Source, o RestoreOptions) (Standing, error) {
 	in := map[string]files.Inherit{}
 	for k, v := range o.Inherit {
-		in[k] = files.Inherit{File: v.File, Forward: v.Forward}
+		in[k] = files.Inherit{File: v.File, Forward: v.Forward, AnyKind: v.AnyKind}
 	}
 	spaces, err := o.namespaces()
 	if err != nil {

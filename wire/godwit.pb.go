@@ -1483,13 +1483,15 @@ func (x *Inherit) GetForward() bool {
 }
 
 type MigrateOptions struct {
-	state           protoimpl.MessageState `protogen:"open.v1"`
-	External        []string               `protobuf:"bytes,1,rep,name=external,proto3" json:"external,omitempty"` // keys declared external
-	Inherit         []*Inherit             `protobuf:"bytes,2,rep,name=inherit,proto3" json:"inherit,omitempty"`
-	PidNamespaceNew bool                   `protobuf:"varint,3,opt,name=pid_namespace_new,json=pidNamespaceNew,proto3" json:"pid_namespace_new,omitempty"`
-	LeaveRunning    bool                   `protobuf:"varint,4,opt,name=leave_running,json=leaveRunning,proto3" json:"leave_running,omitempty"` // reserved for checkpoints; refused by migrate
-	TimeoutMs       uint64                 `protobuf:"varint,5,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`          // of the frozen part; 0: agent's default
-	Bandwidth       uint64                 `protobuf:"varint,6,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`                           // bytes per second; 0: no cap
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Declared external. What a user says are entries, SELECTOR[=RESOLVER…] (package
+	// configs/external), for "resolve"; what preflight and start get are keys.
+	External        []string   `protobuf:"bytes,1,rep,name=external,proto3" json:"external,omitempty"`
+	Inherit         []*Inherit `protobuf:"bytes,2,rep,name=inherit,proto3" json:"inherit,omitempty"` // KEY=path:PATH[,forward] in another form
+	PidNamespaceNew bool       `protobuf:"varint,3,opt,name=pid_namespace_new,json=pidNamespaceNew,proto3" json:"pid_namespace_new,omitempty"`
+	LeaveRunning    bool       `protobuf:"varint,4,opt,name=leave_running,json=leaveRunning,proto3" json:"leave_running,omitempty"` // reserved for checkpoints; refused by migrate
+	TimeoutMs       uint64     `protobuf:"varint,5,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`          // of the frozen part; 0: agent's default
+	Bandwidth       uint64     `protobuf:"varint,6,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`                           // bytes per second; 0: no cap
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1566,20 +1568,719 @@ func (x *MigrateOptions) GetBandwidth() uint64 {
 	return 0
 }
 
-type PreflightRequest struct {
+// Holder is a process that has an object.
+type Holder struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Pid   int32                  `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"` // as seen on the host
+	Comm  string                 `protobuf:"bytes,2,opt,name=comm,proto3" json:"comm,omitempty"`
+	Fds   []int32                `protobuf:"varint,3,rep,packed,name=fds,proto3" json:"fds,omitempty"` // its descriptors that lead to the object
+	// "stdin", "stdout", "stderr" (descriptors 0, 1, 2), "mapping", "exe", "cwd", "root", "watch"
+	Roles         []string `protobuf:"bytes,4,rep,name=roles,proto3" json:"roles,omitempty"`
+	InnerPid      int32    `protobuf:"varint,5,opt,name=inner_pid,json=innerPid,proto3" json:"inner_pid,omitempty"` // inside its pid namespace
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Holder) Reset() {
+	*x = Holder{}
+	mi := &file_godwit_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Holder) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Holder) ProtoMessage() {}
+
+func (x *Holder) ProtoReflect() protoreflect.Message {
+	mi := &file_godwit_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Holder.ProtoReflect.Descriptor instead.
+func (*Holder) Descriptor() ([]byte, []int) {
+	return file_godwit_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *Holder) GetPid() int32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *Holder) GetComm() string {
+	if x != nil {
+		return x.Comm
+	}
+	return ""
+}
+
+func (x *Holder) GetFds() []int32 {
+	if x != nil {
+		return x.Fds
+	}
+	return nil
+}
+
+func (x *Holder) GetRoles() []string {
+	if x != nil {
+		return x.Roles
+	}
+	return nil
+}
+
+func (x *Holder) GetInnerPid() int32 {
+	if x != nil {
+		return x.InnerPid
+	}
+	return 0
+}
+
+// OpenObject is an open file description of a tree, or a file that it maps, runs
+// or stands on. Several objects may have the same key: it names what they lead to.
+type OpenObject struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Key   string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"` // file[mnt:ino], tty[rdev:dev], unix[ino], pipe[ino], socket[ino]; empty: it has none
+	// "regular", "directory", "fifo", "pipe", "chr", "blk", "tty", "unix-stream", "unix-dgram",
+	// "unix-seqpacket", "tcp", "udp", "netlink", "packet", "socket", "eventfd" and the like
+	Kind          string    `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	Path          string    `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"`                       // empty: it has no name in a file system
+	Link          string    `protobuf:"bytes,4,opt,name=link,proto3" json:"link,omitempty"`                       // text of the link in /proc
+	Flags         uint32    `protobuf:"varint,5,opt,name=flags,proto3" json:"flags,omitempty"`                    // of F_GETFL
+	Offset        int64     `protobuf:"varint,6,opt,name=offset,proto3" json:"offset,omitempty"`                  // bytes
+	Mode          uint32    `protobuf:"varint,7,opt,name=mode,proto3" json:"mode,omitempty"`                      // st_mode
+	Size          uint64    `protobuf:"varint,8,opt,name=size,proto3" json:"size,omitempty"`                      // bytes; regular files
+	MtimeNs       int64     `protobuf:"varint,9,opt,name=mtime_ns,json=mtimeNs,proto3" json:"mtime_ns,omitempty"` // since 1970; what has a path
+	Dev           uint64    `protobuf:"varint,10,opt,name=dev,proto3" json:"dev,omitempty"`
+	Ino           uint64    `protobuf:"varint,11,opt,name=ino,proto3" json:"ino,omitempty"`
+	Rdev          uint64    `protobuf:"varint,12,opt,name=rdev,proto3" json:"rdev,omitempty"`                     // devices
+	BuildId       string    `protobuf:"bytes,13,opt,name=build_id,json=buildId,proto3" json:"build_id,omitempty"` // hex; ELF files that are mapped
+	Sha256        string    `protobuf:"bytes,14,opt,name=sha256,proto3" json:"sha256,omitempty"`                  // hex; regular files, if it was asked for
+	Queued        uint64    `protobuf:"varint,15,opt,name=queued,proto3" json:"queued,omitempty"`                 // bytes that wait in a pipe or fifo
+	Holders       []*Holder `protobuf:"bytes,16,rep,name=holders,proto3" json:"holders,omitempty"`
+	Carry         string    `protobuf:"bytes,17,opt,name=carry,proto3" json:"carry,omitempty"`   // "image", "path", "external", "refused"
+	Reason        string    `protobuf:"bytes,18,opt,name=reason,proto3" json:"reason,omitempty"` // why it is refused
+	Hint          string    `protobuf:"bytes,19,opt,name=hint,proto3" json:"hint,omitempty"`
+	Declarable    bool      `protobuf:"varint,20,opt,name=declarable,proto3" json:"declarable,omitempty"` // refused, but not if it is declared external
+	Peer          string    `protobuf:"bytes,21,opt,name=peer,proto3" json:"peer,omitempty"`              // sockets: where the other end is, as far as it is known
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenObject) Reset() {
+	*x = OpenObject{}
+	mi := &file_godwit_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenObject) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenObject) ProtoMessage() {}
+
+func (x *OpenObject) ProtoReflect() protoreflect.Message {
+	mi := &file_godwit_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenObject.ProtoReflect.Descriptor instead.
+func (*OpenObject) Descriptor() ([]byte, []int) {
+	return file_godwit_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *OpenObject) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *OpenObject) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *OpenObject) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *OpenObject) GetLink() string {
+	if x != nil {
+		return x.Link
+	}
+	return ""
+}
+
+func (x *OpenObject) GetFlags() uint32 {
+	if x != nil {
+		return x.Flags
+	}
+	return 0
+}
+
+func (x *OpenObject) GetOffset() int64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *OpenObject) GetMode() uint32 {
+	if x != nil {
+		return x.Mode
+	}
+	return 0
+}
+
+func (x *OpenObject) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *OpenObject) GetMtimeNs() int64 {
+	if x != nil {
+		return x.MtimeNs
+	}
+	return 0
+}
+
+func (x *OpenObject) GetDev() uint64 {
+	if x != nil {
+		return x.Dev
+	}
+	return 0
+}
+
+func (x *OpenObject) GetIno() uint64 {
+	if x != nil {
+		return x.Ino
+	}
+	return 0
+}
+
+func (x *OpenObject) GetRdev() uint64 {
+	if x != nil {
+		return x.Rdev
+	}
+	return 0
+}
+
+func (x *OpenObject) GetBuildId() string {
+	if x != nil {
+		return x.BuildId
+	}
+	return ""
+}
+
+func (x *OpenObject) GetSha256() string {
+	if x != nil {
+		return x.Sha256
+	}
+	return ""
+}
+
+func (x *OpenObject) GetQueued() uint64 {
+	if x != nil {
+		return x.Queued
+	}
+	return 0
+}
+
+func (x *OpenObject) GetHolders() []*Holder {
+	if x != nil {
+		return x.Holders
+	}
+	return nil
+}
+
+func (x *OpenObject) GetCarry() string {
+	if x != nil {
+		return x.Carry
+	}
+	return ""
+}
+
+func (x *OpenObject) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *OpenObject) GetHint() string {
+	if x != nil {
+		return x.Hint
+	}
+	return ""
+}
+
+func (x *OpenObject) GetDeclarable() bool {
+	if x != nil {
+		return x.Declarable
+	}
+	return false
+}
+
+func (x *OpenObject) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+// Resolution says what becomes of one key at the destination.
+type Resolution struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Resolver      string                 `protobuf:"bytes,2,opt,name=resolver,proto3" json:"resolver,omitempty"` // as in entries; empty: declared external, and nothing says by what
+	Argument      string                 `protobuf:"bytes,3,opt,name=argument,proto3" json:"argument,omitempty"` // placeholders are replaced: a path, for example
+	Forward       bool                   `protobuf:"varint,4,opt,name=forward,proto3" json:"forward,omitempty"`  // give the description as it is in place of a reopened one
+	Size          string                 `protobuf:"bytes,5,opt,name=size,proto3" json:"size,omitempty"`         // "same", "grow-ok", "any", "truncate"; empty: the resolver's default
+	Mode          string                 `protobuf:"bytes,6,opt,name=mode,proto3" json:"mode,omitempty"`         // "same", "any"; empty: the resolver's default
+	Overwrite     bool                   `protobuf:"varint,7,opt,name=overwrite,proto3" json:"overwrite,omitempty"`
+	Limit         uint64                 `protobuf:"varint,8,opt,name=limit,proto3" json:"limit,omitempty"`     // bytes; 0: the resolver's default
+	Content       string                 `protobuf:"bytes,9,opt,name=content,proto3" json:"content,omitempty"`  // "same", "any"; empty: the resolver's default
+	Entry         string                 `protobuf:"bytes,10,opt,name=entry,proto3" json:"entry,omitempty"`     // that decided: text of an entry
+	Origin        string                 `protobuf:"bytes,11,opt,name=origin,proto3" json:"origin,omitempty"`   // where the entry stands: "--external", "agent.toml:12"
+	Objects       []*OpenObject          `protobuf:"bytes,12,rep,name=objects,proto3" json:"objects,omitempty"` // all with the key, as they were when it was resolved
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Resolution) Reset() {
+	*x = Resolution{}
+	mi := &file_godwit_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Resolution) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Resolution) ProtoMessage() {}
+
+func (x *Resolution) ProtoReflect() protoreflect.Message {
+	mi := &file_godwit_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Resolution.ProtoReflect.Descriptor instead.
+func (*Resolution) Descriptor() ([]byte, []int) {
+	return file_godwit_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *Resolution) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *Resolution) GetResolver() string {
+	if x != nil {
+		return x.Resolver
+	}
+	return ""
+}
+
+func (x *Resolution) GetArgument() string {
+	if x != nil {
+		return x.Argument
+	}
+	return ""
+}
+
+func (x *Resolution) GetForward() bool {
+	if x != nil {
+		return x.Forward
+	}
+	return false
+}
+
+func (x *Resolution) GetSize() string {
+	if x != nil {
+		return x.Size
+	}
+	return ""
+}
+
+func (x *Resolution) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *Resolution) GetOverwrite() bool {
+	if x != nil {
+		return x.Overwrite
+	}
+	return false
+}
+
+func (x *Resolution) GetLimit() uint64 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *Resolution) GetContent() string {
+	if x != nil {
+		return x.Content
+	}
+	return ""
+}
+
+func (x *Resolution) GetEntry() string {
+	if x != nil {
+		return x.Entry
+	}
+	return ""
+}
+
+func (x *Resolution) GetOrigin() string {
+	if x != nil {
+		return x.Origin
+	}
+	return ""
+}
+
+func (x *Resolution) GetObjects() []*OpenObject {
+	if x != nil {
+		return x.Objects
+	}
+	return nil
+}
+
+// ResolveRequest asks a destination by what the objects of a tree would be
+// replaced. Nothing is opened or held for it.
+type ResolveRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Protocol      uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"`
 	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
-	Pid           int32                  `protobuf:"varint,3,opt,name=pid,proto3" json:"pid,omitempty"`
-	Options       *MigrateOptions        `protobuf:"bytes,4,opt,name=options,proto3" json:"options,omitempty"`
-	Destination   string                 `protobuf:"bytes,5,opt,name=destination,proto3" json:"destination,omitempty"`
+	Source        string                 `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
+	Objects       []*OpenObject          `protobuf:"bytes,4,rep,name=objects,proto3" json:"objects,omitempty"`
+	Options       *MigrateOptions        `protobuf:"bytes,5,opt,name=options,proto3" json:"options,omitempty"` // entries
+	Look          bool                   `protobuf:"varint,6,opt,name=look,proto3" json:"look,omitempty"`      // say where files are, too
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResolveRequest) Reset() {
+	*x = ResolveRequest{}
+	mi := &file_godwit_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResolveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResolveRequest) ProtoMessage() {}
+
+func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_godwit_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResolveRequest.ProtoReflect.Descriptor instead.
+func (*ResolveRequest) Descriptor() ([]byte, []int) {
+	return file_godwit_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ResolveRequest) GetProtocol() uint32 {
+	if x != nil {
+		return x.Protocol
+	}
+	return 0
+}
+
+func (x *ResolveRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ResolveRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *ResolveRequest) GetObjects() []*OpenObject {
+	if x != nil {
+		return x.Objects
+	}
+	return nil
+}
+
+func (x *ResolveRequest) GetOptions() *MigrateOptions {
+	if x != nil {
+		return x.Options
+	}
+	return nil
+}
+
+func (x *ResolveRequest) GetLook() bool {
+	if x != nil {
+		return x.Look
+	}
+	return false
+}
+
+// Entry is one rule in force, for the source to apply to the frozen tree.
+type Entry struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Text          string                 `protobuf:"bytes,1,opt,name=text,proto3" json:"text,omitempty"`
+	Origin        string                 `protobuf:"bytes,2,opt,name=origin,proto3" json:"origin,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Entry) Reset() {
+	*x = Entry{}
+	mi := &file_godwit_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Entry) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Entry) ProtoMessage() {}
+
+func (x *Entry) ProtoReflect() protoreflect.Message {
+	mi := &file_godwit_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Entry.ProtoReflect.Descriptor instead.
+func (*Entry) Descriptor() ([]byte, []int) {
+	return file_godwit_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *Entry) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+func (x *Entry) GetOrigin() string {
+	if x != nil {
+		return x.Origin
+	}
+	return ""
+}
+
+// Presence says what a destination has at the path of an object.
+type Presence struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`             // "same", "differs", "missing"
+	Differences   []string               `protobuf:"bytes,3,rep,name=differences,proto3" json:"differences,omitempty"` // "size 12, expected 10"
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Presence) Reset() {
+	*x = Presence{}
+	mi := &file_godwit_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Presence) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Presence) ProtoMessage() {}
+
+func (x *Presence) ProtoReflect() protoreflect.Message {
+	mi := &file_godwit_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Presence.ProtoReflect.Descriptor instead.
+func (*Presence) Descriptor() ([]byte, []int) {
+	return file_godwit_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *Presence) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Presence) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Presence) GetDifferences() []string {
+	if x != nil {
+		return x.Differences
+	}
+	return nil
+}
+
+type ResolveReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Resolutions   []*Resolution          `protobuf:"bytes,1,rep,name=resolutions,proto3" json:"resolutions,omitempty"`
+	Problems      []*Problem             `protobuf:"bytes,2,rep,name=problems,proto3" json:"problems,omitempty"` // everything that an entry asks for in vain
+	Entries       []*Entry               `protobuf:"bytes,3,rep,name=entries,proto3" json:"entries,omitempty"`   // in force, in order of precedence
+	Presences     []*Presence            `protobuf:"bytes,4,rep,name=presences,proto3" json:"presences,omitempty"`
+	Error         *Error                 `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResolveReply) Reset() {
+	*x = ResolveReply{}
+	mi := &file_godwit_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResolveReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResolveReply) ProtoMessage() {}
+
+func (x *ResolveReply) ProtoReflect() protoreflect.Message {
+	mi := &file_godwit_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResolveReply.ProtoReflect.Descriptor instead.
+func (*ResolveReply) Descriptor() ([]byte, []int) {
+	return file_godwit_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *ResolveReply) GetResolutions() []*Resolution {
+	if x != nil {
+		return x.Resolutions
+	}
+	return nil
+}
+
+func (x *ResolveReply) GetProblems() []*Problem {
+	if x != nil {
+		return x.Problems
+	}
+	return nil
+}
+
+func (x *ResolveReply) GetEntries() []*Entry {
+	if x != nil {
+		return x.Entries
+	}
+	return nil
+}
+
+func (x *ResolveReply) GetPresences() []*Presence {
+	if x != nil {
+		return x.Presences
+	}
+	return nil
+}
+
+func (x *ResolveReply) GetError() *Error {
+	if x != nil {
+		return x.Error
+	}
+	return nil
+}
+
+type PreflightRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Protocol    uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	Id          string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	Pid         int32                  `protobuf:"varint,3,opt,name=pid,proto3" json:"pid,omitempty"`
+	Options     *MigrateOptions        `protobuf:"bytes,4,opt,name=options,proto3" json:"options,omitempty"`
+	Destination string                 `protobuf:"bytes,5,opt,name=destination,proto3" json:"destination,omitempty"`
+	// Answer with all objects; a refusal that ends if its object is declared
+	// external is told there alone.
+	Discover      bool `protobuf:"varint,6,opt,name=discover,proto3" json:"discover,omitempty"`
+	Hash          bool `protobuf:"varint,7,opt,name=hash,proto3" json:"hash,omitempty"` // with content hashes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PreflightRequest) Reset() {
 	*x = PreflightRequest{}
-	mi := &file_godwit_proto_msgTypes[17]
+	mi := &file_godwit_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1591,7 +2292,7 @@ func (x *PreflightRequest) String() string {
 func (*PreflightRequest) ProtoMessage() {}
 
 func (x *PreflightRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[17]
+	mi := &file_godwit_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1604,7 +2305,7 @@ func (x *PreflightRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreflightRequest.ProtoReflect.Descriptor instead.
 func (*PreflightRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{17}
+	return file_godwit_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *PreflightRequest) GetProtocol() uint32 {
@@ -1642,18 +2343,33 @@ func (x *PreflightRequest) GetDestination() string {
 	return ""
 }
 
+func (x *PreflightRequest) GetDiscover() bool {
+	if x != nil {
+		return x.Discover
+	}
+	return false
+}
+
+func (x *PreflightRequest) GetHash() bool {
+	if x != nil {
+		return x.Hash
+	}
+	return false
+}
+
 type PreflightReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Requirements  *Requirements          `protobuf:"bytes,1,opt,name=requirements,proto3" json:"requirements,omitempty"`
 	Root          *Process               `protobuf:"bytes,2,opt,name=root,proto3" json:"root,omitempty"`
 	Error         *Error                 `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	Objects       []*OpenObject          `protobuf:"bytes,4,rep,name=objects,proto3" json:"objects,omitempty"` // if it was asked for
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PreflightReply) Reset() {
 	*x = PreflightReply{}
-	mi := &file_godwit_proto_msgTypes[18]
+	mi := &file_godwit_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1665,7 +2381,7 @@ func (x *PreflightReply) String() string {
 func (*PreflightReply) ProtoMessage() {}
 
 func (x *PreflightReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[18]
+	mi := &file_godwit_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1678,7 +2394,7 @@ func (x *PreflightReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreflightReply.ProtoReflect.Descriptor instead.
 func (*PreflightReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{18}
+	return file_godwit_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *PreflightReply) GetRequirements() *Requirements {
@@ -1702,6 +2418,13 @@ func (x *PreflightReply) GetError() *Error {
 	return nil
 }
 
+func (x *PreflightReply) GetObjects() []*OpenObject {
+	if x != nil {
+		return x.Objects
+	}
+	return nil
+}
+
 type PrepareRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Protocol      uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"`
@@ -1709,13 +2432,14 @@ type PrepareRequest struct {
 	Source        string                 `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
 	Requirements  *Requirements          `protobuf:"bytes,4,opt,name=requirements,proto3" json:"requirements,omitempty"`
 	Options       *MigrateOptions        `protobuf:"bytes,5,opt,name=options,proto3" json:"options,omitempty"`
+	Resolutions   []*Resolution          `protobuf:"bytes,6,rep,name=resolutions,proto3" json:"resolutions,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_godwit_proto_msgTypes[19]
+	mi := &file_godwit_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1727,7 +2451,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[19]
+	mi := &file_godwit_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1740,7 +2464,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{19}
+	return file_godwit_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *PrepareRequest) GetProtocol() uint32 {
@@ -1778,6 +2502,13 @@ func (x *PrepareRequest) GetOptions() *MigrateOptions {
 	return nil
 }
 
+func (x *PrepareRequest) GetResolutions() []*Resolution {
+	if x != nil {
+		return x.Resolutions
+	}
+	return nil
+}
+
 type PrepareReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Stream        string                 `protobuf:"bytes,1,opt,name=stream,proto3" json:"stream,omitempty"` // stream name that the source sends to
@@ -1788,7 +2519,7 @@ type PrepareReply struct {
 
 func (x *PrepareReply) Reset() {
 	*x = PrepareReply{}
-	mi := &file_godwit_proto_msgTypes[20]
+	mi := &file_godwit_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1800,7 +2531,7 @@ func (x *PrepareReply) String() string {
 func (*PrepareReply) ProtoMessage() {}
 
 func (x *PrepareReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[20]
+	mi := &file_godwit_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1813,7 +2544,7 @@ func (x *PrepareReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareReply.ProtoReflect.Descriptor instead.
 func (*PrepareReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{20}
+	return file_godwit_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PrepareReply) GetStream() string {
@@ -1838,13 +2569,15 @@ type StartRequest struct {
 	Options       *MigrateOptions        `protobuf:"bytes,4,opt,name=options,proto3" json:"options,omitempty"`
 	Destination   string                 `protobuf:"bytes,5,opt,name=destination,proto3" json:"destination,omitempty"`
 	Stream        string                 `protobuf:"bytes,6,opt,name=stream,proto3" json:"stream,omitempty"`
+	Resolutions   []*Resolution          `protobuf:"bytes,7,rep,name=resolutions,proto3" json:"resolutions,omitempty"` // what the destination holds
+	Entries       []*Entry               `protobuf:"bytes,8,rep,name=entries,proto3" json:"entries,omitempty"`         // of ResolveReply: the frozen tree is compared
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_godwit_proto_msgTypes[21]
+	mi := &file_godwit_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1856,7 +2589,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[21]
+	mi := &file_godwit_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1869,7 +2602,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{21}
+	return file_godwit_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *StartRequest) GetProtocol() uint32 {
@@ -1914,6 +2647,20 @@ func (x *StartRequest) GetStream() string {
 	return ""
 }
 
+func (x *StartRequest) GetResolutions() []*Resolution {
+	if x != nil {
+		return x.Resolutions
+	}
+	return nil
+}
+
+func (x *StartRequest) GetEntries() []*Entry {
+	if x != nil {
+		return x.Entries
+	}
+	return nil
+}
+
 type StartReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Error         *Error                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
@@ -1923,7 +2670,7 @@ type StartReply struct {
 
 func (x *StartReply) Reset() {
 	*x = StartReply{}
-	mi := &file_godwit_proto_msgTypes[22]
+	mi := &file_godwit_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1935,7 +2682,7 @@ func (x *StartReply) String() string {
 func (*StartReply) ProtoMessage() {}
 
 func (x *StartReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[22]
+	mi := &file_godwit_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1948,7 +2695,7 @@ func (x *StartReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartReply.ProtoReflect.Descriptor instead.
 func (*StartReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{22}
+	return file_godwit_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *StartReply) GetError() *Error {
@@ -1968,7 +2715,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_godwit_proto_msgTypes[23]
+	mi := &file_godwit_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1980,7 +2727,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[23]
+	mi := &file_godwit_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1993,7 +2740,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{23}
+	return file_godwit_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -2019,7 +2766,7 @@ type AbortReply struct {
 
 func (x *AbortReply) Reset() {
 	*x = AbortReply{}
-	mi := &file_godwit_proto_msgTypes[24]
+	mi := &file_godwit_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2031,7 +2778,7 @@ func (x *AbortReply) String() string {
 func (*AbortReply) ProtoMessage() {}
 
 func (x *AbortReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[24]
+	mi := &file_godwit_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2044,7 +2791,7 @@ func (x *AbortReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortReply.ProtoReflect.Descriptor instead.
 func (*AbortReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{24}
+	return file_godwit_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *AbortReply) GetError() *Error {
@@ -2087,7 +2834,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_godwit_proto_msgTypes[25]
+	mi := &file_godwit_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2099,7 +2846,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[25]
+	mi := &file_godwit_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2112,7 +2859,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{25}
+	return file_godwit_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Record) GetId() string {
@@ -2287,7 +3034,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_godwit_proto_msgTypes[26]
+	mi := &file_godwit_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2299,7 +3046,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[26]
+	mi := &file_godwit_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2312,7 +3059,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{26}
+	return file_godwit_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Step) GetState() State {
@@ -2359,7 +3106,7 @@ type Report struct {
 
 func (x *Report) Reset() {
 	*x = Report{}
-	mi := &file_godwit_proto_msgTypes[27]
+	mi := &file_godwit_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2371,7 +3118,7 @@ func (x *Report) String() string {
 func (*Report) ProtoMessage() {}
 
 func (x *Report) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[27]
+	mi := &file_godwit_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2384,7 +3131,7 @@ func (x *Report) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Report.ProtoReflect.Descriptor instead.
 func (*Report) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{27}
+	return file_godwit_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Report) GetFrozenUs() uint64 {
@@ -2496,7 +3243,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_godwit_proto_msgTypes[28]
+	mi := &file_godwit_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2508,7 +3255,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[28]
+	mi := &file_godwit_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2521,7 +3268,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{28}
+	return file_godwit_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Progress) GetId() string {
@@ -2605,7 +3352,7 @@ type Item struct {
 
 func (x *Item) Reset() {
 	*x = Item{}
-	mi := &file_godwit_proto_msgTypes[29]
+	mi := &file_godwit_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2617,7 +3364,7 @@ func (x *Item) String() string {
 func (*Item) ProtoMessage() {}
 
 func (x *Item) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[29]
+	mi := &file_godwit_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2630,7 +3377,7 @@ func (x *Item) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Item.ProtoReflect.Descriptor instead.
 func (*Item) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{29}
+	return file_godwit_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Item) GetItem() isItem_Item {
@@ -2731,7 +3478,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_godwit_proto_msgTypes[30]
+	mi := &file_godwit_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2743,7 +3490,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[30]
+	mi := &file_godwit_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2756,7 +3503,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{30}
+	return file_godwit_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Hello) GetProtocol() uint32 {
@@ -2799,7 +3546,7 @@ type ImageEntry struct {
 
 func (x *ImageEntry) Reset() {
 	*x = ImageEntry{}
-	mi := &file_godwit_proto_msgTypes[31]
+	mi := &file_godwit_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2811,7 +3558,7 @@ func (x *ImageEntry) String() string {
 func (*ImageEntry) ProtoMessage() {}
 
 func (x *ImageEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[31]
+	mi := &file_godwit_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2824,7 +3571,7 @@ func (x *ImageEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageEntry.ProtoReflect.Descriptor instead.
 func (*ImageEntry) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{31}
+	return file_godwit_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ImageEntry) GetFile() string {
@@ -2864,7 +3611,7 @@ type ImagesDone struct {
 
 func (x *ImagesDone) Reset() {
 	*x = ImagesDone{}
-	mi := &file_godwit_proto_msgTypes[32]
+	mi := &file_godwit_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2876,7 +3623,7 @@ func (x *ImagesDone) String() string {
 func (*ImagesDone) ProtoMessage() {}
 
 func (x *ImagesDone) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[32]
+	mi := &file_godwit_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2889,7 +3636,7 @@ func (x *ImagesDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagesDone.ProtoReflect.Descriptor instead.
 func (*ImagesDone) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{32}
+	return file_godwit_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ImagesDone) GetEntries() uint64 {
@@ -2910,7 +3657,7 @@ type StreamEnd struct {
 
 func (x *StreamEnd) Reset() {
 	*x = StreamEnd{}
-	mi := &file_godwit_proto_msgTypes[33]
+	mi := &file_godwit_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2922,7 +3669,7 @@ func (x *StreamEnd) String() string {
 func (*StreamEnd) ProtoMessage() {}
 
 func (x *StreamEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[33]
+	mi := &file_godwit_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2935,7 +3682,7 @@ func (x *StreamEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamEnd.ProtoReflect.Descriptor instead.
 func (*StreamEnd) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{33}
+	return file_godwit_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *StreamEnd) GetDataBytes() uint64 {
@@ -3080,33 +3827,106 @@ const file_godwit_proto_rawDesc = "" +
 	"\rleave_running\x18\x04 \x01(\bR\fleaveRunning\x12\x1d\n" +
 	"\n" +
 	"timeout_ms\x18\x05 \x01(\x04R\ttimeoutMs\x12\x1c\n" +
-	"\tbandwidth\x18\x06 \x01(\x04R\tbandwidth\"\xac\x01\n" +
+	"\tbandwidth\x18\x06 \x01(\x04R\tbandwidth\"s\n" +
+	"\x06Holder\x12\x10\n" +
+	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x12\n" +
+	"\x04comm\x18\x02 \x01(\tR\x04comm\x12\x10\n" +
+	"\x03fds\x18\x03 \x03(\x05R\x03fds\x12\x14\n" +
+	"\x05roles\x18\x04 \x03(\tR\x05roles\x12\x1b\n" +
+	"\tinner_pid\x18\x05 \x01(\x05R\binnerPid\"\xf6\x03\n" +
+	"\n" +
+	"OpenObject\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04path\x18\x03 \x01(\tR\x04path\x12\x12\n" +
+	"\x04link\x18\x04 \x01(\tR\x04link\x12\x14\n" +
+	"\x05flags\x18\x05 \x01(\rR\x05flags\x12\x16\n" +
+	"\x06offset\x18\x06 \x01(\x03R\x06offset\x12\x12\n" +
+	"\x04mode\x18\a \x01(\rR\x04mode\x12\x12\n" +
+	"\x04size\x18\b \x01(\x04R\x04size\x12\x19\n" +
+	"\bmtime_ns\x18\t \x01(\x03R\amtimeNs\x12\x10\n" +
+	"\x03dev\x18\n" +
+	" \x01(\x04R\x03dev\x12\x10\n" +
+	"\x03ino\x18\v \x01(\x04R\x03ino\x12\x12\n" +
+	"\x04rdev\x18\f \x01(\x04R\x04rdev\x12\x19\n" +
+	"\bbuild_id\x18\r \x01(\tR\abuildId\x12\x16\n" +
+	"\x06sha256\x18\x0e \x01(\tR\x06sha256\x12\x16\n" +
+	"\x06queued\x18\x0f \x01(\x04R\x06queued\x120\n" +
+	"\aholders\x18\x10 \x03(\v2\x16.godwit.wire.v1.HolderR\aholders\x12\x14\n" +
+	"\x05carry\x18\x11 \x01(\tR\x05carry\x12\x16\n" +
+	"\x06reason\x18\x12 \x01(\tR\x06reason\x12\x12\n" +
+	"\x04hint\x18\x13 \x01(\tR\x04hint\x12\x1e\n" +
+	"\n" +
+	"declarable\x18\x14 \x01(\bR\n" +
+	"declarable\x12\x12\n" +
+	"\x04peer\x18\x15 \x01(\tR\x04peer\"\xca\x02\n" +
+	"\n" +
+	"Resolution\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x1a\n" +
+	"\bresolver\x18\x02 \x01(\tR\bresolver\x12\x1a\n" +
+	"\bargument\x18\x03 \x01(\tR\bargument\x12\x18\n" +
+	"\aforward\x18\x04 \x01(\bR\aforward\x12\x12\n" +
+	"\x04size\x18\x05 \x01(\tR\x04size\x12\x12\n" +
+	"\x04mode\x18\x06 \x01(\tR\x04mode\x12\x1c\n" +
+	"\toverwrite\x18\a \x01(\bR\toverwrite\x12\x14\n" +
+	"\x05limit\x18\b \x01(\x04R\x05limit\x12\x18\n" +
+	"\acontent\x18\t \x01(\tR\acontent\x12\x14\n" +
+	"\x05entry\x18\n" +
+	" \x01(\tR\x05entry\x12\x16\n" +
+	"\x06origin\x18\v \x01(\tR\x06origin\x124\n" +
+	"\aobjects\x18\f \x03(\v2\x1a.godwit.wire.v1.OpenObjectR\aobjects\"\xd8\x01\n" +
+	"\x0eResolveRequest\x12\x1a\n" +
+	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\tR\x06source\x124\n" +
+	"\aobjects\x18\x04 \x03(\v2\x1a.godwit.wire.v1.OpenObjectR\aobjects\x128\n" +
+	"\aoptions\x18\x05 \x01(\v2\x1e.godwit.wire.v1.MigrateOptionsR\aoptions\x12\x12\n" +
+	"\x04look\x18\x06 \x01(\bR\x04look\"3\n" +
+	"\x05Entry\x12\x12\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text\x12\x16\n" +
+	"\x06origin\x18\x02 \x01(\tR\x06origin\"V\n" +
+	"\bPresence\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\tR\x05state\x12 \n" +
+	"\vdifferences\x18\x03 \x03(\tR\vdifferences\"\x97\x02\n" +
+	"\fResolveReply\x12<\n" +
+	"\vresolutions\x18\x01 \x03(\v2\x1a.godwit.wire.v1.ResolutionR\vresolutions\x123\n" +
+	"\bproblems\x18\x02 \x03(\v2\x17.godwit.wire.v1.ProblemR\bproblems\x12/\n" +
+	"\aentries\x18\x03 \x03(\v2\x15.godwit.wire.v1.EntryR\aentries\x126\n" +
+	"\tpresences\x18\x04 \x03(\v2\x18.godwit.wire.v1.PresenceR\tpresences\x12+\n" +
+	"\x05error\x18\x05 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"\xdc\x01\n" +
 	"\x10PreflightRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x10\n" +
 	"\x03pid\x18\x03 \x01(\x05R\x03pid\x128\n" +
 	"\aoptions\x18\x04 \x01(\v2\x1e.godwit.wire.v1.MigrateOptionsR\aoptions\x12 \n" +
-	"\vdestination\x18\x05 \x01(\tR\vdestination\"\xac\x01\n" +
+	"\vdestination\x18\x05 \x01(\tR\vdestination\x12\x1a\n" +
+	"\bdiscover\x18\x06 \x01(\bR\bdiscover\x12\x12\n" +
+	"\x04hash\x18\a \x01(\bR\x04hash\"\xe2\x01\n" +
 	"\x0ePreflightReply\x12@\n" +
 	"\frequirements\x18\x01 \x01(\v2\x1c.godwit.wire.v1.RequirementsR\frequirements\x12+\n" +
 	"\x04root\x18\x02 \x01(\v2\x17.godwit.wire.v1.ProcessR\x04root\x12+\n" +
-	"\x05error\x18\x03 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"\xd0\x01\n" +
+	"\x05error\x18\x03 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\x124\n" +
+	"\aobjects\x18\x04 \x03(\v2\x1a.godwit.wire.v1.OpenObjectR\aobjects\"\x8e\x02\n" +
 	"\x0ePrepareRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x16\n" +
 	"\x06source\x18\x03 \x01(\tR\x06source\x12@\n" +
 	"\frequirements\x18\x04 \x01(\v2\x1c.godwit.wire.v1.RequirementsR\frequirements\x128\n" +
-	"\aoptions\x18\x05 \x01(\v2\x1e.godwit.wire.v1.MigrateOptionsR\aoptions\"S\n" +
+	"\aoptions\x18\x05 \x01(\v2\x1e.godwit.wire.v1.MigrateOptionsR\aoptions\x12<\n" +
+	"\vresolutions\x18\x06 \x03(\v2\x1a.godwit.wire.v1.ResolutionR\vresolutions\"S\n" +
 	"\fPrepareReply\x12\x16\n" +
 	"\x06stream\x18\x01 \x01(\tR\x06stream\x12+\n" +
-	"\x05error\x18\x02 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"\xc0\x01\n" +
+	"\x05error\x18\x02 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"\xaf\x02\n" +
 	"\fStartRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x10\n" +
 	"\x03pid\x18\x03 \x01(\x05R\x03pid\x128\n" +
 	"\aoptions\x18\x04 \x01(\v2\x1e.godwit.wire.v1.MigrateOptionsR\aoptions\x12 \n" +
 	"\vdestination\x18\x05 \x01(\tR\vdestination\x12\x16\n" +
-	"\x06stream\x18\x06 \x01(\tR\x06stream\"9\n" +
+	"\x06stream\x18\x06 \x01(\tR\x06stream\x12<\n" +
+	"\vresolutions\x18\a \x03(\v2\x1a.godwit.wire.v1.ResolutionR\vresolutions\x12/\n" +
+	"\aentries\x18\b \x03(\v2\x15.godwit.wire.v1.EntryR\aentries\"9\n" +
 	"\n" +
 	"StartReply\x12+\n" +
 	"\x05error\x18\x01 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"6\n" +
@@ -3247,7 +4067,7 @@ func file_godwit_proto_rawDescGZIP() []byte {
 }
 
 var file_godwit_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
 var file_godwit_proto_goTypes = []any{
 	(Code)(0),                // 0: godwit.wire.v1.Code
 	(State)(0),               // 1: godwit.wire.v1.State
@@ -3269,23 +4089,30 @@ var file_godwit_proto_goTypes = []any{
 	(*Requirements)(nil),     // 17: godwit.wire.v1.Requirements
 	(*Inherit)(nil),          // 18: godwit.wire.v1.Inherit
 	(*MigrateOptions)(nil),   // 19: godwit.wire.v1.MigrateOptions
-	(*PreflightRequest)(nil), // 20: godwit.wire.v1.PreflightRequest
-	(*PreflightReply)(nil),   // 21: godwit.wire.v1.PreflightReply
-	(*PrepareRequest)(nil),   // 22: godwit.wire.v1.PrepareRequest
-	(*PrepareReply)(nil),     // 23: godwit.wire.v1.PrepareReply
-	(*StartRequest)(nil),     // 24: godwit.wire.v1.StartRequest
-	(*StartReply)(nil),       // 25: godwit.wire.v1.StartReply
-	(*AbortRequest)(nil),     // 26: godwit.wire.v1.AbortRequest
-	(*AbortReply)(nil),       // 27: godwit.wire.v1.AbortReply
-	(*Record)(nil),           // 28: godwit.wire.v1.Record
-	(*Step)(nil),             // 29: godwit.wire.v1.Step
-	(*Report)(nil),           // 30: godwit.wire.v1.Report
-	(*Progress)(nil),         // 31: godwit.wire.v1.Progress
-	(*Item)(nil),             // 32: godwit.wire.v1.Item
-	(*Hello)(nil),            // 33: godwit.wire.v1.Hello
-	(*ImageEntry)(nil),       // 34: godwit.wire.v1.ImageEntry
-	(*ImagesDone)(nil),       // 35: godwit.wire.v1.ImagesDone
-	(*StreamEnd)(nil),        // 36: godwit.wire.v1.StreamEnd
+	(*Holder)(nil),           // 20: godwit.wire.v1.Holder
+	(*OpenObject)(nil),       // 21: godwit.wire.v1.OpenObject
+	(*Resolution)(nil),       // 22: godwit.wire.v1.Resolution
+	(*ResolveRequest)(nil),   // 23: godwit.wire.v1.ResolveRequest
+	(*Entry)(nil),            // 24: godwit.wire.v1.Entry
+	(*Presence)(nil),         // 25: godwit.wire.v1.Presence
+	(*ResolveReply)(nil),     // 26: godwit.wire.v1.ResolveReply
+	(*PreflightRequest)(nil), // 27: godwit.wire.v1.PreflightRequest
+	(*PreflightReply)(nil),   // 28: godwit.wire.v1.PreflightReply
+	(*PrepareRequest)(nil),   // 29: godwit.wire.v1.PrepareRequest
+	(*PrepareReply)(nil),     // 30: godwit.wire.v1.PrepareReply
+	(*StartRequest)(nil),     // 31: godwit.wire.v1.StartRequest
+	(*StartReply)(nil),       // 32: godwit.wire.v1.StartReply
+	(*AbortRequest)(nil),     // 33: godwit.wire.v1.AbortRequest
+	(*AbortReply)(nil),       // 34: godwit.wire.v1.AbortReply
+	(*Record)(nil),           // 35: godwit.wire.v1.Record
+	(*Step)(nil),             // 36: godwit.wire.v1.Step
+	(*Report)(nil),           // 37: godwit.wire.v1.Report
+	(*Progress)(nil),         // 38: godwit.wire.v1.Progress
+	(*Item)(nil),             // 39: godwit.wire.v1.Item
+	(*Hello)(nil),            // 40: godwit.wire.v1.Hello
+	(*ImageEntry)(nil),       // 41: godwit.wire.v1.ImageEntry
+	(*ImagesDone)(nil),       // 42: godwit.wire.v1.ImagesDone
+	(*StreamEnd)(nil),        // 43: godwit.wire.v1.StreamEnd
 }
 var file_godwit_proto_depIdxs = []int32{
 	3,  // 0: godwit.wire.v1.Problem.object:type_name -> godwit.wire.v1.Object
@@ -3301,35 +4128,48 @@ var file_godwit_proto_depIdxs = []int32{
 	15, // 10: godwit.wire.v1.Requirements.ports:type_name -> godwit.wire.v1.RequiredPort
 	16, // 11: godwit.wire.v1.Requirements.rlimits:type_name -> godwit.wire.v1.Rlimit
 	18, // 12: godwit.wire.v1.MigrateOptions.inherit:type_name -> godwit.wire.v1.Inherit
-	19, // 13: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	17, // 14: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
-	10, // 15: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
-	5,  // 16: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
-	17, // 17: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	19, // 18: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	5,  // 19: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
-	19, // 20: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	5,  // 21: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
-	5,  // 22: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
-	1,  // 23: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
-	2,  // 24: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
-	19, // 25: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
-	5,  // 26: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
-	29, // 27: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
-	30, // 28: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
-	30, // 29: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
-	1,  // 30: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
-	1,  // 31: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
-	33, // 32: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
-	34, // 33: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
-	35, // 34: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
-	36, // 35: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
-	5,  // 36: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
-	37, // [37:37] is the sub-list for method output_type
-	37, // [37:37] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	20, // 13: godwit.wire.v1.OpenObject.holders:type_name -> godwit.wire.v1.Holder
+	21, // 14: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
+	21, // 15: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
+	19, // 16: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	22, // 17: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
+	4,  // 18: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
+	24, // 19: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
+	25, // 20: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
+	5,  // 21: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
+	19, // 22: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	17, // 23: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
+	10, // 24: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
+	5,  // 25: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
+	21, // 26: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
+	17, // 27: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	19, // 28: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	22, // 29: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	5,  // 30: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
+	19, // 31: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	22, // 32: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	24, // 33: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
+	5,  // 34: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
+	5,  // 35: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
+	1,  // 36: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
+	2,  // 37: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
+	19, // 38: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
+	5,  // 39: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
+	36, // 40: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
+	37, // 41: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
+	37, // 42: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
+	1,  // 43: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
+	1,  // 44: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
+	40, // 45: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
+	41, // 46: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
+	42, // 47: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
+	43, // 48: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
+	5,  // 49: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
+	50, // [50:50] is the sub-list for method output_type
+	50, // [50:50] is the sub-list for method input_type
+	50, // [50:50] is the sub-list for extension type_name
+	50, // [50:50] is the sub-list for extension extendee
+	0,  // [0:50] is the sub-list for field type_name
 }
 
 func init() { file_godwit_proto_init() }
@@ -3337,7 +4177,7 @@ func file_godwit_proto_init() {
 	if File_godwit_proto != nil {
 		return
 	}
-	file_godwit_proto_msgTypes[29].OneofWrappers = []any{
+	file_godwit_proto_msgTypes[36].OneofWrappers = []any{
 		(*Item_Hello)(nil),
 		(*Item_Entry)(nil),
 		(*Item_Facts)(nil),
@@ -3350,7 +4190,7 @@ func file_godwit_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_godwit_proto_rawDesc), len(file_godwit_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   34,
+			NumMessages:   41,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

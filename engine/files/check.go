@@ -201,15 +201,16 @@ func (c *destination) handed(p refuse.Problem, in Inherit, mode, flags uint32) {
 		c.add(p)
 		return
 	}
-	if err := handedKind(in.File, &mode, mode); err != nil {
+	if err := handedKind(&in, &mode, mode); err != nil {
 		p.Reason = fmt.Sprintf("the file handed in for it cannot be used: %v", err)
 		c.add(p)
 		return
 	}
 	var err error
 	switch {
-	case in.Forward:
+	case in.Forward, in.AnyKind:
 		err = forwardAccess(in.File, flags)
+	case mode&unix.S_IFMT == unix.S_IFSOCK: // which is always forwarded
 	case mode&unix.S_IFMT != unix.S_IFIFO: // opening a fifo would be noticed, and never fails for its access
 		var f *os.File
 		if f, err = reopen(in.File, reopenFlags(int(flags), mode&unix.S_IFMT == unix.S_IFDIR)&^unix.O_NOATIME|unix.O_NONBLOCK); err == nil {

@@ -103,10 +103,17 @@ type object struct {
 	inFlight bool
 	kind     *kind
 	refused  bool
-	ext      bool
-	key      Key // valid if hasKey
-	hasKey   bool
-	fown     *fown.FownEntry
+	// Why it is refused, the first of several reasons; declarable: not if it
+	// is declared external.
+	reason, hint string
+	declarable   bool
+	word         string // label
+	queued       uint64 // bytes in a pipe or fifo
+	peer         string // of a socket, for plans
+	ext          bool
+	key          Key // valid if hasKey
+	hasKey       bool
+	fown         *fown.FownEntry
 
 	entries []*fdinfo.FileEntry
 	facts   *image.FileFacts
@@ -158,35 +165,36 @@ type Dumper struct {
 	opts Options
 	emit func(image.Entry) error // nil: preflight
 
-	inside  map[int]bool // processes of the tree, on this host
-	vpids   map[int]bool // the same in their own pid namespace
-	tables  map[uint32]*Proc
-	order   []uint32 // of tables
-	fds     map[uint32][]fdSlot
-	pidfds  map[int]int
-	objects []*object
-	conns   []conn        // ends of TCP connections, after Finish
-	lock    *netlock.Lock // of connections that lead out of the tree
-	lockID  string        // of lock, if there was one that is to be kept
-	brief   bool          // lock ends with the tree
-	groups  map[groupKey]*orderedObjects
-	budget  int // of descriptors that may be held
-	holding int
-	texts   map[string]string
-	paths   map[pathKey]*object
-	locks   []heldLock
-	lockIDs map[lockID]bool
-	wanted  []*wantedKey
-	vpid    map[int]int // of the tree's processes, by their pid on this host
-	flights map[*object]*flight
-	apart   map[uint32]bool // inodes of sockets that were declared external
-	externs map[uint32]bool // inodes of sockets outside the tree that have an entry
-	shmids  map[inodeID]uint32
-	memfds  map[inodeID]*memfdInode
-	ghosts  map[inodeID]*ghost
-	links   Links
-	remaps  []*linkRemap
-	remapOf map[inodeID]*linkRemap
+	inside   map[int]bool // processes of the tree, on this host
+	vpids    map[int]bool // the same in their own pid namespace
+	tables   map[uint32]*Proc
+	order    []uint32 // of tables
+	fds      map[uint32][]fdSlot
+	pidfds   map[int]int
+	objects  []*object
+	conns    []conn        // ends of TCP connections, after Finish
+	lock     *netlock.Lock // of connections that lead out of the tree
+	lockID   string        // of lock, if there was one that is to be kept
+	brief    bool          // lock ends with the tree
+	groups   map[groupKey]*orderedObjects
+	budget   int // of descriptors that may be held
+	holding  int
+	texts    map[string]string
+	paths    map[pathKey]*object
+	locks    []heldLock
+	lockIDs  map[lockID]bool
+	wanted   []*wantedKey
+	vpid     map[int]int // of the tree's processes, by their pid on this host
+	flights  map[*object]*flight
+	apart    map[uint32]bool // inodes of sockets that were declared external
+	nameless map[string]bool // keys of pipes and other sockets that were; true: found
+	externs  map[uint32]bool // inodes of sockets outside the tree that have an entry
+	shmids   map[inodeID]uint32
+	memfds   map[inodeID]*memfdInode
+	ghosts   map[inodeID]*ghost
+	links    Links
+	remaps   []*linkRemap
+	remapOf  map[inodeID]*linkRemap
 
 	terminals  []*terminal
 	ttyInfos   []*tty.TtyInfoEntry
@@ -242,7 +250,7 @@ func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumpe
 		log: log.Named("files"), opts: o, emit: emit, lockIDs: map[lockID]bool{},
 		inside: map[int]bool{}, vpids: map[int]bool{}, tables: map[uint32]*Proc{}, fds: map[uint32][]fdSlot{}, pidfds: map[int]int{},
 		groups: map[groupKey]*orderedObjects{}, budget: fdBudget(), texts: map[string]string{}, paths: map[pathKey]*object{}, shmids: map[inodeID]uint32{},
-		vpid: map[int]int{}, flights: map[*object]*flight{}, apart: map[uint32]bool{}, externs: map[uint32]bool{},
+		vpid: map[int]int{}, flights: map[*object]*flight{}, apart: map[uint32]bool{}, nameless: map[string]bool{}, externs: map[uint32]bool{},
 		remapOf: map[inodeID]*linkRemap{},
 		memfds:  map[inodeID]*memfdInode{}, ghosts: map[inodeID]*ghost{}, mntns: map[int]bool{}, wantedTTYs: map[string]bool{},
 		proxies: map[string]bool{},
@@ -264,6 +272,10 @@ func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumpe
 		}
 		if ino, ok := parseUnixKey(s); ok {
 			d.apart[ino] = true
+			continue
+		}
+		if key, ok := parseNameless(s); ok {
+			d.nameless[key] = false
 			continue
 		}
 		keys, err := ParseKey(s)
@@ -497,6 +509,12 @@ func (d *Dumper) problem(o *object, reason, hint string) {
 	if o.hasKey || (o.mode()&unix.S_IFMT == unix.S_IFREG && strings.HasPrefix(o.link, "/") && !strings.HasPrefix(o.link, memfdPrefix)) {
 		p.Key = Key{Mnt: uint64(o.info.MntID), Ino: o.stat.Ino}.String()
 	}
+	if o.declarable {
+		p.Key, p.Declarable = o.externalKey(), true
+	}
+	if o.reason == "" {
+		o.reason, o.hint = reason, hint
+	}
 	d.refusal.Add(p)
 }
 
@@ -558,6 +576,7 @@ func (d *Dumper) Finish() error {
 	}
 	d.checkTTYKeys()
 	d.checkProxied()
+	d.checkNameless()
 	for _, o := range d.objects {
 		release(o.file)
 		o.file = nil
@@ -577,6 +596,12 @@ func (d *Dumper) dumpObject(o *object) error {
 		if k.takes(d, o) {
 			o.kind = k
 			break
+		}
+	}
+	o.word = o.label()
+	if o.kind == kindPipe || o.kind == kindFifo {
+		if n, err := unix.IoctlGetInt(int(o.file.Fd()), unix.TIOCINQ); err == nil {
+			o.queued = uint64(n)
 		}
 	}
 	if o.kind == nil {
@@ -743,14 +768,11 @@ func (d *Dumper) Plan() (files []plan.File, ext []plan.External, ports []plan.Po
 			continue
 		}
 		if o.ext {
-			name := o.key.String()
-			if o.ttyKey != "" {
-				name = o.ttyKey
-			}
+			name := o.externalKey()
 			k := fmt.Sprintf("%s %o", name, o.flags)
 			if !byKey[k] {
 				byKey[k] = true
-				ext = append(ext, plan.External{Key: name, Path: o.link, Kind: modeKind(o.mode()),
+				ext = append(ext, plan.External{Key: name, Path: o.link, Kind: o.externalKind(),
 					Flags: uint32(o.flags), Size: uint64(o.stat.Size), Mode: o.mode()})
 			}
 			continue

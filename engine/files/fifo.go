@@ -94,7 +94,7 @@ func finishFifos(d *Dumper, os []*object) error {
 		}
 		if x, ok := d.outside(ends[0].link); ok {
 			for _, o := range ends {
-				d.refuse(o, fmt.Sprintf("the fifo is also held by pid %d (%s), fd %d, outside the tree", x.pid, x.comm, x.fd),
+				d.lacks(o, fmt.Sprintf("the fifo is also held by pid %d (%s), fd %d, outside the tree", x.pid, x.comm, x.fd),
 					"include that process in the tree, or declare the fifo external: --external "+o.key.String())
 			}
 			continue

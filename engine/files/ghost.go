@@ -63,7 +63,7 @@ type ghost struct {
 func dumpGhost(d *Dumper, o *object) error {
 	if o.mode()&unix.S_IFMT == unix.S_IFREG {
 		if used := uint64(o.stat.Blocks) * 512; used > d.opts.GhostLimit {
-			d.refuse(o, fmt.Sprintf("it is a deleted file of %d bytes, more than the limit of %d", used, d.opts.GhostLimit),
+			d.lacks(o, fmt.Sprintf("it is a deleted file of %d bytes, more than the limit of %d", used, d.opts.GhostLimit),
 				"raise the limit (--ghost-limit), or declare the file external")
 			return nil
 		}
@@ -88,7 +88,7 @@ func (d *Dumper) standingDir(o *object) string {
 func (d *Dumper) addGhost(o *object, regID uint32) error {
 	if d.rootOf(o) != "" && readOnly(o.file) {
 		// A writable mount of it can only be had in its own namespace (onWritable).
-		d.refuse(o, "it was deleted on a mount that is read-only, in a mount namespace of the tree's own", "mount it read-write, or declare the file external")
+		d.lacks(o, "it was deleted on a mount that is read-only, in a mount namespace of the tree's own", "mount it read-write, or declare the file external")
 		return nil
 	}
 	k := inode(&o.stat)

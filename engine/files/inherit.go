@@ -54,6 +54,7 @@ func (r *Restorer) matchInherit() error {
 				errs = append(errs, fmt.Errorf("handed file %s: %w", k, err))
 				continue
 			}
+			in.Forward = in.Forward || in.AnyKind
 			r.handed[name] = &in
 		}
 	}
@@ -146,7 +147,7 @@ func (r *Restorer) checkExternal(name string, x *description) error {
 
 // checkHanded says whether a handed file can stand for the recorded one.
 func (r *Restorer) checkHanded(_ *description, e *regfile.RegFileEntry, in *Inherit) error {
-	if err := handedKind(in.File, e.Mode, e.GetMode()); err != nil {
+	if err := handedKind(in, e.Mode, e.GetMode()); err != nil {
 		return fmt.Errorf("the file handed in for %s: %w", e.GetName(), err)
 	}
 	if in.Forward {
@@ -157,10 +158,13 @@ func (r *Restorer) checkHanded(_ *description, e *regfile.RegFileEntry, in *Inhe
 	return nil
 }
 
-func handedKind(f *os.File, has *uint32, mode uint32) error {
+func handedKind(in *Inherit, has *uint32, mode uint32) error {
 	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+	if err := unix.Fstat(int(in.File.Fd()), &st); err != nil {
 		return fmt.Errorf("it is not open: %w", os.NewSyscallError("fstat", err))
+	}
+	if in.AnyKind {
+		return nil
 	}
 	if has != nil && st.Mode&unix.S_IFMT != mode&unix.S_IFMT {
 		return fmt.Errorf("it is a %s, expected a %s", modeKind(st.Mode), modeKind(mode))
@@ -239,7 +243,7 @@ func (r *Restorer) openHandedSocket(x *description, ino uint32) (bool, error) {
 	if err := unix.Fstat(int(in.File.Fd()), &st); err != nil {
 		return true, os.NewSyscallError("fstat", err)
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFSOCK {
+	if st.Mode&unix.S_IFMT != unix.S_IFSOCK && !in.AnyKind {
 		return true, errors.New("the file handed in for it is a " + modeKind(st.Mode) + ", expected a socket")
 	}
 	return true, r.forward(x, in)

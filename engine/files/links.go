@@ -87,7 +87,7 @@ func (d *Dumper) dumpLost(o *object, regID uint32) error {
 		l = &linkRemap{id: d.newID()}
 		made, err := d.link(o, l.id)
 		if errors.Is(err, unix.EXDEV) || errors.Is(err, unix.EROFS) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EMLINK) {
-			d.refuse(o, fmt.Sprintf("its name was removed, and it cannot be given another: %v", err), "link it under its old name again (ln), or declare it external")
+			d.lacks(o, fmt.Sprintf("its name was removed, and it cannot be given another: %v", err), "link it under its old name again (ln), or declare it external")
 			return nil
 		}
 		if err != nil {

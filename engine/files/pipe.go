@@ -55,10 +55,16 @@ func finishPipes(d *Dumper, os []*object) error {
 			if !travels {
 				continue
 			}
+		} else if d.declared(ends[0]) { // what is in it belongs to whoever is outside
+			for _, o := range ends {
+				o.ext = true
+				o.fact(o.id).External = true
+			}
+			continue
 		} else if x, ok := d.outside(ends[0].link); ok {
 			for _, o := range ends {
-				d.refuse(o, fmt.Sprintf("the pipe is also held by pid %d (%s), fd %d, outside the tree", x.pid, x.comm, x.fd),
-					"include that process in the tree, or start the program with files or fifos in place of the pipe")
+				d.lacks(o, fmt.Sprintf("the pipe is also held by pid %d (%s), fd %d, outside the tree", x.pid, x.comm, x.fd),
+					"include that process in the tree, or declare the pipe external, --external "+pipeKey(ino)+", and supply another one")
 			}
 			continue
 		}
@@ -235,6 +241,14 @@ func checkPipe(r *Restorer, x *description) error {
 	if x.entry.GetPipe().GetFlags()&unix.O_ACCMODE == unix.O_ACCMODE {
 		return errors.New("the access mode of a pipe is not possible")
 	}
+	return r.checkNameless(x, fmt.Sprintf("pipe:[%d]", x.entry.GetPipe().GetPipeId()))
+}
+
+// checkNameless refuses an external pipe or socket for which nothing was handed in.
+func (r *Restorer) checkNameless(x *description, name string) error {
+	if f := r.facts[x.id]; f != nil && f.External && r.handed[name] == nil {
+		return fmt.Errorf("external %s was not handed in: supply it, such as --inherit-fd fd[4]:%s with one open as descriptor 4", name, name)
+	}
 	return nil
 }
 
@@ -319,7 +333,7 @@ func (r *Restorer) openHandedPipe(in *Inherit, ends []*description) error {
 	if err := unix.Fstat(int(in.File.Fd()), &st); err != nil {
 		return os.NewSyscallError("fstat", err)
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFIFO && !in.Forward {
+	if st.Mode&unix.S_IFMT != unix.S_IFIFO && !in.AnyKind {
 		return fmt.Errorf("the handed file is a %s, expected a pipe or fifo", modeKind(st.Mode))
 	}
 	for _, x := range ends {

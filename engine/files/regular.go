@@ -56,7 +56,7 @@ func dumpRegular(d *Dumper, o *object) error {
 		o.entries = append(o.entries, d.regEntry(o, o.id, o.link))
 		return nil
 	case isProc:
-		d.refuse(o, "it is a file of one process in /proc", "it ends with that process: let the program close it, or declare the file external")
+		d.lacks(o, "it is a file of one process in /proc", "it ends with that process: let the program close it, or declare the file external")
 		return nil
 	}
 	path, at := d.locate(o)
@@ -77,15 +77,15 @@ func dumpRegular(d *Dumper, o *object) error {
 // refuseLost refuses a file to which no known path leads.
 func (d *Dumper) refuseLost(o *object) {
 	if o.mode()&unix.S_IFMT == unix.S_IFREG && o.deleted() {
-		d.refuse(o, fmt.Sprintf("its name was removed, but it has %d other names that are not known", o.stat.Nlink),
+		d.lacks(o, fmt.Sprintf("its name was removed, but it has %d other names that are not known", o.stat.Nlink),
 			"dump with --link-remap, link it under its old name again (ln), or declare it external")
 		return
 	}
 	if d.detached(o) {
-		d.refuse(o, "it is on a mount that is nowhere any more (umount -l, open_tree)", "mount it, or declare the file external")
+		d.lacks(o, "it is on a mount that is nowhere any more (umount -l, open_tree)", "mount it, or declare the file external")
 		return
 	}
-	d.refuse(o, "another file stands at its path, or none", "a mount may hide it: unmount that, or declare the file external")
+	d.lacks(o, "another file stands at its path, or none", "a mount may hide it: unmount that, or declare the file external")
 }
 
 // detached says whether o is on a mount that its process no longer sees.

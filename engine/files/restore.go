@@ -67,6 +67,9 @@ type Inherit struct {
 	// Forward gives the processes this very open file description, as it is, in
 	// place of one opened again with the recorded flags and position.
 	Forward bool
+	// AnyKind: another kind of file may stand for what was there, such as a socket
+	// for a pipe. It is forwarded.
+	AnyKind bool
 }
 
 // Descriptor is one descriptor of a table.

@@ -169,12 +169,12 @@ func finishTTYs(d *Dumper, os []*object) error {
 		switch {
 		case !d.opts.ShellJob:
 			for _, o := range t.others {
-				d.refuse(o, "its terminal is not part of the tree",
+				d.lacks(o, "its terminal is not part of the tree",
 					"dump with --shell-job, and restore with it on the terminal to use in its place; or declare it external: --external "+ttyKey(&t.others[0].stat))
 			}
 		case i > 0:
 			for _, o := range t.others {
-				d.refuse(o, "it is a second terminal that is not part of the tree; --shell-job carries one",
+				d.lacks(o, "it is a second terminal that is not part of the tree; --shell-job carries one",
 					"declare it external: --external "+ttyKey(&t.others[0].stat))
 			}
 		}

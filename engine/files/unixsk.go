@@ -352,7 +352,7 @@ func (t *unixTree) outer(o *object, st *unixState) error {
 		}
 	}
 	// Whoever restores hands in a socket in its place, or it hangs up.
-	st.facts.External = true
+	st.facts.External, o.ext = true, true
 	e.Peer = proto.Uint32(0)
 	return t.queue(o, st)
 }
@@ -369,12 +369,13 @@ func (t *unixTree) named(o *object, st *unixState) error {
 	if name != "" && name[0] != 0 {
 		name = strings.TrimRight(name, "\x00")
 	}
+	o.peer = name
 	reachable := err == nil && isDgram(uint32(u.typ)) && name != "" && (name[0] == 0 || name[0] == '/')
 	switch {
 	case reachable && p.hasPeer:
-		d.refuse(o, fmt.Sprintf("its peer, socket %d, is outside the tree and connected itself, so that it takes no other's datagrams", u.peer), "end that process, or include it in the tree")
+		d.lacks(o, fmt.Sprintf("its peer, socket %d, is outside the tree and connected itself, so that it takes no other's datagrams", u.peer), "end that process, or include it in the tree")
 	case reachable && !d.opts.ExtUnixSk:
-		d.refuse(o, fmt.Sprintf("its peer, socket %d, is outside the tree, at %q", u.peer, name), "give --ext-unix-sk to connect it to that name again")
+		d.lacks(o, fmt.Sprintf("its peer, socket %d, is outside the tree, at %q", u.peer, name), "give --ext-unix-sk to connect it to that name again")
 	case reachable:
 		return t.extern(o, st, p, name)
 	default:
@@ -382,7 +383,7 @@ func (t *unixTree) named(o *object, st *unixState) error {
 		if x, ok := d.outside(fmt.Sprintf("socket:[%d]", u.peer)); ok {
 			hint = fmt.Sprintf("the other end belongs to pid %d (%s): include it in the tree, let the program close the connection", x.pid, x.comm)
 		}
-		d.refuse(o, fmt.Sprintf("its peer, socket %d, is outside the tree", u.peer), fmt.Sprintf("%s, or declare it external (--external unix[%d]), to hand in another socket or let it hang up", hint, o.stat.Ino))
+		d.lacks(o, fmt.Sprintf("its peer, socket %d, is outside the tree", u.peer), fmt.Sprintf("%s, or declare it external (--external unix[%d]), to hand in another socket or let it hang up", hint, o.stat.Ino))
 	}
 	return nil
 }

@@ -235,6 +235,8 @@ type FileFacts struct {
 	Path string `json:"path,omitempty"` // where an external file was on the source
 	Dev  uint64 `json:"dev,omitempty"`
 	Ino  uint64 `json:"ino,omitempty"`
+	// External: a pipe or socket without a name for which one must be handed in.
+	External bool `json:"external,omitempty"`
 	// Rdev is the device number of a character device.
 	Rdev uint64 `json:"rdev,omitempty"`
 	// Quiet: a reader of a fifo that poll(2) does not tell of a hang-up although

@@ -9,6 +9,7 @@ type Plan struct {
 	MemoryBytes uint64 // resident private and shared memory, estimate of what travels
 	Files       []File
 	External    []External
+	Objects     []Object // everything that is open, mapped or stood on
 	Ports       []Port
 	XFeatures   uint64   // XCR0 of this CPU
 	CPUFlags    []string // of /proc/cpuinfo

@@ -10,14 +10,16 @@ import (
 
 // Problem is one object that stands in the way.
 type Problem struct {
-	Pid    int    // as the host sees it; 0: not about one process
-	Comm   string // empty if unknown
-	FD     int    // meaningful only if HasFD
-	HasFD  bool
-	Path   string // path, or the text of the /proc link, or a mapping
-	Key    string // external key in CRIU's form, if it could have one
-	Reason string // why it cannot be carried
-	Hint   string // what to do about it, may be empty
+	Pid   int    // as the host sees it; 0: not about one process
+	Comm  string // empty if unknown
+	FD    int    // meaningful only if HasFD
+	HasFD bool
+	Path  string // path, or the text of the /proc link, or a mapping
+	Key   string // external key in CRIU's form, if it could have one
+	// Declarable: it does not stand in the way if the key is declared external.
+	Declarable bool
+	Reason     string // why it cannot be carried
+	Hint       string // what to do about it, may be empty
 }
 
 func (p Problem) String() string {

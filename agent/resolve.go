@@ -1,0 +1,129 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+
+	"godwit/configs/external"
+	"godwit/wire"
+)
+
+// Resolve says by what this host would replace the open files of a tree that
+// comes from another one. Nothing is opened for it.
+func (a *Agent) Resolve(_ context.Context, req *wire.ResolveRequest) (*wire.ResolveReply, error) {
+	if err := checkProtocol(req.Protocol); err != nil {
+		return nil, err
+	}
+	rules, err := a.rules(req.Options)
+	if err != nil {
+		return nil, err
+	}
+	reply := &wire.ResolveReply{}
+	for _, r := range rules {
+		reply.Entries = append(reply.Entries, &wire.Entry{Text: r.Entry.String(), Origin: r.Origin})
+	}
+	choices, bad := match(req.Objects, rules)
+	for _, c := range choices {
+		r, err := resolution(req.Objects, c)
+		if err != nil {
+			reply.Problems = append(reply.Problems, &wire.Problem{Object: objectOf(r), Reason: fmt.Sprintf("%s: %v", c.Rule, err)})
+			continue
+		}
+		reply.Resolutions = append(reply.Resolutions, r)
+	}
+	for _, p := range bad {
+		w := &wire.Problem{Reason: p.Rule + ": " + p.Reason, Hint: p.Hint}
+		if p.Object >= 0 {
+			w.Object = nameObject(req.Objects[p.Object])
+		}
+		reply.Problems = append(reply.Problems, w)
+	}
+	return reply, nil
+}
+
+// rules are the entries in force for a migration: what its caller says, then this
+// host's configuration.
+func (a *Agent) rules(o *wire.MigrateOptions) ([]external.Rule, error) {
+	var out []external.Rule
+	ask := func(e external.Entry, origin string) {
+		out = append(out, external.Rule{Entry: e, Origin: origin, Asked: true})
+	}
+	for _, s := range o.GetExternal() {
+		e, err := external.Parse(s)
+		if err != nil {
+			return nil, invalid("--external: %w", err)
+		}
+		ask(e, "--external")
+	}
+	for _, in := range o.GetInherit() {
+		s, err := external.ParseSelector(in.Key)
+		if err != nil {
+			return nil, invalid("--inherit %q: %w", in.Key, err)
+		}
+		e := external.Entry{Selector: s, Resolver: external.Path, Argument: in.Path, Options: external.Options{Forward: in.Forward}}
+		if err := e.Check(); err != nil {
+			return nil, invalid("--inherit %s: %w", in.Key, err)
+		}
+		ask(e, "--inherit")
+	}
+	return append(out, a.cfg.External...), nil
+}
+
+// match finds the rule of each key of the objects.
+func match(objects []*wire.OpenObject, rules []external.Rule) ([]external.Choice, []external.Problem) {
+	return external.Match(externalObjects(objects), rules, func(i int, e external.Entry) error { return serves(objects[i], e) })
+}
+
+// serves says why an entry cannot be carried out for an object.
+func serves(o *wire.OpenObject, e external.Entry) error {
+	if e.Resolver == external.Image {
+		return nil
+	}
+	if err := declarable(o); err != nil {
+		return err
+	}
+	r, ok := resolvers[e.Resolver]
+	if !ok {
+		return fmt.Errorf("agents of this version have no resolver %s", e.Resolver)
+	}
+	return r.serves(o, e)
+}
+
+// externalObjects is what selectors look at.
+func externalObjects(objects []*wire.OpenObject) []external.Object {
+	out := make([]external.Object, len(objects))
+	for i, o := range objects {
+		out[i] = external.Object{Key: o.Key, Kind: o.Kind, Path: o.Path}
+		for _, h := range o.Holders {
+			out[i].Holders = append(out[i].Holders, external.Holder{Pid: int(h.Pid), Comm: h.Comm, FDs: ints(h.Fds), Roles: h.Roles})
+		}
+	}
+	return out
+}
+
+// resolution is a choice in the form that travels. Placeholders are replaced.
+func resolution(objects []*wire.OpenObject, c external.Choice) (*wire.Resolution, error) {
+	e := c.Rule.Entry
+	r := &wire.Resolution{
+		Key: c.Key, Resolver: e.Resolver, Argument: e.Argument, Forward: e.Forward, Size: e.Size, Mode: e.Mode, Overwrite: e.Overwrite,
+		Limit: e.Limit, Content: e.Content, Entry: e.String(), Origin: c.Rule.Origin,
+	}
+	path := ""
+	for _, i := range c.Objects {
+		r.Objects = append(r.Objects, objects[i])
+		if path == "" {
+			path = objects[i].Path
+		}
+	}
+	switch e.Resolver {
+	case external.Path, external.Create, external.Carry:
+		if r.Argument == "" {
+			r.Argument = "{path}"
+		}
+		var err error
+		if r.Argument, err = external.Expand(r.Argument, path); err != nil {
+			return r, err
+		}
+	}
+	return r, nil
+}
