@@ -22,6 +22,7 @@ import (
 	"godwit/engine/arch"
 	"godwit/engine/cgroup"
 	"godwit/engine/files"
+	"godwit/engine/freeze"
 	"godwit/engine/image"
 	"godwit/engine/mem"
 	"godwit/engine/ns"
@@ -88,7 +89,9 @@ type collector struct {
 	o       Options
 	files   *files.Dumper
 	procs   []*process
-	running bool // the tree runs meanwhile
+	running bool         // the tree runs meanwhile
+	frozen  *freeze.Tree // if it does not
+	idle    bool         // no request of asynchronous I/O is under way
 	refusal refuse.Refusal
 	shmems  map[uint32]*shmem
 
@@ -277,6 +280,11 @@ func (c *collector) collectInside(running bool) error {
 	}
 	if err := c.finishSysV(); err != nil {
 		return err
+	}
+	if len(c.refusal.Problems) == 0 && !running {
+		if err := c.ask(); err != nil {
+			return err
+		}
 	}
 	if len(c.refusal.Problems) > 0 {
 		c.files.RunsOn()

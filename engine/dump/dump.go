@@ -75,12 +75,23 @@ func Preflight(ctx context.Context, log hclog.Logger, pid int, o Options) (_ *pl
 // Dump reads a frozen tree and gives its images and data to the sink. The tree
 // stays frozen and is left exactly as it was, also after an error. After a
 // *refuse.Refusal the sink has been given nothing.
-func Dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink image.Sink) (st Stats, err error) {
+func Dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink image.Sink) (Stats, error) {
+	st, err := dump(ctx, log, t, o, sink, false)
+	if errors.Is(err, errIdle) {
+		return dump(ctx, log, t, o, sink, true)
+	}
+	return st, err
+}
+
+// dump is Dump of a tree; idle says that it is known to have no request of
+// asynchronous I/O under way.
+func dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink image.Sink, idle bool) (st Stats, err error) {
 	var held []image.Entry // until it is known that everything can be carried
 	c := newCollector(log, o, t.Root().Pid, func(e image.Entry) error {
 		held = append(held, e)
 		return nil
 	})
+	c.frozen, c.idle = t, idle
 	defer func() { err = errors.Join(err, c.close()) }()
 	procs := make([]*process, 0, len(t.Procs))
 	for _, fp := range t.Procs {
@@ -93,12 +104,6 @@ func Dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 		st.Threads += len(fp.Threads)
 	}
 	if err := c.collect(procs, false); err != nil {
-		return st, err
-	}
-	if err := c.err(); err != nil {
-		return st, err
-	}
-	if err := c.adjustments(t); err != nil {
 		return st, err
 	}
 	if err := c.err(); err != nil {
@@ -277,6 +282,7 @@ func (c *collector) processImages(t *freeze.Tree, fp *freeze.Proc, p *process, f
 	for _, v := range p.vmas {
 		mm.Vmas = append(mm.Vmas, v.ToImage())
 	}
+	mm.Aios = mem.RingsToImage(p.vmas)
 	if err := put(image.MMFile(vpid), image.MagicMM, mm); err != nil {
 		return err
 	}

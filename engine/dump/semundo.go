@@ -9,8 +9,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"godwit/engine/files"
-	"godwit/engine/freeze"
-	"godwit/engine/ns"
 	"godwit/engine/procfs"
 	"godwit/engine/ptrace"
 	"godwit/engine/sys"
@@ -69,42 +67,27 @@ func undoLists(none int, tids []int) (with []int, err error) {
 }
 
 // adjustments refuses processes that have semaphores to put back when they end.
-func (c *collector) adjustments(t *freeze.Tree) error {
+func (c *collector) adjustments() error {
 	for _, u := range c.undoers {
-		if err := c.adjusts(t, u); err != nil {
+		err := c.withTask(u.p, u.tid, func(b *ptrace.Borrowed) error {
+			for _, set := range c.semaphores {
+				n, err := c.held(b, u.p, set)
+				if err != nil {
+					return err
+				}
+				if n >= 0 {
+					c.refuse(u.p, "", fmt.Sprintf("changes semaphore %d of System V set %d (key %#x) back when it ends (SEM_UNDO), which cannot be carried", n, set.ID, uint32(set.Key)),
+						"let it release the semaphore, or use it without SEM_UNDO")
+					return nil
+				}
+			}
+			return nil
+		})
+		if err != nil {
 			return fmt.Errorf("look for semaphore adjustments of pid %d (%s): %w", u.p.pid, u.p.comm, err)
 		}
 	}
 	return nil
-}
-
-func (c *collector) adjusts(t *freeze.Tree, u undoer) error {
-	fp := t.Procs[slices.Index(c.procs, u.p)]
-	th := fp.Threads[slices.IndexFunc(fp.Threads, func(th *freeze.Thread) bool { return th.Tid == u.tid })]
-	var b *ptrace.Borrowed
-	err := t.Tracer.Do(func() (err error) {
-		b, err = c.borrow(fp, u.p, th, 0)
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	for _, set := range c.semaphores {
-		n := 0
-		if n, err = c.held(t, b, u.p, set); err != nil {
-			break
-		}
-		if n >= 0 {
-			c.refuse(u.p, "", fmt.Sprintf("changes semaphore %d of System V set %d (key %#x) back when it ends (SEM_UNDO), which cannot be carried", n, set.ID, uint32(set.Key)),
-				"let it release the semaphore, or use it without SEM_UNDO")
-			break
-		}
-	}
-	return errors.Join(err, t.Tracer.Do(func() error {
-		err := b.Return(false)
-		th.Resend = th.Resend || b.Stopped
-		return err
-	}))
 }
 
 const (
@@ -120,23 +103,19 @@ const (
 
 // held gives the first semaphore of a set for which a borrowed thread has an
 // adjustment, -1 if there is none.
-func (c *collector) held(t *freeze.Tree, b *ptrace.Borrowed, p *process, set procfs.SysVObject) (int, error) {
+func (c *collector) held(b *ptrace.Borrowed, p *process, set procfs.SysVObject) (int, error) {
 	for range undoTries {
-		var values []uint16
-		err := ns.Do(c.procs[0].pid, c.own&ns.Ipc, func() (err error) {
-			values, err = sys.SemValues(set.ID, int(set.Size))
-			return err
-		})
+		values, err := sys.SemValues(set.ID, int(set.Size))
 		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EIDRM) {
 			return -1, nil // removed
 		}
 		if err != nil {
 			return 0, err
 		}
-		n, err := ask(t, b, set.ID, values)
+		n, err := c.probe(b, set.ID, values)
 		if errors.Is(err, unix.EACCES) {
 			// Whoever may not use a set has hardly used it.
-			return slices.Index(c.users(set), p.pid), nil
+			return slices.Index(users(set), p.pid), nil
 		}
 		if !errors.Is(err, errMoves) {
 			return n, err
@@ -146,32 +125,29 @@ func (c *collector) held(t *freeze.Tree, b *ptrace.Borrowed, p *process, set pro
 }
 
 // users are the processes that changed the semaphores of a set last.
-func (c *collector) users(set procfs.SysVObject) []int {
+func users(set procfs.SysVObject) []int {
 	out := make([]int, set.Size)
-	_ = ns.Do(c.procs[0].pid, c.own&ns.Ipc, func() error {
-		for i := range out {
-			out[i], _ = sys.SemPid(set.ID, i) // 0 if it was removed meanwhile
-		}
-		return nil
-	})
+	for i := range out {
+		out[i], _ = sys.SemPid(set.ID, i) // 0 if it was removed meanwhile
+	}
 	return out
 }
 
 // errMoves says that semaphores were changed while they were looked at.
 var errMoves = errors.New("others change them all the time")
 
-// ask has a borrowed thread tell for which semaphore of a set it has an adjustment.
-func ask(t *freeze.Tree, b *ptrace.Borrowed, id int, values []uint16) (int, error) {
+// probe has a borrowed thread tell for which semaphore of a set it has an adjustment.
+func (c *collector) probe(b *ptrace.Borrowed, id int, values []uint16) (int, error) {
 	var calls []*ptrace.Call
 	for at := 0; at < len(values); at += undoGroup {
 		group := values[at:min(at+undoGroup, len(values))]
 		for _, ops := range [][]sembuf{undoProbe(at, group), valueProbe(at, group)} {
-			c := ptrace.NewCall(fmt.Sprintf("look at System V semaphores %d", id), unix.SYS_SEMOP, ptrace.Int(id), ptrace.Bytes(encodeOps(ops)), ptrace.Int(len(ops)))
-			c.MayFail = true
-			calls = append(calls, c)
+			call := ptrace.NewCall(fmt.Sprintf("look at System V semaphores %d", id), unix.SYS_SEMOP, ptrace.Int(id), ptrace.Bytes(encodeOps(ops)), ptrace.Int(len(ops)))
+			call.MayFail = true
+			calls = append(calls, call)
 		}
 	}
-	if err := t.Tracer.Do(func() error { return b.Run(calls...) }); err != nil {
+	if err := c.frozen.Tracer.Do(func() error { return b.Run(calls...) }); err != nil {
 		return 0, err
 	}
 	for i := 0; i < len(calls); i += 2 {

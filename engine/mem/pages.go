@@ -70,7 +70,7 @@ func adjacent(vmas []*VMA) (out []*VMA) {
 		if !v.HasPages() {
 			continue
 		}
-		if len(out) == 0 || out[len(out)-1].End != v.Start {
+		if len(out) == 0 || out[len(out)-1].End != v.Start || v.Is(AioRing) || out[len(out)-1].Is(AioRing) {
 			out, last = append(out, v), nil
 			continue
 		}
@@ -88,7 +88,31 @@ func adjacent(vmas []*VMA) (out []*VMA) {
 	return out
 }
 
+// whole gives a mapping whose pages are a file's, which a scan leaves out.
+func (r *Reader) whole(ctx context.Context, v *VMA, sink image.Sink, id image.DataID) error {
+	for a := v.Start; a < v.End; {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		b := r.buf[:min(v.End-a, ChunkSize)]
+		if err := r.read(v, a, b); err != nil {
+			return err
+		}
+		if err := sink.Data(id, a, b); err != nil {
+			return err
+		}
+		a += uint64(len(b))
+	}
+	return nil
+}
+
 func (r *Reader) dumpVMA(ctx context.Context, v *VMA, sink image.Sink, id image.DataID) (pages uint64, err error) {
+	if v.Is(AioRing) {
+		if err := r.whole(ctx, v, sink, id); err != nil && !r.Running {
+			return 0, err
+		}
+		return v.Len() / arch.PageSize, nil
+	}
 	for at := v.Start; at < v.End; {
 		n, next, err := r.scan(at, v.End)
 		if err != nil {

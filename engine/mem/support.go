@@ -24,7 +24,7 @@ var specimens = []struct {
 	{"shared anonymous huge pages", procfs.SmapsEntry{Mapping: procfs.Mapping{Shared: true, Inode: 9, Path: "/anon_hugepage", Deleted: true}, KernelPageSize: 2 << 20, VmFlags: []string{"ht"}}},
 	{"huge pages of hugetlbfs and memfds (MFD_HUGETLB)", procfs.SmapsEntry{Mapping: procfs.Mapping{Shared: true, Inode: 9, Path: "/dev/hugepages/x"}, KernelPageSize: 2 << 20, VmFlags: []string{"ht"}}},
 	{"System V segments of huge pages", procfs.SmapsEntry{Mapping: procfs.Mapping{Shared: true, Inode: 9, Path: "/SYSV00000000", Deleted: true}, KernelPageSize: 2 << 20, VmFlags: []string{"ht"}}},
-	{"rings of asynchronous I/O (io_setup)", procfs.SmapsEntry{Mapping: procfs.Mapping{Shared: true, Inode: 9, Path: "/[aio]", Deleted: true}}},
+	{"rings of asynchronous I/O (io_setup), with events that were not read yet", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Write: true, Shared: true, Inode: 9, Path: "/[aio]", Deleted: true}}},
 	{"rings of io_uring", procfs.SmapsEntry{Mapping: procfs.Mapping{Shared: true, Inode: 9, Path: "anon_inode:[io_uring]"}}},
 	{"rings of packet sockets", procfs.SmapsEntry{Mapping: procfs.Mapping{Shared: true, Inode: 9, Path: "socket:[1]"}}},
 	{"locked memory (mlock)", flagged("lo")},

@@ -81,7 +81,7 @@ func (v *VMA) Special() bool { return v.Status&(Vdso|Vvar|Vsyscall) != 0 }
 
 // HasPages tells whether the contents, or copied pages of them, are dumped with the process.
 func (v *VMA) HasPages() bool {
-	return !v.Special() && v.Status&(FilePrivate|AnonPrivate) != 0
+	return !v.Special() && v.Status&(FilePrivate|AnonPrivate|AioRing) != 0
 }
 
 // Mapped tells whether the contents come from a file entry.
@@ -239,7 +239,10 @@ func (v *VMA) object(shared bool) (reason string) {
 	case strings.HasPrefix(path, "/secretmem"):
 		return "memory that is hidden from the kernel (memfd_secret)"
 	case strings.HasPrefix(path, "/[aio]"):
-		return "a ring of asynchronous I/O (io_setup), of which nobody can tell whether requests are under way"
+		if !shared || v.Prot != unix.PROT_READ|unix.PROT_WRITE || v.Offset != 0 {
+			return "a part of a ring of asynchronous I/O (io_setup), or one that was changed"
+		}
+		v.Status |= AioRing
 	case strings.HasPrefix(path, "anon_inode:"), strings.HasPrefix(path, "/anon_inode:"):
 		return "memory of " + strings.TrimPrefix(path, "/")
 	case strings.HasPrefix(path, "socket:"):
@@ -313,10 +316,13 @@ func FromImage(es []*vma.VmaEntry) ([]*VMA, error) {
 			continue
 		case v.End > arch.TaskSize:
 			return nil, fmt.Errorf("VMA %d (%#x-%#x) is outside user space", i, v.Start, v.End)
-		case v.Status&(Socket|AioRing) != 0, v.Is(Sysvipc) != v.Is(Sysvipc|AnonShared):
+		case v.Is(Socket), v.Is(Sysvipc) != v.Is(Sysvipc|AnonShared):
 			return nil, fmt.Errorf("VMA %d (%#x-%#x) is of a kind that cannot be carried (status %#x)", i, v.Start, v.End, v.Status)
-		case v.Status&(Vdso|Vvar|FilePrivate|FileShared|AnonShared|AnonPrivate|Memfd) == 0:
+		case v.Status&(Vdso|Vvar|FilePrivate|FileShared|AnonShared|AnonPrivate|Memfd|AioRing) == 0:
 			return nil, fmt.Errorf("VMA %d (%#x-%#x) is of an unknown kind (status %#x)", i, v.Start, v.End, v.Status)
+		}
+		if v.Is(AioRing) {
+			v.Status, v.Prot = Regular|AioRing, unix.PROT_READ|unix.PROT_WRITE // whatever it is taken for until it is made
 		}
 		last = v.End
 		out = append(out, v)

@@ -37,3 +37,8 @@ func ParseCPUList(b []byte) ([]uint64, error) {
 
 // OnlineCPUs is the mask of the CPUs that are in use on this host.
 func OnlineCPUs() ([]uint64, error) { return read("/sys/devices/system/cpu/online", ParseCPUList) }
+
+// PossibleCPUs is the mask of the CPUs that this host may ever use.
+func PossibleCPUs() ([]uint64, error) {
+	return read("/sys/devices/system/cpu/possible", ParseCPUList)
+}

@@ -512,8 +512,14 @@ func (t *Tree) mapAll(p *process) error {
 			} else {
 				flags |= unix.MAP_ANONYMOUS | v.Flags&mem.HugeFlags
 			}
+			if v.Is(mem.AioRing) { // rings
+				flags = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_FIXED_NOREPLACE
+			}
 			calls = append(calls, ptrace.NewCall("make "+v.String()+hugeHint(v.Flags&unix.MAP_HUGETLB != 0), unix.SYS_MMAP, ptrace.Int(v.Start), ptrace.Int(v.Len()),
 				ptrace.Int(v.Prot), ptrace.Int(flags), ptrace.Int(fd), ptrace.Int(off)))
+		}
+		if v.Is(mem.AioRing) {
+			continue
 		}
 		calls = append(calls, advise(v)...)
 		if v.Flags&unix.MAP_LOCKED != 0 {
@@ -743,6 +749,9 @@ func (t *Tree) complete(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
+		if err := t.rings(p); err != nil {
+			return fmt.Errorf("%s: %w", p, err)
+		}
 		calls, err := mem.LastCalls(p.vmas, p.memory, p.core().GetTc().GetMembarrierRegistrationMask())
 		if err != nil {
 			return fmt.Errorf("images of %s: %w", p, err)
@@ -759,6 +768,23 @@ func (t *Tree) complete(ctx context.Context) error {
 		return err
 	}
 	return t.lastWords()
+}
+
+// rings makes the rings of asynchronous I/O of a process, of which the contents
+// lie in their places.
+func (t *Tree) rings(p *process) error {
+	for _, v := range p.vmas {
+		if !v.Is(mem.AioRing) {
+			continue
+		}
+		if err := mem.MakeRing(p.remote(), v); err != nil {
+			return err
+		}
+		if err := p.remote().Run(advise(v)...); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // lastWords ends or releases the stub: nothing more is cloned from it.

@@ -250,6 +250,9 @@ func (m *model) process(set *image.Set, it *pstree.PstreeEntry, facts map[uint32
 	if p.vmas, err = mem.FromImage(p.mm.GetVmas()); err != nil {
 		return nil, err
 	}
+	if err := mem.CheckRings(p.vmas, p.mm.GetAios()); err != nil {
+		return nil, err
+	}
 	if n := len(p.mm.GetMmSavedAuxv()); n > 128 || n%2 != 0 {
 		return nil, fmt.Errorf("auxiliary vector of %d words", n)
 	}

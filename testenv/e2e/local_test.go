@@ -112,6 +112,8 @@ type object struct {
 
 // objects has the commands of selfcheck that need anything.
 var objects = map[string]object{
+	"aiobusy":    {elsewhere: true},
+	"aiochild":   {elsewhere: true},
 	"container":  {elsewhere: true},
 	"execed":     {elsewhere: true},
 	"netns":      {elsewhere: true},
@@ -239,6 +241,31 @@ func TestObjects(t *testing.T) {
 			t.Errorf("dump of a program with SEM_UNDO: exit code %d, %q", o.code, o.stderr)
 		}
 		goes(ctx, t, r, 10)
+		stop(ctx, t, r)
+	})
+	// Requests that do not end, and rings that are of no use, are refused.
+	for _, x := range []struct{ command, want string }{
+		{"aiobusy", "with 3 requests under way"}, {"aiochild", "belongs to no context of this process"},
+	} {
+		t.Run(x.command+" refused", func(t *testing.T) {
+			ctx := deadline(t, time.Minute)
+			r := selfcheck(ctx, t, h, newDir(t), x.command)
+			for range 3 {
+				if o := agentCmd(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", newDir(t)); o.code != 1 || !strings.Contains(o.stderr, x.want) {
+					t.Errorf("dump: exit code %d, %q", o.code, o.stderr)
+				}
+				goes(ctx, t, r, 10)
+			}
+			stop(ctx, t, r)
+		})
+	}
+	t.Run("aioring left running", func(t *testing.T) {
+		ctx := deadline(t, time.Minute)
+		r := selfcheck(ctx, t, h, newDir(t), "aioring")
+		for range 10 {
+			mustAgent(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", newDir(t), "-R")
+			goes(ctx, t, r, 20)
+		}
 		stop(ctx, t, r)
 	})
 	// That there were threads, and what came to nothing, is not held.
