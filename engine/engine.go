@@ -58,6 +58,8 @@ type DumpOptions struct {
 	// provides, mnt[MOUNTPOINT]:NAME, and the network namespace, net[INODE]:NAME.
 	// A file or mount that is not there is a refusal.
 	External []string
+	// Carry are files that travel with the tree.
+	Carry []Carry
 	// Cgroups records the control groups of the tree and what is set in them.
 	Cgroups bool
 	// EmptyNet leaves out what is in a network namespace of the tree's own.
@@ -131,6 +133,9 @@ type RestoreOptions struct {
 	NetworkLock NetworkLock
 	// Inherit maps an external key to an open file that backs it.
 	Inherit map[string]Inherit
+	// Carry is where files that travelled with the tree may be placed; what comes for
+	// another place is an error.
+	Carry []Place
 	// Files says how files are found again.
 	Files FileRestoreOptions
 	// NewPidNamespace lands the tree in a pid namespace (and a mount
@@ -182,6 +187,13 @@ type Inherit struct {
 	// for a pipe. It is forwarded.
 	AnyKind bool
 }
+
+// Carry, Content and Place are those of package plan.
+type (
+	Carry   = plan.Carry
+	Content = plan.Content
+	Place   = plan.Place
+)
 
 // FileOptions, FileRestoreOptions and FileValidation are those of package plan.
 type (

@@ -36,7 +36,7 @@ const (
 func (o DumpOptions) internal() (dump.Options, error) {
 	d := dump.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, SkipInFlight: o.SkipInFlight, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Elsewhere: o.Elsewhere, Host: o.Host}
 	d.ExtUnixSk, d.Ends = o.ExtUnixSk, o.Ends
-	d.Files = o.Files
+	d.Files, d.Carry = o.Files, o.Carry
 	d.FreezeGroup = o.FreezeGroup
 	if err := o.namespaces(&d); err != nil {
 		return d, err
@@ -346,7 +346,7 @@ func (e *Engine) Restore(ctx context.Context, src image.Source, o RestoreOptions
 	if groups.Mode, err = cgroup.ParseMode(o.Cgroups.Mode); err != nil {
 		return nil, err
 	}
-	t, err := restore.Restore(ctx, e.log, src, restore.Options{Namespaces: spaces, Cgroups: groups, TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, TCPOutside: o.NetworkLock != LockNone, LockSkip: o.NetworkLock == LockSkip, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Terminal: o.Terminal, Files: o.Files, ExtUnixSk: o.ExtUnixSk, TimeNamespace: o.TimeNamespace})
+	t, err := restore.Restore(ctx, e.log, src, restore.Options{Namespaces: spaces, Cgroups: groups, TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, TCPOutside: o.NetworkLock != LockNone, LockSkip: o.NetworkLock == LockSkip, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Terminal: o.Terminal, Files: o.Files, Carry: o.Carry, ExtUnixSk: o.ExtUnixSk, TimeNamespace: o.TimeNamespace})
 	if err != nil {
 		return nil, err
 	}

@@ -36,14 +36,15 @@ import (
 
 // Options says how a tree is read.
 type Options struct {
-	TCPEstablished bool     // carried, not refused
-	TCPClose       bool     // comes back closed
-	SkipInFlight   bool     // left behind, not refused
-	NetworkLock    string   // as files.Options has it
-	External       []string // keys of external files
-	GhostLimit     uint64   // bytes
-	FileLocks      bool     // carried, not refused
-	Elsewhere      bool     // the tree goes to another host
+	TCPEstablished bool         // carried, not refused
+	TCPClose       bool         // comes back closed
+	SkipInFlight   bool         // left behind, not refused
+	NetworkLock    string       // as files.Options has it
+	External       []string     // keys of external files
+	Carry          []plan.Carry // files that travel with their content
+	GhostLimit     uint64       // bytes
+	FileLocks      bool         // carried, not refused
+	Elsewhere      bool         // the tree goes to another host
 	Mounts         ns.MountOptions
 	Cgroups        bool   // the tree's places and settings are recorded
 	FreezeGroup    string // the directory of the control group that stops the tree, or empty
@@ -111,7 +112,7 @@ type collector struct {
 func newCollector(log hclog.Logger, o Options, root int, emit func(image.Entry) error) *collector {
 	return &collector{
 		log: log, o: o,
-		files: files.NewDumper(log, files.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, SkipInFlight: o.SkipInFlight, NetworkLock: o.NetworkLock, External: o.External, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, ShellJob: o.ShellJob, FileOptions: o.Files,
+		files: files.NewDumper(log, files.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, SkipInFlight: o.SkipInFlight, NetworkLock: o.NetworkLock, External: o.External, Carry: o.Carry, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, ShellJob: o.ShellJob, FileOptions: o.Files,
 			ExtUnixSk: o.ExtUnixSk, Ends: o.Ends, Elsewhere: o.Elsewhere}, emit),
 		refusal: refuse.Refusal{Doing: fmt.Sprintf("dump of pid %d", root)},
 		shmems:  map[uint32]*shmem{}, segments: map[uint32]*segment{},

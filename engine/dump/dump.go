@@ -437,7 +437,7 @@ func (c *collector) data(ctx context.Context, sink image.Sink, st *Stats) error 
 	}
 	for _, d := range c.files.Data() {
 		whole := d.ID.Kind == image.Shmem
-		n, err := mem.DumpFile(ctx, d.File, d.Size, whole, sink, d.ID)
+		n, err := content(ctx, &d, sink)
 		st.Bytes += n
 		if whole {
 			st.Pages += n / arch.PageSize
@@ -451,6 +451,23 @@ func (c *collector) data(ctx context.Context, sink image.Sink, st *Stats) error 
 	st.DataDur = time.Since(start)
 	c.log.Debug("data sent", "pages", st.Pages, "bytes", st.Bytes, "duration_ms", st.DataDur.Milliseconds())
 	return nil
+}
+
+// content streams the content of one file.
+func content(ctx context.Context, d *files.Data, sink image.Sink) (n uint64, err error) {
+	f, err := d.Open()
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = f.Close() }()
+	if !d.Sum {
+		return mem.DumpFile(ctx, f, d.Size, d.ID.Kind == image.Shmem, sink, d.ID)
+	}
+	summed := &files.Summed{Sink: sink}
+	if n, err = mem.DumpFile(ctx, f, d.Size, false, summed, d.ID); err != nil {
+		return n, err
+	}
+	return n, summed.End(d.ID.ID)
 }
 
 // kin says how the processes are related.

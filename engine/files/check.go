@@ -37,6 +37,7 @@ func CheckDestination(files []plan.File, ext []plan.External, ports []plan.Port,
 type destination struct {
 	inherit  map[string]Inherit
 	used     map[string]bool
+	need     map[uint64]uint64 // bytes for what travels, by file system
 	problems []refuse.Problem
 }
 
@@ -74,6 +75,10 @@ func (c *destination) file(f plan.File) {
 	}
 	if f.Create {
 		c.create(f, err, fail)
+		return
+	}
+	if f.Carried {
+		c.carried(f, &st, err, fail)
 		return
 	}
 	switch {
@@ -129,6 +134,47 @@ func (c *destination) create(f plan.File, err error, fail func(reason, hint stri
 	var st unix.Stat_t
 	if err := unix.Stat(filepath.Dir(f.Path), &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
 		fail("the directory in which the restore must make a "+f.Kind+" does not exist here", "make it: mkdir -p "+filepath.Dir(f.Path))
+	}
+}
+
+// carried looks whether a file that travels can be placed.
+func (c *destination) carried(f plan.File, st *unix.Stat_t, err error, fail func(reason, hint string)) {
+	switch {
+	case errors.Is(err, unix.ENOENT):
+	case err != nil:
+		fail(fmt.Sprintf("it is to travel here, where it cannot be looked at: %v", err), "")
+		return
+	case modeKind(st.Mode) != f.Kind:
+		fail(fmt.Sprintf("it is to travel here, where a %s is in its place, expected a %s", modeKind(st.Mode), f.Kind), "remove what is there")
+		return
+	}
+	dir := filepath.Dir(f.Path)
+	for ; ; dir = filepath.Dir(dir) {
+		if err = unix.Stat(dir, st); !errors.Is(err, unix.ENOENT) || dir == "/" {
+			break
+		}
+	}
+	var fs unix.Statfs_t
+	if err == nil {
+		err = unix.Statfs(dir, &fs)
+	}
+	switch {
+	case err != nil:
+		fail(fmt.Sprintf("it is to travel here, where %s cannot be looked at: %v", dir, err), "")
+		return
+	case st.Mode&unix.S_IFMT != unix.S_IFDIR:
+		fail(fmt.Sprintf("it is to travel here, where %s is no directory", dir), "remove what is there")
+		return
+	case fs.Flags&unix.ST_RDONLY != 0:
+		fail(fmt.Sprintf("it is to travel here, where the file system of %s is mounted read-only", dir), "mount it read-write, or copy the file there")
+		return
+	}
+	if c.need == nil {
+		c.need = map[uint64]uint64{}
+	}
+	c.need[uint64(st.Dev)] += f.Allocated
+	if need, free := c.need[uint64(st.Dev)], fs.Bavail*uint64(fs.Bsize); need > free && f.Allocated > 0 {
+		fail(fmt.Sprintf("it is to travel here, where the file system of %s has %d bytes free and %d are needed for what travels", dir, free, need), "make room")
 	}
 }
 

@@ -27,6 +27,8 @@ import (
 type Options struct {
 	// External are keys of files that the destination provides (ParseKey).
 	External []string
+	// Carry are files that travel with their content.
+	Carry []plan.Carry
 	// GhostLimit is the largest allocated size, in bytes, of a deleted file
 	// that travels with its data; 0 means 1 GiB.
 	GhostLimit uint64
@@ -69,8 +71,29 @@ type Proc struct {
 // found with SEEK_DATA and SEEK_HOLE.
 type Data struct {
 	ID   image.DataID
-	File *os.File
+	File *os.File // nil: Open gives it
 	Size int64
+	// Sum: it is followed by its digest.
+	Sum  bool
+	path string // in the absence of File
+	ino  inodeID
+}
+
+// Open gives the content, for the caller to close.
+func (x *Data) Open() (*os.File, error) {
+	if x.File != nil {
+		return dupFile(x.File)
+	}
+	f, err := openPath(x.path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil || inode(&st) != x.ino {
+		_ = f.Close()
+		return nil, fmt.Errorf("%s was replaced while it was being carried", x.path)
+	}
+	return f, nil
 }
 
 // holder is one descriptor that leads to an object; fd -1 is none (AddPath).
@@ -111,7 +134,8 @@ type object struct {
 	queued       uint64 // bytes in a pipe or fifo
 	peer         string // of a socket, for plans
 	ext          bool
-	key          Key // valid if hasKey
+	wish         *wish // that it travels with its content
+	key          Key   // valid if hasKey
 	hasKey       bool
 	fown         *fown.FownEntry
 
@@ -120,6 +144,8 @@ type object struct {
 	ttyKey  string // of an external terminal
 	path    string // where the restore finds it, if it is found by path
 	create  bool   // the restore makes the path
+	carries bool   // its content travels to the path
+	inTree  bool   // what the destination must have there is known from a directory
 	dirOnly bool   // path is the directory in which it is made or found
 	state   any    // of the kind
 }
@@ -184,6 +210,8 @@ type Dumper struct {
 	locks    []heldLock
 	lockIDs  map[lockID]bool
 	wanted   []*wantedKey
+	wishes   []*wish
+	trees    []plan.File // directories that travel with what is in them
 	vpid     map[int]int // of the tree's processes, by their pid on this host
 	flights  map[*object]*flight
 	apart    map[uint32]bool // inodes of sockets that were declared external
@@ -285,6 +313,7 @@ func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumpe
 		}
 		d.wanted = append(d.wanted, &wantedKey{text: s, keys: keys})
 	}
+	d.takeWishes(o.Carry)
 	return d
 }
 
@@ -540,6 +569,7 @@ func (d *Dumper) Finish() error {
 	}
 	d.checkKeys()
 	d.checkUnixKeys()
+	d.matchWishes()
 	byKind := map[*kind][]*object{}
 	for i := 0; i < len(d.objects); i++ { // watches add the files that they are on
 		o := d.objects[i]
@@ -572,6 +602,9 @@ func (d *Dumper) Finish() error {
 		}
 	}
 	if err := d.checkSessions(); err != nil {
+		return err
+	}
+	if err := d.carryTrees(); err != nil {
 		return err
 	}
 	d.checkTTYKeys()
@@ -782,7 +815,7 @@ func (d *Dumper) Plan() (files []plan.File, ext []plan.External, ports []plan.Po
 				ports = append(ports, p)
 			}
 		}
-		if o.path == "" {
+		if o.path == "" || o.inTree {
 			continue
 		}
 		i, ok := byPath[o.path]
@@ -800,6 +833,9 @@ func (d *Dumper) Plan() (files []plan.File, ext []plan.External, ports []plan.Po
 			f.Size = uint64(o.stat.Size)
 		}
 		f.Create = f.Create || o.create
+		if o.carries {
+			f.Carried, f.Allocated = true, uint64(o.stat.Blocks)*512
+		}
 		f.Writable = f.Writable || o.writable()
 		if o.mapped() && !f.Mapped {
 			f.Mapped = true
@@ -813,7 +849,7 @@ func (d *Dumper) Plan() (files []plan.File, ext []plan.External, ports []plan.Po
 			}
 		}
 	}
-	return append(files, d.terminalPlan()...), ext, ports, descriptions
+	return append(append(files, d.trees...), d.terminalPlan()...), ext, ports, descriptions
 }
 
 // modeKind names the type of a file as package plan does.

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"godwit/engine/image"
+	"godwit/engine/plan"
 )
 
 // kindGhost carries files of every type without a name: deleted while open, or
@@ -91,42 +92,50 @@ func (d *Dumper) addGhost(o *object, regID uint32) error {
 		d.lacks(o, "it was deleted on a mount that is read-only, in a mount namespace of the tree's own", "mount it read-write, or declare the file external")
 		return nil
 	}
-	k := inode(&o.stat)
-	g, ok := d.ghosts[k]
-	if !ok {
-		g = &ghost{id: uint32(len(d.ghosts) + 1), dev: uint64(o.stat.Dev)}
-		g.msg = &ghost_file.GhostFileEntry{
-			Uid: proto.Uint32(o.stat.Uid), Gid: proto.Uint32(o.stat.Gid), Mode: proto.Uint32(o.mode()),
-			Dev: proto.Uint32(uint32(o.stat.Dev)), Ino: proto.Uint64(o.stat.Ino),
-			Atim: timevalOf(o.stat.Atim), Mtim: timevalOf(o.stat.Mtim),
-		}
-		g.facts = image.GhostFacts{ID: g.id, AtimeNS: o.stat.Atim.Nano(), MtimeNS: o.stat.Mtim.Nano()}
+	g := d.ghosts[inode(&o.stat)]
+	if g == nil {
 		var err error
-		switch o.mode() & unix.S_IFMT {
-		case unix.S_IFREG:
-			g.msg.Chunks = proto.Bool(true)
-			g.msg.Size = proto.Uint64(uint64(o.stat.Size))
-			if !d.dry() {
-				err = d.addData(o, image.DataID{Kind: image.Ghost, ID: g.id})
-			}
-		case unix.S_IFCHR, unix.S_IFBLK:
-			g.msg.Rdev = proto.Uint32(uint32(o.stat.Rdev))
-		case unix.S_IFLNK:
-			var target string
-			if target, err = readlinkAt(o.file); err == nil {
-				g.msg.SymlnkTarget = proto.String(target)
-			}
-		}
-		if err != nil {
+		if g, err = d.newGhost(o.file, &o.stat); err != nil {
 			return err
 		}
-		if g.facts.Xattrs, err = readXattrs(o.file); err != nil {
-			return err
+		if o.mode()&unix.S_IFMT == unix.S_IFREG && !d.dry() {
+			if err := d.addData(o, image.DataID{Kind: image.Ghost, ID: g.id}); err != nil {
+				return err
+			}
 		}
-		d.ghosts[k] = g
 	}
 	g.users = append(g.users, regID)
 	return nil
+}
+
+// newGhost makes the entry of a file that travels with its attributes.
+func (d *Dumper) newGhost(f *os.File, st *unix.Stat_t) (*ghost, error) {
+	g := &ghost{id: uint32(len(d.ghosts) + 1), dev: uint64(st.Dev)}
+	g.msg = &ghost_file.GhostFileEntry{
+		Uid: proto.Uint32(st.Uid), Gid: proto.Uint32(st.Gid), Mode: proto.Uint32(st.Mode),
+		Dev: proto.Uint32(uint32(st.Dev)), Ino: proto.Uint64(st.Ino),
+		Atim: timevalOf(st.Atim), Mtim: timevalOf(st.Mtim),
+	}
+	g.facts = image.GhostFacts{ID: g.id, AtimeNS: st.Atim.Nano(), MtimeNS: st.Mtim.Nano()}
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFREG:
+		g.msg.Chunks = proto.Bool(true)
+		g.msg.Size = proto.Uint64(uint64(st.Size))
+	case unix.S_IFCHR, unix.S_IFBLK:
+		g.msg.Rdev = proto.Uint32(uint32(st.Rdev))
+	case unix.S_IFLNK:
+		target, err := readlinkAt(f)
+		if err != nil {
+			return nil, err
+		}
+		g.msg.SymlnkTarget = proto.String(target)
+	}
+	var err error
+	if g.facts.Xattrs, err = readXattrs(f); err != nil {
+		return nil, err
+	}
+	d.ghosts[inode(st)] = g
+	return g, nil
 }
 
 // readOnly says whether the mount of a file is read-only.
@@ -219,6 +228,14 @@ type ghostFile struct {
 	facts  *image.GhostFacts // nil in images of CRIU
 	file   *os.File          // open for writing if it is a regular file, until it is sealed
 	sealed bool
+
+	// Of one that travels with its name.
+	loose bool // no process has it open
+	at    spot
+	links []spot       // of its further names
+	place *plan.Place  // nil: shared memory
+	temp  *carriedFile // nil: it was there
+	sum   digest
 }
 
 // ghostOld is the bit that images before CRIU 2.2 set in remap_id in place of a type.
@@ -252,17 +269,8 @@ func (r *Restorer) loadGhosts() error {
 			if !ok {
 				return fmt.Errorf("image %s: first entry is a %T", ghostImage(id), es[0].Msg)
 			}
-			switch msg.GetMode() & unix.S_IFMT {
-			case unix.S_IFREG, unix.S_IFDIR, unix.S_IFIFO, unix.S_IFCHR, unix.S_IFBLK, unix.S_IFSOCK:
-			case unix.S_IFLNK:
-				if n := len(msg.GetSymlnkTarget()); n == 0 || n >= unix.PathMax || strings.IndexByte(msg.GetSymlnkTarget(), 0) >= 0 {
-					return fmt.Errorf("image %s: %q is no target of a symlink", ghostImage(id), msg.GetSymlnkTarget())
-				}
-			default:
-				return fmt.Errorf("image %s: deleted files of mode %#o are not carried", ghostImage(id), msg.GetMode())
-			}
-			if msg.GetSize() > 1<<63-1 {
-				return fmt.Errorf("image %s: size %d is out of range", ghostImage(id), msg.GetSize())
+			if err := checkGhost(msg, ghostImage(id)); err != nil {
+				return err
 			}
 			r.ghosts[id] = &ghostFile{msg: msg}
 		}
@@ -271,25 +279,45 @@ func (r *Restorer) loadGhosts() error {
 	return r.loadGhostFacts()
 }
 
+// checkGhost validates a ghost's entry.
+func checkGhost(msg *ghost_file.GhostFileEntry, file string) error {
+	switch msg.GetMode() & unix.S_IFMT {
+	case unix.S_IFREG, unix.S_IFDIR, unix.S_IFIFO, unix.S_IFCHR, unix.S_IFBLK, unix.S_IFSOCK:
+	case unix.S_IFLNK:
+		if n := len(msg.GetSymlnkTarget()); n == 0 || n >= unix.PathMax || strings.IndexByte(msg.GetSymlnkTarget(), 0) >= 0 {
+			return fmt.Errorf("image %s: %q is no target of a symlink", file, msg.GetSymlnkTarget())
+		}
+	default:
+		return fmt.Errorf("image %s: deleted files of mode %#o are not carried", file, msg.GetMode())
+	}
+	if msg.GetSize() > 1<<63-1 {
+		return fmt.Errorf("image %s: size %d is out of range", file, msg.GetSize())
+	}
+	return nil
+}
+
 func (r *Restorer) loadGhostFacts() error {
 	if r.set.Facts == nil {
 		return nil
 	}
 	for i := range r.set.Facts.Ghosts {
 		f := &r.set.Facts.Ghosts[i]
-		g := r.ghosts[f.ID]
-		if g == nil {
-			return fmt.Errorf("%s tells of deleted file %d, which is not there", image.FactsFile, f.ID)
-		}
 		for name, value := range f.Xattrs {
 			if name == "" || len(name) > 255 || strings.IndexByte(name, 0) >= 0 || len(value) > maxXattr {
 				return fmt.Errorf("%s: deleted file %d has an extended attribute that is not possible", image.FactsFile, f.ID)
 			}
 		}
-		g.facts = f
-		if err := g.checkNamed(); err != nil {
-			return fmt.Errorf("%s: file %d: %w", image.FactsFile, f.ID, err)
+		if f.Named != nil {
+			if err := r.loadCarried(f); err != nil {
+				return err
+			}
+			continue
 		}
+		g := r.ghosts[f.ID]
+		if g == nil {
+			return fmt.Errorf("%s tells of deleted file %d, which is not there", image.FactsFile, f.ID)
+		}
+		g.facts = f
 	}
 	return nil
 }
@@ -322,7 +350,7 @@ func (g *ghostFile) create(r *Restorer, e *regfile.RegFileEntry) error {
 	case g.file != nil:
 		return nil
 	case g.carried():
-		return g.createNamed(r)
+		return g.make(r)
 	}
 	name := e.GetName()
 	err := r.inParent(name, func(dir int, base string) (err error) {
@@ -545,8 +573,12 @@ func (g *ghostFile) times() ([]unix.Timespec, bool) {
 
 func sealGhosts(r *Restorer, _ []*description) []error {
 	var errs []error
+	errs = append(errs, r.filled())
+	for _, g := range r.named {
+		errs = append(errs, g.finish(r))
+	}
 	for _, g := range r.ghosts {
-		if g.file == nil || g.sealed {
+		if g.file == nil || g.sealed || g.carried() {
 			continue
 		}
 		errs = append(errs, g.attributes(r, true))

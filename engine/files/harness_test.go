@@ -248,9 +248,9 @@ func restore(t *testing.T, d *dumped, o RestoreOptions) *restored {
 		t.Fatal(err)
 	}
 	for id, b := range d.data {
-		f := r.DataFile(id)
-		if f == nil {
-			t.Fatalf("no file for data %s", id)
+		f, err := r.DataFile(id, 0, b)
+		if err != nil || f == nil {
+			t.Fatalf("no file for data %s: %v", id, err)
 		}
 		if id.Kind == image.Shmem { // whole pages, as the core has them
 			b = append(bytes.Clone(b), make([]byte, (4096-len(b)%4096)%4096)...)

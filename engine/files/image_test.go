@@ -112,7 +112,9 @@ func TestThroughDirectory(t *testing.T) {
 					break
 				}
 				check(err)
-				_, err = r.DataFile(id).WriteAt(p, int64(off))
+				f, err := r.DataFile(id, off, p)
+				check(err)
+				_, err = f.WriteAt(p, int64(off))
 				check(err)
 			}
 			check(r.Seal())
@@ -244,7 +246,11 @@ func TestPaths(t *testing.T) {
 	}
 	defer func() { _ = unix.Munmap(m) }()
 	for id, b := range d.data {
-		if _, err := r.DataFile(id).WriteAt(b, 0); err != nil {
+		f, err := r.DataFile(id, 0, b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.WriteAt(b, 0); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -56,6 +56,8 @@ type RestoreOptions struct {
 	// ExtUnixSk connects datagram sockets to named ones outside the tree again;
 	// without it images with such sockets are refused.
 	ExtUnixSk bool
+	// Carry is where files that travelled with the tree may be placed.
+	Carry []plan.Place
 	// Actor gives a process that has a pid in the images, of the tree or made for
 	// the purpose; 0 is any. nil: this process makes all sockets, and their peers see it.
 	Actor func(pid int) (Actor, error)
@@ -128,6 +130,9 @@ type Restorer struct {
 	firsts    map[uint32][]*description // by table
 	links     Links
 	carried   Carried
+	named     []*ghostFile           // that travel with their names, directories before what is in them
+	filling   *ghostFile             // whose content comes
+	spent     map[*plan.Place]uint64 // bytes of content
 	ghosts    map[uint32]*ghostFile
 	memfds    map[uint32]*memfdFile
 	pipes     map[uint32]*queue
@@ -164,14 +169,18 @@ func NewRestorer(log hclog.Logger, set *image.Set, o RestoreOptions) (*Restorer,
 		byID: map[uint32]*description{}, byIno: map[uint32]*description{}, tables: map[uint32]*table{}, facts: map[uint32]*image.FileFacts{},
 		remaps: map[uint32]uint32{}, linked: map[uint32]uint32{}, noted: map[uint32]bool{}, latePipes: map[uint32][]*description{}, ghosts: map[uint32]*ghostFile{}, memfds: map[uint32]*memfdFile{}, handed: map[string]*Inherit{},
 		conns: map[*description]*connection{},
-		locks: map[uint32][]*fileLock{},
+		locks: map[uint32][]*fileLock{}, spent: map[*plan.Place]uint64{},
 	}
 	if set.Facts != nil {
 		for i := range set.Facts.Files {
 			r.facts[set.Facts.Files[i].ID] = &set.Facts.Files[i]
 		}
 	}
-	var err error
+	r.opts.Carry = slices.Clone(o.Carry)
+	err := checkPlaces(r.opts.Carry)
+	if err != nil {
+		return nil, err
+	}
 	for _, load := range []func() error{r.loadFiles, r.loadTables, r.loadLocks, r.loadGhosts, r.loadLinked, r.loadMemfds, r.loadSockQueues, r.loadTTYs, r.matchInherit, r.loadConnections, r.loadBPF} {
 		if err := load(); err != nil {
 			return nil, err
@@ -528,6 +537,9 @@ func (r *Restorer) byKind(k *kind) []*description {
 // Everything that fails is told in one error; Close then cleans up.
 func (r *Restorer) Open() error {
 	r.planLate()
+	if err := r.makeCarried(); err != nil {
+		return err
+	}
 	var errs []error
 	for _, k := range kinds {
 		if k == kindUnix {
@@ -566,22 +578,27 @@ func (r *Restorer) Seal() error {
 	return list("finish the files of the tree", errs)
 }
 
-// DataFile is where the content of id goes, at its offsets; nil if the content is
-// not a file's. It is open for writing from Open to Seal.
-func (r *Restorer) DataFile(id image.DataID) *os.File {
+// DataFile is where a piece of the content of id goes, at its offset; nil if the
+// content is not a file's. It is open for writing from Open to Seal.
+func (r *Restorer) DataFile(id image.DataID, off uint64, b []byte) (*os.File, error) {
 	switch id.Kind {
 	case image.Shmem:
 		for _, m := range r.memfds {
 			if m.msg.GetShmid() == id.ID {
-				return m.file
+				return m.file, nil
 			}
 		}
 	case image.Ghost:
-		if g := r.ghosts[id.ID]; g != nil && !g.sealed && g.msg.GetMode()&unix.S_IFMT == unix.S_IFREG {
-			return g.file
+		g := r.ghosts[id.ID]
+		switch {
+		case g == nil || g.sealed || g.typ() != unix.S_IFREG:
+		case g.carried():
+			return r.fill(id, off, b)
+		default:
+			return g.file, nil
 		}
 	}
-	return nil
+	return nil, nil
 }
 
 // File gives the open file of an entry: a mapping, an executable, a working

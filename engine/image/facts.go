@@ -385,6 +385,8 @@ type NamedFacts struct {
 	Path string `json:"path"`
 	// Replace: it may take the place of another file.
 	Replace bool `json:"replace,omitempty"`
+	// Links are further names of the same file.
+	Links []string `json:"links,omitempty"`
 }
 
 // UnixFacts belongs to a unix socket.

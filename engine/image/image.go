@@ -25,6 +25,9 @@ const (
 	Shmem DataKind = 2
 	// Ghost is the content of a deleted file; ID is its ghost id.
 	Ghost DataKind = 3
+	// Digest follows the Ghost data of a file that travels with its name and has
+	// the same ID; the data is a SHA-256 of that.
+	Digest DataKind = 4
 )
 
 func (k DataKind) String() string {
@@ -35,6 +38,8 @@ func (k DataKind) String() string {
 		return "shmem"
 	case Ghost:
 		return "ghost"
+	case Digest:
+		return "digest"
 	}
 	return fmt.Sprintf("data kind %d", uint8(k))
 }

@@ -44,6 +44,10 @@ type File struct {
 	Pids     []int
 	Writable bool
 	Create   bool // the restore makes it; the path must be free
+	// Carried: it travels, a directory with all that is in it, and takes the place of
+	// what is there. Allocated are the bytes that it needs.
+	Carried   bool
+	Allocated uint64
 }
 
 // External is one file that the destination must be handed.

@@ -39,6 +39,7 @@ type Options struct {
 	Namespaces      NamespaceOptions
 	Cgroups         cgroup.Options
 	Files           plan.FileRestoreOptions
+	Carry           []plan.Place // where files that travelled may be placed
 	TimeNamespace   Clocks
 	// ShellJob lands sessions whose leader is not in the tree in that of this
 	// process, and puts Terminal in the place of one that was outside the tree.
@@ -247,7 +248,7 @@ func (t *Tree) sow() (err error) {
 
 // readFiles checks what the images say of files, before anything is built.
 func (t *Tree) readFiles(set *image.Set) (err error) {
-	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, TCPClose: t.o.TCPClose, TCPOutside: t.o.TCPOutside, LockSkip: t.o.LockSkip, OwnNet: t.inside().Has(ns.Net), Inherit: t.o.Inherit, FileLocks: t.o.FileLocks, ShellJob: t.o.ShellJob, Terminal: t.o.Terminal, FileRestoreOptions: t.o.Files}
+	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, TCPClose: t.o.TCPClose, TCPOutside: t.o.TCPOutside, LockSkip: t.o.LockSkip, OwnNet: t.inside().Has(ns.Net), Inherit: t.o.Inherit, FileLocks: t.o.FileLocks, ShellJob: t.o.ShellJob, Terminal: t.o.Terminal, Carry: t.o.Carry, FileRestoreOptions: t.o.Files}
 	fo.ExtUnixSk, fo.Actor = t.o.ExtUnixSk, t.actor
 	fo.Pid = t.hostPid
 	t.files, err = files.NewRestorer(t.log, set, fo)
@@ -678,7 +679,13 @@ func (t *Tree) cloneThreads(p *process) error {
 }
 
 func (t *Tree) fillFile(id image.DataID, off uint64, b []byte) error {
-	f := t.files.DataFile(id)
+	if id.Kind == image.Digest {
+		return t.files.CheckSum(id.ID, b)
+	}
+	f, err := t.files.DataFile(id, off, b)
+	if err != nil {
+		return err
+	}
 	if id.Kind == image.Shmem && f == nil {
 		f = t.shmems[id.ID]
 	}
@@ -701,6 +708,9 @@ func (t *Tree) fillFile(id image.DataID, off uint64, b []byte) error {
 		err = sys.WriteHuge(f, b, off, page)
 	} else if err == nil {
 		_, err = f.WriteAt(b, int64(off))
+	}
+	if errors.Is(err, unix.ENOSPC) {
+		return fmt.Errorf("write %s: the file system here is full: %w", f.Name(), err)
 	}
 	if err != nil {
 		return fmt.Errorf("write data of %s: %w", id, err)
