@@ -75,6 +75,8 @@ type Agent struct {
 	destinations map[string]*destination
 	landed       map[int]string // pid of the child of ours: migration
 
+	provisions *provisions
+
 	// informing ends when a stopping agent has nothing more to wait for but
 	// words that change nothing.
 	informing context.Context
@@ -93,6 +95,7 @@ func New(cfg Config) *Agent {
 		cfg: cfg, log: cfg.Logger.Named("agent"), started: time.Now(),
 		sources: map[string]*source{}, destinations: map[string]*destination{}, landed: map[int]string{},
 	}
+	a.provisions = &provisions{log: a.log.Named("provide")}
 	a.informing, a.hush = context.WithCancel(context.Background())
 	return a
 }

@@ -122,7 +122,7 @@ func runDaemon(ctx context.Context, cfg *configs.Agent, stderr io.Writer) (err e
 		Timeouts: Timeouts{
 			Begin: 10 * time.Second, Freeze: cfg.Timeouts.Freeze.D(), Frozen: cfg.Timeouts.Frozen.D(), Prepared: cfg.Timeouts.Prepared.D(),
 		},
-		GhostLimit: uint64(cfg.GhostLimit), Logger: log,
+		GhostLimit: uint64(cfg.GhostLimit), External: cfg.Rules(), Logger: log,
 	})
 	info, err := a.describe()
 	if err != nil {
@@ -135,6 +135,12 @@ func runDaemon(ctx context.Context, cfg *configs.Agent, stderr io.Writer) (err e
 	if err := a.Serve(svc); err != nil {
 		return errors.Join(err, svc.Stop())
 	}
+	local, err := listenLocal(localSocketPath(cfg.StateDir, host))
+	if err != nil {
+		return errors.Join(err, svc.Stop())
+	}
+	defer func() { _ = local.Close() }()
+	go a.serveLocal(local)
 	// Ready means that a call made from now on finds the subscriptions.
 	if err := nc.FlushTimeout(5 * time.Second); err != nil {
 		log.Warn("the bus is away", "error", err)

@@ -40,8 +40,14 @@ func holdPath(_ context.Context, q *holdRequest) (*held, error) {
 	if err != nil {
 		return nil, hintedf("the source has it at "+q.external[0].Path, "%w", err)
 	}
+	if err := q.suits(f); err != nil {
+		_ = f.Close()
+		return nil, hintedf(sizeHint, "%w", err)
+	}
 	return &held{file: f, forward: q.Forward}, nil
 }
+
+const sizeHint = "give another file, or say what may differ: size=any, mode=any, content=any"
 
 // openPath opens one file. The kind is looked at through an O_PATH description
 // first, since opening a wrong object (a tty, a tape, a fifo without a peer)
@@ -52,6 +58,11 @@ func (q *holdRequest) openPath(path string) (*os.File, error) {
 		return nil, err
 	}
 	defer func() { _ = look.Close() }()
+	return q.openLook(look, path)
+}
+
+// openLook is openPath of a file that is open with O_PATH.
+func (q *holdRequest) openLook(look *os.File, path string) (*os.File, error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(look.Fd()), &st); err != nil {
 		return nil, os.NewSyscallError("fstat", err)

@@ -32,7 +32,11 @@ var resolvers map[string]resolver
 
 func init() {
 	resolvers = map[string]resolver{
-		external.Path: {serves: servesNamed, hold: holdPath},
+		external.Path:    {serves: servesNamed, hold: holdPath},
+		external.Create:  resolverCreate,
+		external.Null:    resolverNull,
+		external.Provide: resolverProvide,
+		external.Inherit: resolverProvide,
 	}
 }
 
@@ -54,8 +58,9 @@ type held struct {
 	anyKind bool     // it may be of another kind than what it stands for
 	// start, if set, is called once the migration is committed, before the tree runs.
 	start func(ctx context.Context) error
-	// release, if set, undoes what hold did, if the tree does not run here.
-	release func()
+	// release, if set, undoes what hold did, if the tree does not run here; landed is
+	// called if it does.
+	release, landed func()
 }
 
 // holdings are what a session holds.
@@ -67,8 +72,12 @@ type holdings struct {
 // close lets go. landed says that the tree runs here.
 func (h *holdings) close(landed bool) {
 	for _, x := range slices.Backward(h.all) {
-		if x.release != nil && !landed {
-			x.release()
+		end := x.release
+		if landed {
+			end = x.landed
+		}
+		if end != nil {
+			end()
 		}
 		if x.file != nil {
 			_ = x.file.Close()

@@ -41,6 +41,8 @@ type Agent struct {
 	Limits     Limits   `toml:"limits"`
 	Timeouts   Timeouts `toml:"timeouts"`
 	Log        Log      `toml:"log"`
+	// External are rules about open files of trees that land here.
+	External []External `toml:"external"`
 }
 
 // NATS says how the bus is reached and who we are there. At most one of

@@ -2,6 +2,7 @@ package configs
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -12,6 +13,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"godwit/configs/external"
 )
 
 // TestSamples checks that the sample files are the defaults and name every key.
@@ -174,6 +177,83 @@ frozen = "0s"
 		{name: "table as a value", file: "nats = 1", problems: []string{"FILE:1:1: nats: is an integer; want a table"}},
 		{name: "tables as a list", file: "[[nats]]\nuser=\"x\"", problems: []string{"FILE:1:3: nats: is an array; want a table"}},
 		{name: "value as a table", file: "[host]\nx=1", problems: []string{"FILE:1:2: host: is a table; want a string"}},
+		{
+			name: "rules about external files",
+			file: `[[external]]
+match = ["path:/var/log/*.log", "role:stdout"]
+resolver = "path"
+argument = "/srv/{base}"
+size = "grow-ok"
+mode = "any"
+[[external]]
+match = ["kind:fifo"]
+resolver = "carry"
+limit = "1MiB"
+overwrite = true
+`,
+			want: func(c *Agent) {
+				c.External = []External{
+					{Match: []string{"path:/var/log/*.log", "role:stdout"}, Resolver: "path", Argument: "/srv/{base}", Size: "grow-ok", Mode: "any", origin: "FILE:1"},
+					{Match: []string{"kind:fifo"}, Resolver: "carry", Limit: 1 << 20, Overwrite: true, origin: "FILE:7"},
+				}
+			},
+		},
+		{
+			name: "rules with mistakes",
+			file: `[[external]]
+match = ["path:var/log", "kind:fif"]
+resolvr = "path"
+[[external]]
+match = []
+resolver = "paht"
+[[external]]
+match = ["kind:fifo"]
+resolver = "path"
+[[external]]
+match = ["kind:fifo"]
+resolver = "path"
+argument = "log"
+[[external]]
+match = ["kind:fifo"]
+resolver = "null"
+forward = 1
+limit = "1 parsec"
+[[external]]
+match = "kind:fifo"
+resolver = "null"
+size = "same"
+[[external]]
+match = ["kind:fifo"]
+resolver = "provide"
+size = "grow"
+`,
+			problems: []string{
+				`FILE:1:3: external[0].resolver: is empty; want one of carry, create, image, inherit, journal, null, path, provide, proxy, terminal`,
+				`FILE:2:1: external[0].match: "path:var/log": path "var/log": want an absolute path, or **/NAME`,
+				`FILE:2:1: external[0].match: "kind:fif": kind "fif": want one of ` + kinds(t) + `; did you mean fifo?`,
+				`FILE:3:1: external[0].resolvr: unknown key; did you mean external[0].resolver?`,
+				`FILE:5:1: external[1].match: is empty; want selectors, such as ["path:/var/log/app/*.log"]`,
+				`FILE:6:1: external[1].resolver: unknown resolver "paht"; did you mean path?; there are carry, create, image, inherit, journal, null, path, provide, proxy, terminal`,
+				`FILE:7:3: external[2].argument: resolver path needs an argument: path:/PATH`,
+				`FILE:13:1: external[3].argument: the path "log" is one of the destination and must be absolute`,
+				`FILE:17:1: external[4].forward: is an integer; want true or false`,
+				`FILE:18:1: external[4].limit: "1 parsec": want a number and a unit, such as "512KiB" or "4MiB"`,
+				`FILE:20:1: external[5].match: is a string; want a list of strings`,
+				`FILE:20:1: external[5].match: is empty; want selectors, such as ["path:/var/log/app/*.log"]`,
+				`FILE:22:1: external[5].size: resolver null has no option size`,
+				`FILE:26:1: external[6].size: size="grow": want one of same, grow-ok, any, truncate; did you mean grow-ok?`,
+			},
+		},
+		{name: "rules inline", file: `external = [{match = ["kind:fifo"], resolver = "null"}, 3]`, problems: []string{
+			`FILE:1:1: external: an element is an integer; want tables, each below [[external]]`,
+		}},
+		{name: "rules inline with a mistake", file: `external = [{match = ["kind:fifo"], resolver = "null", size = "any"}, {mach = []}]`, problems: []string{
+			`FILE:1:1: external[1].match: is empty; want selectors, such as ["path:/var/log/app/*.log"]`,
+			`FILE:1:1: external[1].resolver: is empty; want one of carry, create, image, inherit, journal, null, path, provide, proxy, terminal`,
+			`FILE:1:56: external[0].size: resolver null has no option size`,
+			`FILE:1:72: external[1].mach: unknown key; did you mean external[1].match?`,
+		}},
+		{name: "rules as a table", file: "[external]\nmatch = []", problems: []string{`FILE:1:2: external: is a table; want tables, each below [[external]]`}},
 		{name: "inline table", file: "limits = {lanes = 3, wndow = 1}", problems: []string{"FILE:1:22: limits.wndow: unknown key; did you mean limits.window?"}},
 	}
 	for _, tt := range tests {
@@ -205,10 +285,52 @@ frozen = "0s"
 			}
 			want := DefaultAgent()
 			tt.want(want)
-			if d := cmp.Diff(want, got); d != "" {
+			for i := range want.External {
+				want.External[i].origin = strings.ReplaceAll(want.External[i].origin, "FILE", path)
+			}
+			if d := cmp.Diff(want, got, cmp.AllowUnexported(External{})); d != "" {
 				t.Errorf("(-want +got):\n%s", d)
 			}
 		})
+	}
+}
+
+// kinds are the kinds that a selector can name, as messages list them.
+func kinds(t *testing.T) string {
+	t.Helper()
+	_, err := external.ParseSelector("kind:")
+	_, all, ok := strings.Cut(fmt.Sprint(err), "want one of ")
+	if !ok {
+		t.Fatalf("%v does not list the kinds", err)
+	}
+	all, _, _ = strings.Cut(all, ";")
+	return all
+}
+
+// TestSampleRules: the rules that the sample has as comments are valid.
+func TestSampleRules(t *testing.T) {
+	text, err := os.ReadFile("agent.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "agent.toml")
+	if err := os.WriteFile(path, regexp.MustCompile(`(?m)^#(\S)`).ReplaceAll(text, []byte("$1")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := LoadAgent(path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, r := range c.Rules() {
+		got = append(got, r.Entry.String())
+	}
+	want := []string{
+		"path:/var/log/app/**=path:/srv/log/{rest},size=grow-ok,mode=any", "path:/var/cache/app/*.db=path:{path},size=any",
+		"role:stdout=null", "role:stderr=null",
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("(-want +got):\n%s", d)
 	}
 }
 

@@ -56,6 +56,17 @@ func (e *Error) Error() string {
 // position is a place in a file, counted from 1.
 type position struct{ line, col int }
 
+// tableList is an array of tables. Only the file can have one; its tables
+// become fields as they are read: external[0].match.
+type tableList struct {
+	key   string
+	value reflect.Value
+}
+
+func isTables(v reflect.Value) bool {
+	return v.Kind() == reflect.Slice && v.Type().Elem().Kind() == reflect.Struct
+}
+
 type field struct {
 	key    string
 	env    string
@@ -69,11 +80,13 @@ type loader struct {
 	prefix, foreign string // of environment variables: ours, and what to leave alone
 	fields          []*field
 	tables          []string
+	lists           []*tableList
+	origins         map[string]Problem // of tables in lists, by key; without Reason
 	problems        []Problem
 }
 
 func newLoader(config any, prefix, foreign string) *loader {
-	l := &loader{prefix: prefix, foreign: foreign}
+	l := &loader{prefix: prefix, foreign: foreign, origins: map[string]Problem{}}
 	l.addFields(reflect.ValueOf(config).Elem(), "")
 	return l
 }
@@ -81,8 +94,18 @@ func newLoader(config any, prefix, foreign string) *loader {
 func (l *loader) addFields(v reflect.Value, parent string) {
 	for i := range v.NumField() {
 		key := v.Type().Field(i).Tag.Get("toml")
+		if key == "" {
+			continue
+		}
 		if parent != "" {
 			key = parent + "." + key
+		}
+		if isTables(v.Field(i)) {
+			l.lists = append(l.lists, &tableList{key: key, value: v.Field(i)})
+			for n := range v.Field(i).Len() {
+				l.addFields(v.Field(i).Index(n), fmt.Sprintf("%s[%d]", key, n))
+			}
+			continue
 		}
 		if v.Field(i).Kind() == reflect.Struct {
 			l.tables = append(l.tables, key)
@@ -110,6 +133,15 @@ func (l *loader) field(key string) *field {
 func (l *loader) add(p Problem, reason string) {
 	p.Reason = reason
 	l.problems = append(l.problems, p)
+}
+
+func (l *loader) list(key string) *tableList {
+	for _, t := range l.lists {
+		if t.key == key {
+			return t
+		}
+	}
+	return nil
 }
 
 // bad notes that the value of key is not valid.
@@ -180,6 +212,9 @@ func (l *loader) variable(name, text string) {
 	}
 	var names []string
 	for _, f := range l.fields {
+		if strings.Contains(f.key, "[") {
+			continue // of a table in a list
+		}
 		if f.env == name {
 			l.text(f, text, name)
 			return
@@ -254,6 +289,12 @@ func set(dst reflect.Value, v any) error {
 			return fmt.Errorf("%s; want a string", isA(v))
 		}
 		*p = s
+	case *bool:
+		b, ok := v.(bool)
+		if !ok {
+			return fmt.Errorf("%s; want true or false", isA(v))
+		}
+		*p = b
 	case *int:
 		n, ok := v.(int64)
 		if !ok {
@@ -338,6 +379,8 @@ func (l *loader) table(path string, at map[string]position, parent string, t map
 				continue
 			}
 			l.table(path, at, key, sub)
+		case l.list(key) != nil:
+			l.tableList(path, at, p, l.list(key), v)
 		default:
 			var known []string
 			for _, f := range l.fields {
@@ -346,8 +389,39 @@ func (l *loader) table(path string, at map[string]position, parent string, t map
 			if isTable {
 				known = l.tables
 			}
+			for _, t := range l.lists {
+				known = append(known, t.key)
+			}
 			l.add(p, "unknown key"+didYouMean(nearest(key, known)))
 		}
+	}
+}
+
+// tableList reads an array of tables.
+func (l *loader) tableList(path string, at map[string]position, p Problem, t *tableList, v any) {
+	elements, ok := v.([]any)
+	if !ok {
+		l.add(p, fmt.Sprintf("%s; want tables, each below [[%s]]", isA(v), t.key))
+		return
+	}
+	for _, e := range elements {
+		if _, ok := e.(map[string]any); !ok {
+			l.add(p, fmt.Sprintf("an element %s; want tables, each below [[%s]]", isA(e), t.key))
+			return
+		}
+	}
+	t.value.Set(reflect.MakeSlice(t.value.Type(), len(elements), len(elements)))
+	for i, e := range elements {
+		key := fmt.Sprintf("%s[%d]", t.key, i)
+		pos := at[key]
+		origin := Problem{Key: key, line: pos.line, col: pos.col, Origin: fmt.Sprintf("%s:%d:%d", path, pos.line, pos.col)}
+		l.origins[key] = origin
+		first := len(l.fields)
+		l.addFields(t.value.Index(i), key)
+		for _, f := range l.fields[first:] {
+			f.origin = Problem{Key: f.key, line: pos.line, col: pos.col, Origin: origin.Origin}
+		}
+		l.table(path, at, key, e.(map[string]any))
 	}
 }
 
@@ -372,6 +446,7 @@ func positions(text []byte) map[string]position {
 	var p unstable.Parser
 	p.Reset(text)
 	var table []string
+	counts := map[string]int{} // of the tables of an array so far
 	note := func(prefix []string, key unstable.Iterator) []string {
 		path := slices.Clone(prefix)
 		for key.Next() {
@@ -386,19 +461,39 @@ func positions(text []byte) map[string]position {
 	}
 	var value func(prefix []string, n *unstable.Node)
 	value = func(prefix []string, n *unstable.Node) {
-		if n.Kind != unstable.InlineTable {
-			return
-		}
-		for it := n.Children(); it.Next(); {
-			kv := it.Node()
-			value(note(prefix, kv.Key()), kv.Value())
+		switch n.Kind {
+		case unstable.InlineTable:
+			for it := n.Children(); it.Next(); {
+				kv := it.Node()
+				value(note(prefix, kv.Key()), kv.Value())
+			}
+		case unstable.Array:
+			i := 0
+			for it := n.Children(); it.Next(); i++ {
+				if it.Node().Kind != unstable.InlineTable {
+					continue
+				}
+				of := slices.Clone(prefix)
+				of[len(of)-1] += fmt.Sprintf("[%d]", i)
+				at[strings.Join(of, ".")] = at[strings.Join(prefix, ".")]
+				value(of, it.Node())
+			}
 		}
 	}
 	for p.NextExpression() {
 		e := p.Expression()
 		switch e.Kind {
-		case unstable.Table, unstable.ArrayTable:
+		case unstable.Table:
 			table = note(nil, e.Key())
+		case unstable.ArrayTable:
+			table = note(nil, e.Key())
+			k := strings.Join(table, ".")
+			last := len(table) - 1
+			table[last] = fmt.Sprintf("%s[%d]", table[last], counts[k])
+			counts[k]++
+			for it := e.Key(); it.Next(); {
+				at[strings.Join(table, ".")] = place(text, it.Node().Raw.Offset)
+			}
 		case unstable.KeyValue:
 			value(note(table, e.Key()), e.Value())
 		}

@@ -1,6 +1,7 @@
 package configs
 
 import (
+	"fmt"
 	"net"
 	"net/url"
 	"path/filepath"
@@ -88,6 +89,9 @@ func (c *Agent) validate(l *loader) {
 		}
 	}
 	c.Log.validate(l)
+	for i := range c.External {
+		c.External[i].validate(l, fmt.Sprintf("external[%d]", i))
+	}
 }
 
 func (c *Coordinator) validate(l *loader) {

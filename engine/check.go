@@ -42,7 +42,7 @@ func (e *Engine) Check(ctx context.Context, p *Plan, o RestoreOptions) error {
 	if o.NewPidNamespace { // it has a /dev/pts of its own
 		paths = slices.DeleteFunc(slices.Clone(paths), func(f plan.File) bool { return f.Kind == files.KindTerminal })
 	}
-	for _, x := range files.CheckDestination(paths, p.External, p.Ports, in) {
+	for _, x := range files.CheckWith(o.Files.Policy, paths, p.External, p.Ports, in) {
 		r.Add(x)
 	}
 	return errors.Join(ctx.Err(), r.Err())
@@ -166,3 +166,12 @@ func limit(v uint64) string {
 	}
 	return fmt.Sprint(v)
 }
+
+// CompareFile says in what a file differs from the recorded mode, size and open
+// flags of one, against a policy. The error goes on after the file's name.
+func CompareFile(p FilePolicy, st *unix.Stat_t, mode uint32, size uint64, flags uint32) error {
+	return files.Compare(p, st, mode, size, flags)
+}
+
+// BuildID reads the GNU build-id of an open ELF file; others have none.
+func BuildID(f *os.File) string { return files.BuildID(f) }

@@ -195,11 +195,27 @@ type (
 	Place   = plan.Place
 )
 
-// FileOptions, FileRestoreOptions and FileValidation are those of package plan.
+// FileOptions, FileRestoreOptions and what belongs to them are those of package plan.
 type (
 	FileOptions        = plan.FileOptions
 	FileRestoreOptions = plan.FileRestoreOptions
 	FileValidation     = plan.FileValidation
+	FilePolicy         = plan.FilePolicy
+	SizeRule           = plan.SizeRule
+	ModeRule           = plan.ModeRule
+)
+
+// Values of SizeRule and ModeRule.
+const (
+	SizeDefault  = plan.SizeDefault
+	SizeByUse    = plan.SizeByUse
+	SizeSame     = plan.SizeSame
+	SizeGrown    = plan.SizeGrown
+	SizeAny      = plan.SizeAny
+	SizeTruncate = plan.SizeTruncate
+	ModeDefault  = plan.ModeDefault
+	ModeSame     = plan.ModeSame
+	ModeAny      = plan.ModeAny
 )
 
 // Values of FileValidation.

@@ -1673,6 +1673,8 @@ type OpenObject struct {
 	Hint          string    `protobuf:"bytes,19,opt,name=hint,proto3" json:"hint,omitempty"`
 	Declarable    bool      `protobuf:"varint,20,opt,name=declarable,proto3" json:"declarable,omitempty"` // refused, but not if it is declared external
 	Peer          string    `protobuf:"bytes,21,opt,name=peer,proto3" json:"peer,omitempty"`              // sockets: where the other end is, as far as it is known
+	Uid           uint32    `protobuf:"varint,22,opt,name=uid,proto3" json:"uid,omitempty"`               // owner
+	Gid           uint32    `protobuf:"varint,23,opt,name=gid,proto3" json:"gid,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1852,6 +1854,20 @@ func (x *OpenObject) GetPeer() string {
 		return x.Peer
 	}
 	return ""
+}
+
+func (x *OpenObject) GetUid() uint32 {
+	if x != nil {
+		return x.Uid
+	}
+	return 0
+}
+
+func (x *OpenObject) GetGid() uint32 {
+	if x != nil {
+		return x.Gid
+	}
+	return 0
 }
 
 // Resolution says what becomes of one key at the destination.
@@ -3833,7 +3849,7 @@ const file_godwit_proto_rawDesc = "" +
 	"\x04comm\x18\x02 \x01(\tR\x04comm\x12\x10\n" +
 	"\x03fds\x18\x03 \x03(\x05R\x03fds\x12\x14\n" +
 	"\x05roles\x18\x04 \x03(\tR\x05roles\x12\x1b\n" +
-	"\tinner_pid\x18\x05 \x01(\x05R\binnerPid\"\xf6\x03\n" +
+	"\tinner_pid\x18\x05 \x01(\x05R\binnerPid\"\x9a\x04\n" +
 	"\n" +
 	"OpenObject\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
@@ -3859,7 +3875,9 @@ const file_godwit_proto_rawDesc = "" +
 	"\n" +
 	"declarable\x18\x14 \x01(\bR\n" +
 	"declarable\x12\x12\n" +
-	"\x04peer\x18\x15 \x01(\tR\x04peer\"\xca\x02\n" +
+	"\x04peer\x18\x15 \x01(\tR\x04peer\x12\x10\n" +
+	"\x03uid\x18\x16 \x01(\rR\x03uid\x12\x10\n" +
+	"\x03gid\x18\x17 \x01(\rR\x03gid\"\xca\x02\n" +
 	"\n" +
 	"Resolution\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x1a\n" +

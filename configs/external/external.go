@@ -23,6 +23,7 @@ package external
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"path"
 	"slices"
 	"strconv"
@@ -90,7 +91,7 @@ var forms = map[string]form{
 	Null:     {},
 	Proxy:    {},
 	Terminal: {},
-	Image:    {},
+	Image:    {options: []string{"size", "mode"}},
 }
 
 // Resolvers are the names of all, sorted.
@@ -167,8 +168,8 @@ func (e *Entry) set(name, value string, has bool) error {
 		}
 		return nil
 	case "size", "mode", "content":
-		if !slices.Contains(optionValues[name], value) {
-			return fmt.Errorf("%s=%q: want one of %s", name, clip(value), strings.Join(optionValues[name], ", "))
+		if err := checkOption(name, value); err != nil {
+			return err
 		}
 		*map[string]*string{"size": &e.Size, "mode": &e.Mode, "content": &e.Content}[name] = value
 		return nil
@@ -206,30 +207,51 @@ func parseSize(s string) (uint64, error) {
 
 // Check says whether the resolver exists and takes what the entry gives it.
 func (e Entry) Check() error {
+	_, err := e.Fault()
+	return err
+}
+
+// Fault is what Check finds, and which part of the entry it is about:
+// "resolver", "argument" or the name of an option.
+func (e Entry) Fault() (part string, _ error) {
 	f, ok := forms[e.Resolver]
 	if !ok {
-		return fmt.Errorf("unknown resolver %q%s; there are %s", clip(e.Resolver), didYouMean(e.Resolver, Resolvers()), strings.Join(Resolvers(), ", "))
+		return "resolver", fmt.Errorf("unknown resolver %q%s; there are %s", clip(e.Resolver), didYouMean(e.Resolver, Resolvers()), strings.Join(Resolvers(), ", "))
 	}
 	switch {
 	case e.Argument != "" && !f.argument:
-		return fmt.Errorf("resolver %s takes no argument", e.Resolver)
+		return "argument", fmt.Errorf("resolver %s takes no argument", e.Resolver)
 	case e.Argument == "" && f.needed:
-		return fmt.Errorf("resolver %s needs an argument: %s:/PATH", e.Resolver, e.Resolver)
+		return "argument", fmt.Errorf("resolver %s needs an argument: %s:/PATH", e.Resolver, e.Resolver)
 	}
 	if f.isPath && e.Argument != "" {
 		if err := checkPath(e.Argument); err != nil {
-			return err
+			return "argument", err
 		}
 	}
-	for name, given := range map[string]bool{"forward": e.Forward, "overwrite": e.Overwrite, "size": e.Size != "", "mode": e.Mode != "", "content": e.Content != "", "limit": e.Limit != 0} {
-		if given && !slices.Contains(f.options, name) {
-			return fmt.Errorf("resolver %s has no option %s", e.Resolver, name)
+	given := map[string]bool{"forward": e.Forward, "overwrite": e.Overwrite, "size": e.Size != "", "mode": e.Mode != "", "content": e.Content != "", "limit": e.Limit != 0}
+	for _, name := range slices.Sorted(maps.Keys(given)) {
+		if given[name] && !slices.Contains(f.options, name) {
+			return name, fmt.Errorf("resolver %s has no option %s", e.Resolver, name)
 		}
+	}
+	for _, o := range []struct{ name, value string }{{"size", e.Size}, {"mode", e.Mode}, {"content", e.Content}} {
+		if err := checkOption(o.name, o.value); err != nil && o.value != "" {
+			return o.name, err
+		}
+	}
+	return "", nil
+}
+
+// checkOption says whether an option has a value with that name.
+func checkOption(name, value string) error {
+	if !slices.Contains(optionValues[name], value) {
+		return fmt.Errorf("%s=%q: want one of %s%s", name, clip(value), strings.Join(optionValues[name], ", "), didYouMean(value, optionValues[name]))
 	}
 	return nil
 }
 
-var placeholders = []string{"{base}", "{dir}", "{path}"}
+var placeholders = []string{"{base}", "{dir}", "{path}", "{rest}"}
 
 // checkPath says whether a path with placeholders can become an absolute one.
 func checkPath(s string) error {

@@ -199,6 +199,14 @@ func (m *matcher) hits(s Selector) []int {
 	return hits
 }
 
+// Matches says whether the object is one that the selector names.
+func (s Selector) Matches(o Object) bool {
+	if s.by == byKey {
+		return slices.Contains(s.keys, o.Key)
+	}
+	return s.names(o)
+}
+
 // names says whether the object is one that the selector names; not of keys.
 func (s Selector) names(o Object) bool {
 	switch s.by {

@@ -20,7 +20,12 @@ import (
 // only to look at them, and sockets only to see whether their addresses are free.
 // inherit is as RestoreOptions has it: keys, or paths that then need not exist.
 func CheckDestination(files []plan.File, ext []plan.External, ports []plan.Port, inherit map[string]Inherit) []refuse.Problem {
-	c := &destination{inherit: inherit, used: map[string]bool{}}
+	return CheckWith(nil, files, ext, ports, inherit)
+}
+
+// CheckWith is CheckDestination with a policy, as RestoreOptions has it.
+func CheckWith(policy func(name, path string) plan.FilePolicy, files []plan.File, ext []plan.External, ports []plan.Port, inherit map[string]Inherit) []refuse.Problem {
+	c := &destination{inherit: inherit, used: map[string]bool{}, policy: policy}
 	for _, f := range files {
 		c.file(f)
 	}
@@ -38,6 +43,7 @@ type destination struct {
 	inherit  map[string]Inherit
 	used     map[string]bool
 	need     map[uint64]uint64 // bytes for what travels, by file system
+	policy   func(name, path string) plan.FilePolicy // nil: none
 	problems []refuse.Problem
 }
 
@@ -180,6 +186,20 @@ func (c *destination) carried(f plan.File, st *unix.Stat_t, err error, fail func
 
 func (c *destination) regular(f plan.File, st *unix.Stat_t, fail func(reason, hint string)) {
 	size := uint64(st.Size)
+	p := plan.FilePolicy{}
+	if c.policy != nil {
+		p = c.policy(f.Path, f.Path)
+	}
+	if why := differentMode(p.Mode, st.Mode, f.Mode); why != "" {
+		fail("it "+why, "change it, or say mode=any")
+		return
+	}
+	if p.Size != plan.SizeDefault && !f.Mapped {
+		if why := differentSize(p.Size, size, f.Size, !f.Writable); why != "" {
+			fail("it "+why, "copy the file here, or say size=any")
+			return
+		}
+	}
 	switch {
 	case f.Mapped && f.BuildID != "":
 		h, err := openPath(f.Path, unix.O_PATH, 0)
@@ -199,7 +219,7 @@ func (c *destination) regular(f plan.File, st *unix.Stat_t, fail func(reason, hi
 			fail(fmt.Sprintf("it is mapped, and has %d bytes here, expected %d", size, f.Size), "install the same version here")
 			return
 		}
-	case f.Mapped && size < f.Size, !f.Writable && size < f.Size:
+	case f.Mapped && size < f.Size, !f.Writable && size < f.Size && p.Size == plan.SizeDefault:
 		fail(fmt.Sprintf("it has %d bytes here, expected at least %d", size, f.Size), "copy the file here")
 		return
 	}

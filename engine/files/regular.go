@@ -206,6 +206,9 @@ func (r *Restorer) base(x *description, e *regfile.RegFileEntry) (in *Inherit, b
 		if err := r.checkHanded(x, e, in); err != nil {
 			return nil, nil, err
 		}
+		if err := r.checkPolicy(in.File, e); err != nil {
+			return nil, nil, err
+		}
 		return in, in.File, nil
 	}
 	if e.GetExt() {

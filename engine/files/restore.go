@@ -145,6 +145,7 @@ type Restorer struct {
 	tcps      map[tcpPair]bool             // TCP connections of this host
 	lockID    string                       // of the dump's network lock; empty: none
 	made      []string                     // socket files
+	cuts      Cuts
 
 	ttySides map[uint32]*ttySide
 	ttys     []*ttyMade
@@ -681,6 +682,7 @@ func (r *Restorer) Made() []string { return r.made }
 // Close closes everything that was made and not handed on. It may be called twice.
 func (r *Restorer) Close() error {
 	r.links.Close()
+	r.cuts.Close()
 	errs := []error{r.carried.Remove()}
 	for _, x := range r.all {
 		if x.file != nil {

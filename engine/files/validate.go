@@ -61,7 +61,11 @@ func (r *Restorer) validate(f *os.File, e *regfile.RegFileEntry) error {
 		return fmt.Errorf("%s is a %s here, expected a %s", f.Name(), modeKind(st.Mode), modeKind(e.GetMode()))
 	}
 	strict := r.opts.Validation != plan.ValidateUse
-	if strict && e.Mode != nil && !r.opts.SkipModeCheck && st.Mode != e.GetMode() {
+	policy := r.policy(e)
+	if err := r.applyPolicy(policy, f, &st, e); err != nil {
+		return err
+	}
+	if strict && policy.Mode == plan.ModeDefault && e.Mode != nil && !r.opts.SkipModeCheck && st.Mode != e.GetMode() {
 		return fmt.Errorf("%s has mode %#o here, expected %#o (--skip-file-rwx-check overlooks permissions)", f.Name(), st.Mode&0o7777, e.GetMode()&0o7777)
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG || e.GetFlags()&unix.O_PATH != 0 || e.GetExt() {
@@ -69,7 +73,7 @@ func (r *Restorer) validate(f *os.File, e *regfile.RegFileEntry) error {
 	}
 	size, acc := uint64(st.Size), e.GetFlags()&unix.O_ACCMODE
 	switch {
-	case e.Size == nil:
+	case e.Size == nil, policy.Size != plan.SizeDefault:
 	case strict && size != e.GetSize() && (acc != unix.O_WRONLY || e.GetFlags()&unix.O_APPEND == 0):
 		return fmt.Errorf("%s has %d bytes here, expected %d", f.Name(), size, e.GetSize())
 	case acc == unix.O_RDONLY && size < e.GetSize():

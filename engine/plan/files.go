@@ -51,4 +51,38 @@ type FileRestoreOptions struct {
 	SkipModeCheck bool
 	// Proxied gives the far ends of objects that were dumped as proxied, by key.
 	Proxied map[string]*Far
+	// Policy says more about single files, by what the images call them (a path or
+	// an external key) and the path that they had; nil: nothing.
+	Policy func(name, path string) FilePolicy
 }
+
+// FilePolicy says in what one file may differ from what was recorded of it.
+type FilePolicy struct {
+	Size SizeRule
+	Mode ModeRule
+}
+
+// SizeRule is about the size of a regular file.
+type SizeRule int
+
+const (
+	// SizeDefault is what Validation says; of a file that was handed in, nothing.
+	SizeDefault SizeRule = iota
+	// SizeByUse wants a file that is read to be at least as large as it was.
+	SizeByUse
+	SizeSame
+	SizeGrown // at least as large as it was
+	SizeAny
+	// SizeTruncate wants what SizeGrown does, and cuts the file to the recorded size
+	// just before the tree runs.
+	SizeTruncate
+)
+
+// ModeRule is about permissions.
+type ModeRule int
+
+const (
+	ModeDefault ModeRule = iota // what Validation says; of a file that was handed in, nothing
+	ModeSame
+	ModeAny
+)

@@ -21,7 +21,9 @@ type Object struct {
 	Flags   uint32   `json:"flags"`
 	Offset  int64    `json:"offset"` // bytes
 	Mode    uint32   `json:"mode"`   // st_mode
-	Size    uint64   `json:"size"`   // bytes; regular files
+	UID     uint32   `json:"uid"`
+	GID     uint32   `json:"gid"`
+	Size    uint64   `json:"size"` // bytes; regular files
 	MTime   int64    `json:"mtime_ns,omitempty"`
 	Dev     uint64   `json:"dev"`
 	Ino     uint64   `json:"ino"`

@@ -66,6 +66,7 @@ type Tree struct {
 	joined    ns.Set              // their kinds
 	rootDir   *os.File            // root directory of a mount namespace of the tree's own
 	links     *files.Links        // names to remove once the tree runs
+	cuts      *files.Cuts         // files to truncate just before
 	carried   *files.Carried      // files to be placed before it runs
 	made      []int               // System V segments that go with a Discard
 	spare     uint64
@@ -863,7 +864,7 @@ func (t *Tree) state(p *process) error {
 func (t *Tree) releaseFiles() error {
 	var err error
 	if t.files != nil {
-		t.links = t.files.TakeLinks()
+		t.links, t.cuts = t.files.TakeLinks(), t.files.TakeCuts()
 		err = t.files.Close()
 		t.files = nil
 	}
@@ -906,6 +907,9 @@ func (t *Tree) run(stopped bool) error {
 		return err
 	}
 	if err := t.landing.Release(t.log); err != nil {
+		return err
+	}
+	if err := t.cuts.Apply(); err != nil {
 		return err
 	}
 	t.done = true
@@ -982,5 +986,6 @@ func (t *Tree) Discard() error {
 	t.landing.Close()
 	err = errors.Join(err, t.discardSegments(), t.leaveCgroups(true), t.carried.Remove(), t.releaseFiles())
 	t.links.Close()
+	t.cuts.Close()
 	return err
 }
