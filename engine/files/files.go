@@ -76,7 +76,7 @@ var kinds []*kind
 func init() {
 	kinds = []*kind{
 		kindEventfd, kindTimerfd, kindSignalfd, kindEventpoll, kindPidfd, kindBPF,
-		kindMemfd,
+		kindMemfd, kindMqueue,
 		kindPipe, kindFifo,
 		kindTun, // sockets may be bound to its addresses
 		kindUnix, kindInet, kindNetlink, kindPacket,

@@ -256,6 +256,15 @@ type FileFacts struct {
 	Sock *SockFacts `json:"sock,omitempty"`
 	// Tun is of a descriptor of /dev/net/tun that is attached to an interface.
 	Tun *TunFacts `json:"tun,omitempty"`
+	// Mqueue is of a descriptor of a POSIX message queue.
+	Mqueue *MqueueFacts `json:"mqueue,omitempty"`
+}
+
+// MqueueFacts is a POSIX message queue, which stays where it is.
+type MqueueFacts struct {
+	Name        string `json:"name"`         // without a slash
+	MaxMessages int64  `json:"max_messages"` // that it holds
+	MessageSize int64  `json:"message_size"` // bytes, at most
 }
 
 // TunFacts is the interface of a TUN or TAP descriptor, by its name in the entry.

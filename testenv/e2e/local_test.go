@@ -233,6 +233,15 @@ func TestObjects(t *testing.T) {
 		goes(ctx, t, r, 10)
 		stop(ctx, t, r)
 	})
+	t.Run("mqueue notify", func(t *testing.T) {
+		ctx := deadline(t, time.Minute)
+		r := selfcheck(ctx, t, h, newDir(t), "mqueue", "notify")
+		if o := agentCmd(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", newDir(t)); o.code != 1 || !strings.Contains(o.stderr, "mq_notify") {
+			t.Errorf("dump of a program with mq_notify: exit code %d, %q", o.code, o.stderr)
+		}
+		goes(ctx, t, r, 10)
+		stop(ctx, t, r)
+	})
 	// How far a semaphore is put back when its user ends is told by nothing.
 	t.Run("semundo held", func(t *testing.T) {
 		ctx := deadline(t, time.Minute)

@@ -147,6 +147,56 @@ COMMAND(posixqueue) {
 	loop(NULL);
 }
 
+// POSIX message queues of the host, with messages of several priorities.
+
+struct mq_state { long flags, maxmsg, msgsize, curmsgs, reserved[4]; };
+static int mq_all, mq_in, mq_out;
+static const char *mq_texts[] = {"third", "first", "fourth", "second"};
+static const unsigned mq_prio[] = {5, 30, 0, 30};
+
+static void mq_check(void) {
+	recheck();
+	struct mq_state st;
+	SYS(syscall(SYS_mq_getsetattr, mq_all, NULL, &st));
+	CHECK(st.curmsgs == 4 && st.maxmsg == 5 && st.msgsize == 64 && st.flags == O_NONBLOCK, "the queue has changed: %ld messages, flags %lo", st.curmsgs, st.flags);
+	SYS(syscall(SYS_mq_getsetattr, mq_in, NULL, &st));
+	CHECK(st.flags == 0, "flags of another descriptor: %lo", st.flags);
+	SYS(syscall(SYS_mq_timedsend, mq_out, "last", 4, 0, NULL));
+	CHECK(syscall(SYS_mq_timedsend, mq_all, "more", 4, 0, NULL) < 0 && errno == EAGAIN, "a full queue takes more");
+	char b[64];
+	unsigned prio;
+	long n = syscall(SYS_mq_timedreceive, mq_in, b, sizeof b, &prio, NULL);
+	CHECK(n == 5 && memcmp(b, "first", 5) == 0 && prio == 30, "received %ld bytes of priority %u", n, prio);
+	// All over again.
+	while (syscall(SYS_mq_timedreceive, mq_all, b, sizeof b, &prio, NULL) >= 0) {}
+	for (int i = 0; i < 4; i++) SYS(syscall(SYS_mq_timedsend, mq_out, mq_texts[i], strlen(mq_texts[i]), mq_prio[i], NULL));
+}
+
+COMMAND(mqueue) {
+	char name[64];
+	snprintf(name, sizeof name, "selfcheck-%d", getpid());
+	struct mq_state st = {.maxmsg = 5, .msgsize = 64};
+	mq_all = SYS(syscall(SYS_mq_open, name, O_RDWR | O_CREAT | O_EXCL | O_NONBLOCK | O_CLOEXEC, 0600, &st));
+	mq_in = SYS(syscall(SYS_mq_open, name, O_RDONLY, 0, NULL));
+	mq_out = SYS(syscall(SYS_mq_open, name, O_WRONLY, 0, NULL));
+	for (int i = 0; i < 4; i++) SYS(syscall(SYS_mq_timedsend, mq_out, mq_texts[i], strlen(mq_texts[i]), mq_prio[i], NULL));
+	if (arg_count > 0) { // "notify": it is to be told of messages
+		struct sigevent ev = {.sigev_notify = SIGEV_NONE};
+		SYS(syscall(SYS_mq_notify, mq_all, &ev));
+	}
+	remember("message queue", mq_all);
+	remember("message queue to read", mq_in);
+	remember("message queue to write", mq_out);
+	loop(arg_count > 0 ? NULL : mq_check); // a message to an empty queue ends that
+	static const char *order[] = {"first", "second", "third", "fourth"};
+	for (int i = 0; i < 4; i++) {
+		char b[64];
+		long n = syscall(SYS_mq_timedreceive, mq_all, b, sizeof b, NULL, NULL);
+		CHECK(n == (long)strlen(order[i]) && memcmp(b, order[i], n) == 0, "message %d is another", i);
+	}
+	SYS(syscall(SYS_mq_unlink, name));
+}
+
 static int su_sem;
 
 static void su_check(void) { CHECK(semctl(su_sem, 0, GETVAL) == 1, "semaphore changed"); }
