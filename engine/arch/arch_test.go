@@ -1,6 +1,7 @@
 package arch
 
 import (
+	"encoding/binary"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -200,6 +201,30 @@ func TestNameContinued(t *testing.T) {
 		}
 		if known := r.NameContinued(tc.wchan); r.OrigRax != tc.want || known != (tc.want != unix.SYS_RESTART_SYSCALL) {
 			t.Errorf("%s with %#x: call %d, want %d", tc.wchan, tc.rdi, r.OrigRax, tc.want)
+		}
+	}
+}
+
+func TestKeyRights(t *testing.T) {
+	c := component{off: 2688, size: 8}
+	xstate := func(bv uint64, pkru uint32) []byte {
+		b := make([]byte, 2696)
+		binary.LittleEndian.PutUint64(b[xstateBV:], bv)
+		binary.LittleEndian.PutUint32(b[c.off:], pkru)
+		return b
+	}
+	for _, x := range []struct {
+		name string
+		b    []byte
+		want uint32
+	}{
+		{"as a thread begins", xstate(1<<xfPkru|7, KeysDefault), KeysDefault},
+		{"key 1 was allocated", xstate(1<<xfPkru, 0x55555550), 0x55555550},
+		{"all rights", xstate(7, 0xffff), 0},
+		{"no such state", make([]byte, xstateExtended), KeysDefault},
+	} {
+		if got := keyRights(x.b, c); got != x.want {
+			t.Errorf("%s: %#x, want %#x", x.name, got, x.want)
 		}
 	}
 }

@@ -58,6 +58,37 @@ func InUse(xstate []byte) (uint64, error) {
 	return binary.LittleEndian.Uint64(xstate[xstateBV:]), nil
 }
 
+// KeysDefault are the rights to memory with protection keys that a thread begins
+// with: to key 0 alone (init_pkru_value, arch/x86/mm/pkeys.c).
+const KeysDefault = 0x55555554
+
+// HasKeys tells whether this CPU has protection keys for memory.
+func HasKeys() bool {
+	_, ok := components()[xfPkru]
+	return ok && XFeatures()&(1<<xfPkru) != 0
+}
+
+// KeyRights are a thread's rights to memory with protection keys (PKRU) in the bytes
+// of NT_X86_XSTATE; KeysDefault on a CPU that has none.
+func KeyRights(xstate []byte) uint32 {
+	c, ok := components()[xfPkru]
+	if !ok {
+		return KeysDefault
+	}
+	return keyRights(xstate, c)
+}
+
+func keyRights(xstate []byte, c component) uint32 {
+	bv, err := InUse(xstate)
+	if err != nil || int(c.off)+4 > len(xstate) {
+		return KeysDefault
+	}
+	if bv&(1<<xfPkru) == 0 {
+		return 0 // the initial state: all rights
+	}
+	return binary.LittleEndian.Uint32(xstate[c.off:])
+}
+
 func words32(b []byte) []uint32 {
 	w := make([]uint32, len(b)/4)
 	for i := range w {
@@ -194,6 +225,11 @@ func XStateFromImage(e *core_x86.UserX86FpregsEntry, base []byte) ([]byte, error
 				return nil, err
 			}
 		}
+	}
+	if c, ok := components()[xfPkru]; ok && len(e.GetXsave().GetPkru()) == 0 && bv&(1<<xfPkru) == 0 && XFeatures()&(1<<xfPkru) != 0 && int(c.off)+4 <= len(b) {
+		// It comes from a CPU without keys, and its initial state would be all rights.
+		le.PutUint32(b[c.off:], KeysDefault)
+		bv |= 1 << xfPkru
 	}
 	le.PutUint64(b[xstateBV:], bv)
 	return b, nil

@@ -6,18 +6,47 @@ import (
 	"slices"
 	"time"
 
+	"godwit/engine/arch"
 	"godwit/engine/freeze"
 	"godwit/engine/mem"
 	"godwit/engine/ptrace"
+	"godwit/engine/sys"
 )
 
 // ask finds out what only tasks of a frozen tree can tell, and refuses what
 // cannot be carried of it. Nobody notices that they were asked.
 func (c *collector) ask() error {
+	if err := c.keys(); err != nil {
+		return err
+	}
 	if err := c.adjustments(); err != nil {
 		return err
 	}
 	return c.rings()
+}
+
+// keys refuses threads with rights to memory with protection keys: of the keys
+// that a program has allocated (pkey_alloc) nothing else tells.
+func (c *collector) keys() error {
+	if !arch.HasKeys() {
+		return nil
+	}
+	return c.frozen.Tracer.Do(func() error {
+		for i, fp := range c.frozen.Procs {
+			for _, th := range fp.Threads {
+				xstate := make([]byte, arch.MaxXState)
+				n, err := sys.PtraceGetRegSet(th.Tid, sys.NTX86Xstate, xstate)
+				if err != nil {
+					return fmt.Errorf("read extended state of task %d: %w", th.Tid, err)
+				}
+				if keys := arch.KeyRights(xstate[:n]); keys != arch.KeysDefault {
+					c.refuse(c.procs[i], "", fmt.Sprintf("thread %d has rights to memory with protection keys (PKRU %#x), which cannot be carried", th.Tid, keys),
+						"let the program free its keys (pkey_free) and take the rights away (pkey_set)")
+				}
+			}
+		}
+		return nil
+	})
 }
 
 // withTask runs f, outside of the tracer's thread, with a thread that is borrowed meanwhile.

@@ -64,6 +64,7 @@ type process struct {
 	pid, ppid, vpid, vpgid, vsid int
 	comm                         string
 	zombie                       bool
+	headless                     bool  // its first thread has exited, but others run
 	tids, vtids                  []int // the leader first
 	status                       procfs.Status
 	threadFS                     map[int]*image.FSFacts // of threads that have their own, by tid
@@ -166,18 +167,18 @@ func find(root int) ([]*process, error) {
 	return out, nil
 }
 
-// vforkWait is how long a preflight waits for a vfork in progress to end.
-const vforkWait = time.Second
+// quietWait is how long a look at a running tree waits for what does not last.
+const quietWait = time.Second
 
-// findQuiet is find that waits until no process is in a vfork, if that does not
-// last.
+// findQuiet is find that waits until no process is in a vfork or has threads
+// without the first one, as while it executes a program, if that does not last.
 func findQuiet(ctx context.Context, root int) ([]*process, error) {
-	for until := time.Now().Add(vforkWait); ; time.Sleep(2 * time.Millisecond) {
+	for until := time.Now().Add(quietWait); ; time.Sleep(2 * time.Millisecond) {
 		procs, err := find(root)
 		if err != nil || time.Now().After(until) || ctx.Err() != nil {
 			return procs, err
 		}
-		if !slices.ContainsFunc(procs, func(p *process) bool { return p.vfork != 0 }) {
+		if !slices.ContainsFunc(procs, func(p *process) bool { return p.vfork != 0 || p.headless }) {
 			return procs, nil
 		}
 	}
@@ -192,10 +193,11 @@ func readProcess(pid int) (*process, error) {
 		pid: pid, ppid: st.PPid, comm: st.Name, zombie: st.Zombie(), status: st,
 		vpid: last(st.NSpid), vpgid: last(st.NSpgid), vsid: last(st.NSsid),
 	}
+	tids, err := procfs.Tids(pid)
 	if p.zombie {
+		p.headless = slices.ContainsFunc(tids, func(tid int) bool { return tid != pid && goesOn(pid, tid) })
 		return p, nil
 	}
-	tids, err := procfs.Tids(pid)
 	if err != nil {
 		return nil, err
 	}
@@ -222,6 +224,17 @@ func readProcess(pid int) (*process, error) {
 	return p, nil
 }
 
+// goesOn tells whether a thread runs that is not just ending.
+func goesOn(pid, tid int) bool {
+	const exiting = 0x4 // PF_EXITING (include/linux/sched.h)
+	stat, err := procfs.ReadTaskStat(pid, tid)
+	if err != nil || stat.State == 'Z' || stat.State == 'X' || stat.Flags&exiting != 0 {
+		return false
+	}
+	st, err := procfs.ReadTaskStatus(pid, tid)
+	return err == nil && (st.SigPnd|st.ShdPnd)&(1<<(uint(unix.SIGKILL)-1)) == 0
+}
+
 func btoi(b bool) int {
 	if b {
 		return 1
@@ -239,6 +252,14 @@ func last(ids []int) int {
 // collect reads the processes; running says that they may change meanwhile.
 func (c *collector) collect(procs []*process, running bool) error {
 	c.procs, c.running = procs, running
+	for _, p := range procs {
+		if p.headless {
+			c.refuse(p, "", "its first thread has exited while others run, which cannot be rebuilt", "let the first thread wait for the others (pthread_join) in place of ending")
+		}
+	}
+	if procs[0].headless {
+		return c.err()
+	}
 	if procs[0].zombie {
 		return fmt.Errorf("pid %d (%s) has exited", procs[0].pid, procs[0].comm)
 	}
@@ -511,11 +532,8 @@ func (c *collector) threads(p *process) error {
 		if tid != p.pid {
 			what = fmt.Sprintf("thread %d ", tid)
 		}
-		if st.Zombie() && tid == p.pid && len(p.tids) > 1 {
-			c.refuse(p, "", "its first thread has exited while others run, which cannot be rebuilt", "")
-		}
-		if (st.SigPnd|st.ShdPnd)&(1<<(uint(unix.SIGTRAP)-1)) != 0 {
-			c.refuse(p, "", what+"has a SIGTRAP waiting for it, which cannot be carried", "")
+		if reason, hint := threadState(&st); reason != "" {
+			c.refuse(p, "", what+reason, hint)
 		}
 		if st.TracerPid != 0 && !ownThread(st.TracerPid) {
 			c.refuse(p, "", fmt.Sprintf("%sis being traced by pid %d", what, st.TracerPid), "detach that tracer first")
@@ -542,6 +560,17 @@ func (c *collector) threads(p *process) error {
 		}
 	}
 	return nil
+}
+
+// threadState says what a thread is in that cannot be carried, empty if nothing.
+func threadState(st *procfs.Status) (reason, hint string) {
+	switch {
+	case (st.SigPnd|st.ShdPnd)&(1<<(uint(unix.SIGTRAP)-1)) != 0:
+		return "has a SIGTRAP waiting for it, which cannot be carried", ""
+	case slices.Contains(st.ThreadFeatures, "shstk"):
+		return "uses a shadow stack, which cannot be carried", "run the program without (GLIBC_TUNABLES=glibc.cpu.x86_shstk=off)"
+	}
+	return "", ""
 }
 
 // ownThread tells whether a task is a thread of this process: the tracer.

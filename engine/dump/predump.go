@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
@@ -25,7 +26,7 @@ import (
 // all of them.
 // mode is CRIU's pre_dump_mode. What cannot be carried is for Preflight to tell.
 func PreDump(ctx context.Context, log hclog.Logger, pid int, o Options, mode uint32, sink image.Sink) (st Stats, err error) {
-	procs, err := find(pid)
+	procs, err := findQuiet(ctx, pid)
 	if err != nil {
 		return st, err
 	}
@@ -33,6 +34,9 @@ func PreDump(ctx context.Context, log hclog.Logger, pid int, o Options, mode uin
 	defer func() { err = errors.Join(err, c.close()) }()
 	if err := c.collect(procs, true); err != nil {
 		return st, err
+	}
+	if slices.ContainsFunc(procs, func(p *process) bool { return p.headless }) {
+		return st, c.err() // whose memory cannot be found
 	}
 	facts, err := c.facts()
 	if err != nil {

@@ -105,10 +105,10 @@ func FreezeIn(ctx context.Context, pid int, timeout time.Duration, group string)
 		if !errors.As(err, &p) {
 			return t, err
 		}
+		time.Sleep(passingPause)
 		if ctx.Err() != nil || time.Now().After(until) {
 			return nil, errors.Join(fmt.Errorf("%w; it was the same for %s", err, timeout), ctx.Err())
 		}
-		time.Sleep(passingPause)
 	}
 }
 

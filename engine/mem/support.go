@@ -35,11 +35,12 @@ var specimens = []struct {
 	{"memory that is locked as it is used, and new mappings locked (mlockall)", flagged("lf")},
 	{"names of anonymous memory (PR_SET_VMA_ANON_NAME)", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Path: "[anon:x]"}}},
 	{"memory hidden from the kernel (memfd_secret)", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Shared: true, Inode: 9, Path: "/secretmem", Deleted: true}}},
+	{"memory with a protection key (pkey_mprotect)", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Write: true}, ProtKey: 1}},
 	{"code of probes (uprobes)", procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Path: "[uprobes]"}}},
 }
 
 func flagged(flag string) procfs.SmapsEntry {
-	return procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Write: true}, VmFlags: []string{"rd", "wr", flag}, ProtKey: 1}
+	return procfs.SmapsEntry{Mapping: procfs.Mapping{Read: true, Write: true}, VmFlags: []string{"rd", "wr", flag}}
 }
 
 // Support lists kinds of memory and whether Classify takes them.

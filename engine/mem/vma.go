@@ -120,7 +120,12 @@ var refusedFlags = map[string]string{
 	"uw": "memory under the program's own userfaultfd",
 	"ui": "memory under the program's own userfaultfd",
 	"ss": "a shadow stack",
-	"mp": "memory with a protection key",
+}
+
+// keyed refuses memory with a protection key (pkey_mprotect(2)), but for the one
+// that the kernel itself gives to memory that may only be executed.
+func keyed(m *procfs.SmapsEntry) bool {
+	return m.ProtKey != 0 && m.Prot() != unix.PROT_EXEC
 }
 
 // Classify turns one mapping of /proc/PID/smaps into a VMA. A non-empty reason
@@ -143,12 +148,12 @@ func Classify(m *procfs.SmapsEntry) (v *VMA, reason string) {
 		v.Flags = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS
 		return v, ""
 	}
+	if keyed(m) {
+		return v, fmt.Sprintf("memory with protection key %d", m.ProtKey)
+	}
 	droppable := false
 	for _, f := range m.VmFlags {
 		if why, ok := refusedFlags[f]; ok {
-			if f == "mp" && m.ProtKey == 0 {
-				continue
-			}
 			return v, why
 		}
 		if a, ok := madviseFlags[f]; ok {

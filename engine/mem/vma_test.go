@@ -18,6 +18,7 @@ func TestClassify(t *testing.T) {
 		m       procfs.Mapping
 		flags   []string
 		size    uint64 // of a page
+		key     uint32 // for protection
 		want    *VMA
 		refused bool
 	}{
@@ -54,7 +55,15 @@ func TestClassify(t *testing.T) {
 		{name: "System V, number 0", m: procfs.Mapping{Shared: true, Path: "/SYSV00000000", Deleted: true},
 			want: &VMA{Flags: shared | unix.MAP_ANONYMOUS, Status: Regular | AnonShared | Sysvipc}},
 		{name: "userfaultfd", m: procfs.Mapping{Read: true}, flags: []string{"um"}, refused: true},
-		{name: "AIO ring", m: procfs.Mapping{Path: "/[aio]", Deleted: true, Inode: 4}, refused: true},
+		{name: "AIO ring", m: procfs.Mapping{Read: true, Write: true, Shared: true, Path: "/[aio]", Deleted: true, Inode: 4}, flags: []string{"mw"},
+			want: &VMA{Prot: 3, Flags: shared, Status: Regular | AioRing, OpenFlags: unix.O_RDWR}},
+		{name: "part of an AIO ring", m: procfs.Mapping{Read: true, Write: true, Shared: true, Offset: 0x1000, Path: "/[aio]", Deleted: true, Inode: 4}, refused: true},
+		{name: "AIO ring that cannot be written", m: procfs.Mapping{Read: true, Shared: true, Path: "/[aio]", Deleted: true, Inode: 4}, refused: true},
+		{name: "shadow stack", m: procfs.Mapping{Read: true}, flags: []string{"rd", "ss"}, refused: true},
+		{name: "protection key", m: procfs.Mapping{Read: true, Write: true}, key: 3, refused: true},
+		{name: "protection key of a file", m: procfs.Mapping{Read: true, Exec: true, Inode: 8, Path: "/lib/x.so"}, key: 1, refused: true},
+		{name: "only to be executed", m: procfs.Mapping{Exec: true}, key: 1,
+			want: &VMA{Prot: 4, Flags: private | unix.MAP_ANONYMOUS, Status: Regular | AnonPrivate}},
 		{name: "perf ring", m: procfs.Mapping{Shared: true, Path: "anon_inode:[perf_event]", Inode: 4}, refused: true},
 		{name: "socket ring", m: procfs.Mapping{Shared: true, Path: "socket:[12]", Inode: 12}, refused: true},
 		{name: "guard regions", m: procfs.Mapping{Read: true}, flags: []string{"gu"},
@@ -63,7 +72,7 @@ func TestClassify(t *testing.T) {
 			want: &VMA{Prot: 1, Flags: private | unix.MAP_ANONYMOUS, Status: Regular | AnonPrivate, Sealed: true}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			got, why := Classify(&procfs.SmapsEntry{Mapping: c.m, VmFlags: c.flags, KernelPageSize: c.size})
+			got, why := Classify(&procfs.SmapsEntry{Mapping: c.m, VmFlags: c.flags, KernelPageSize: c.size, ProtKey: c.key})
 			if (why != "") != c.refused {
 				t.Fatalf("refused with %q, want refusal %v", why, c.refused)
 			}

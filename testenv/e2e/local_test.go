@@ -115,6 +115,7 @@ var objects = map[string]object{
 	"aiobusy":    {elsewhere: true},
 	"aiochild":   {elsewhere: true},
 	"container":  {elsewhere: true},
+	"deadleader": {elsewhere: true},
 	"execed":     {elsewhere: true},
 	"netns":      {elsewhere: true},
 	"external":   {elsewhere: true},
@@ -262,6 +263,20 @@ func TestObjects(t *testing.T) {
 			for range 3 {
 				if o := agentCmd(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", newDir(t)); o.code != 1 || !strings.Contains(o.stderr, x.want) {
 					t.Errorf("dump: exit code %d, %q", o.code, o.stderr)
+				}
+				goes(ctx, t, r, 10)
+			}
+			stop(ctx, t, r)
+		})
+	}
+	// What has no first thread any more is refused before it is touched.
+	for _, args := range [][]string{nil, {"child"}} {
+		t.Run("deadleader "+strings.Join(args, ""), func(t *testing.T) {
+			ctx := deadline(t, time.Minute)
+			r := selfcheck(ctx, t, h, newDir(t), "deadleader", args...)
+			for _, verb := range []string{"dump", "pre-dump"} {
+				if o := agentCmd(ctx, t, h, nil, verb, "-t", fmt.Sprint(r.Pid), "-D", newDir(t)); o.code != 1 || !strings.Contains(o.stderr, "nothing was touched") || !strings.Contains(o.stderr, "its first thread has exited while others run") {
+					t.Errorf("%s: exit code %d, %q", verb, o.code, o.stderr)
 				}
 				goes(ctx, t, r, 10)
 			}
