@@ -95,7 +95,7 @@ func openObjects(objects []plan.Object) []*wire.OpenObject {
 	var out []*wire.OpenObject
 	for _, o := range objects {
 		w := &wire.OpenObject{
-			Key: o.Key, Kind: o.Kind, Path: o.Path, Link: o.Link, Flags: o.Flags, Offset: o.Offset, Mode: o.Mode, Uid: o.UID, Gid: o.GID, Size: o.Size, MtimeNs: o.MTime,
+			Key: o.Key, Kind: o.Kind, Path: o.Path, Link: o.Link, Flags: o.Flags, Offset: o.Offset, Mode: o.Mode, Uid: o.UID, Gid: o.GID, Size: o.Size, MtimeNs: o.MTime, BirthNs: o.Birth,
 			Dev: o.Dev, Ino: o.Ino, Rdev: o.Rdev, BuildId: o.BuildID, Sha256: o.SHA256, Queued: o.Queued, Peer: o.Peer,
 			Carry: o.Carry, Reason: o.Reason, Hint: o.Hint, Declarable: o.Declarable,
 		}

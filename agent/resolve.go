@@ -20,7 +20,7 @@ func (a *Agent) Resolve(_ context.Context, req *wire.ResolveRequest) (*wire.Reso
 	}
 	reply := &wire.ResolveReply{}
 	for _, r := range rules {
-		reply.Entries = append(reply.Entries, &wire.Entry{Text: r.Entry.String(), Origin: r.Origin})
+		reply.Entries = append(reply.Entries, &wire.Entry{Text: r.Entry.String(), Origin: r.Origin, Asked: r.Asked})
 	}
 	choices, bad := match(req.Objects, rules)
 	for _, c := range choices {

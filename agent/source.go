@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"godwit/engine"
+	"godwit/engine/plan"
 	"godwit/wire"
 )
 
@@ -30,6 +31,8 @@ type source struct {
 	out  outStream
 	sink *streamSink
 	tree engine.Tree
+	// confirm compares the frozen tree with what was planned; it may be nil.
+	confirm func([]plan.Object) []engine.Problem
 
 	frozenAt time.Time // before the first task was told to stop
 	report   *wire.Report
@@ -128,7 +131,11 @@ func (a *Agent) Start(ctx context.Context, req *wire.StartRequest) (*wire.StartR
 	if req.Pid == 1 || a.within(int(req.Pid)) {
 		return nil, wire.Errorf(wire.Code_CODE_REFUSED, "the tree of pid %d holds this agent itself", req.Pid)
 	}
-	s, isNew, err := a.admitSource(req)
+	check, err := confirm(req)
+	if err != nil {
+		return nil, err
+	}
+	s, isNew, err := a.admitSource(req, check)
 	if err != nil {
 		return nil, err
 	}
@@ -143,7 +150,7 @@ func (a *Agent) Start(ctx context.Context, req *wire.StartRequest) (*wire.StartR
 
 // admitSource makes the session for a request, or finds the one that an equal
 // request made.
-func (a *Agent) admitSource(req *wire.StartRequest) (s *source, isNew bool, err error) {
+func (a *Agent) admitSource(req *wire.StartRequest, check func([]plan.Object) []engine.Problem) (s *source, isNew bool, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if old := a.sources[req.Id]; old != nil {
@@ -160,7 +167,7 @@ func (a *Agent) admitSource(req *wire.StartRequest) (s *source, isNew bool, err 
 			return nil, false, wire.Errorf(wire.Code_CODE_CONFLICT, "pid %d is already being moved by migration %s", req.Pid, other.id)
 		}
 	}
-	s = &source{session: a.newSession(req.Id, wire.RoleSource, req.Destination), req: req, report: &wire.Report{}}
+	s = &source{session: a.newSession(req.Id, wire.RoleSource, req.Destination), req: req, confirm: check, report: &wire.Report{}}
 	a.sources[req.Id] = s
 	return s, true, nil
 }
@@ -248,6 +255,7 @@ func limit(ctx context.Context, d time.Duration) context.Context {
 // freeze stops the tree. If it fails the tree runs.
 func (s *source) freeze() error {
 	o := s.a.dumpOptions(s.req.Options)
+	o.Confirm = s.confirm
 	frozen := s.a.cfg.Timeouts.Frozen
 	if ms := s.req.Options.GetTimeoutMs(); ms > 0 {
 		frozen = time.Duration(ms) * time.Millisecond

@@ -81,6 +81,9 @@ type DumpOptions struct {
 	GhostLimit uint64
 	// FileLocks carries file locks and leases; without it they are refused.
 	FileLocks bool
+	// Confirm, if set, looks at everything that the frozen tree holds and says what
+	// must not travel: it changed since a plan was made.
+	Confirm func([]plan.Object) []Problem
 	// Elsewhere says that the tree goes to another host: what it uses on this one
 	// without holding it is refused.
 	Elsewhere bool

@@ -36,7 +36,7 @@ const (
 func (o DumpOptions) internal() (dump.Options, error) {
 	d := dump.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, SkipInFlight: o.SkipInFlight, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Elsewhere: o.Elsewhere, Host: o.Host}
 	d.ExtUnixSk, d.Ends = o.ExtUnixSk, o.Ends
-	d.Files, d.Carry = o.Files, o.Carry
+	d.Files, d.Carry, d.Confirm = o.Files, o.Carry, o.Confirm
 	d.FreezeGroup = o.FreezeGroup
 	if err := o.namespaces(&d); err != nil {
 		return d, err

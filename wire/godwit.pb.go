@@ -1675,6 +1675,7 @@ type OpenObject struct {
 	Peer          string    `protobuf:"bytes,21,opt,name=peer,proto3" json:"peer,omitempty"`              // sockets: where the other end is, as far as it is known
 	Uid           uint32    `protobuf:"varint,22,opt,name=uid,proto3" json:"uid,omitempty"`               // owner
 	Gid           uint32    `protobuf:"varint,23,opt,name=gid,proto3" json:"gid,omitempty"`
+	BirthNs       int64     `protobuf:"varint,24,opt,name=birth_ns,json=birthNs,proto3" json:"birth_ns,omitempty"` // since 1970; files, where the file system knows it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1866,6 +1867,13 @@ func (x *OpenObject) GetUid() uint32 {
 func (x *OpenObject) GetGid() uint32 {
 	if x != nil {
 		return x.Gid
+	}
+	return 0
+}
+
+func (x *OpenObject) GetBirthNs() int64 {
+	if x != nil {
+		return x.BirthNs
 	}
 	return 0
 }
@@ -2094,6 +2102,7 @@ type Entry struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Text          string                 `protobuf:"bytes,1,opt,name=text,proto3" json:"text,omitempty"`
 	Origin        string                 `protobuf:"bytes,2,opt,name=origin,proto3" json:"origin,omitempty"`
+	Asked         bool                   `protobuf:"varint,3,opt,name=asked,proto3" json:"asked,omitempty"` // for this migration, not by a configuration
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2140,6 +2149,13 @@ func (x *Entry) GetOrigin() string {
 		return x.Origin
 	}
 	return ""
+}
+
+func (x *Entry) GetAsked() bool {
+	if x != nil {
+		return x.Asked
+	}
+	return false
 }
 
 // Presence says what a destination has at the path of an object.
@@ -3849,7 +3865,7 @@ const file_godwit_proto_rawDesc = "" +
 	"\x04comm\x18\x02 \x01(\tR\x04comm\x12\x10\n" +
 	"\x03fds\x18\x03 \x03(\x05R\x03fds\x12\x14\n" +
 	"\x05roles\x18\x04 \x03(\tR\x05roles\x12\x1b\n" +
-	"\tinner_pid\x18\x05 \x01(\x05R\binnerPid\"\x9a\x04\n" +
+	"\tinner_pid\x18\x05 \x01(\x05R\binnerPid\"\xb5\x04\n" +
 	"\n" +
 	"OpenObject\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
@@ -3877,7 +3893,8 @@ const file_godwit_proto_rawDesc = "" +
 	"declarable\x12\x12\n" +
 	"\x04peer\x18\x15 \x01(\tR\x04peer\x12\x10\n" +
 	"\x03uid\x18\x16 \x01(\rR\x03uid\x12\x10\n" +
-	"\x03gid\x18\x17 \x01(\rR\x03gid\"\xca\x02\n" +
+	"\x03gid\x18\x17 \x01(\rR\x03gid\x12\x19\n" +
+	"\bbirth_ns\x18\x18 \x01(\x03R\abirthNs\"\xca\x02\n" +
 	"\n" +
 	"Resolution\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x1a\n" +
@@ -3899,10 +3916,11 @@ const file_godwit_proto_rawDesc = "" +
 	"\x06source\x18\x03 \x01(\tR\x06source\x124\n" +
 	"\aobjects\x18\x04 \x03(\v2\x1a.godwit.wire.v1.OpenObjectR\aobjects\x128\n" +
 	"\aoptions\x18\x05 \x01(\v2\x1e.godwit.wire.v1.MigrateOptionsR\aoptions\x12\x12\n" +
-	"\x04look\x18\x06 \x01(\bR\x04look\"3\n" +
+	"\x04look\x18\x06 \x01(\bR\x04look\"I\n" +
 	"\x05Entry\x12\x12\n" +
 	"\x04text\x18\x01 \x01(\tR\x04text\x12\x16\n" +
-	"\x06origin\x18\x02 \x01(\tR\x06origin\"V\n" +
+	"\x06origin\x18\x02 \x01(\tR\x06origin\x12\x14\n" +
+	"\x05asked\x18\x03 \x01(\bR\x05asked\"V\n" +
 	"\bPresence\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12 \n" +

@@ -45,9 +45,11 @@ type Options struct {
 	GhostLimit     uint64       // bytes
 	FileLocks      bool         // carried, not refused
 	Elsewhere      bool         // the tree goes to another host
-	Mounts         ns.MountOptions
-	Cgroups        bool   // the tree's places and settings are recorded
-	FreezeGroup    string // the directory of the control group that stops the tree, or empty
+	// Confirm, if set, says what of a frozen tree's objects must not travel.
+	Confirm     func([]plan.Object) []refuse.Problem
+	Mounts      ns.MountOptions
+	Cgroups     bool   // the tree's places and settings are recorded
+	FreezeGroup string // the directory of the control group that stops the tree, or empty
 	// Networks are keys under which the restorer provides network namespaces, by the
 	// texts of their links.
 	Networks  map[string]string

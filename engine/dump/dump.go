@@ -106,6 +106,11 @@ func dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 	if err := c.collect(procs, false); err != nil {
 		return st, err
 	}
+	if o.Confirm != nil {
+		for _, p := range o.Confirm(c.files.Objects()) {
+			c.refusal.Add(p)
+		}
+	}
 	if err := c.err(); err != nil {
 		return st, err
 	}

@@ -133,6 +133,7 @@ type object struct {
 	word         string // label
 	queued       uint64 // bytes in a pipe or fifo
 	peer         string // of a socket, for plans
+	birth        int64  // ns, of what has a key, for plans; 0: not known
 	ext          bool
 	wish         *wish // that it travels with its content
 	key          Key   // valid if hasKey
@@ -632,6 +633,9 @@ func (d *Dumper) dumpObject(o *object) error {
 		}
 	}
 	o.word = o.label()
+	if o.hasKey {
+		o.birth = birth(o.file)
+	}
 	if o.kind == kindPipe || o.kind == kindFifo {
 		if n, err := unix.IoctlGetInt(int(o.file.Fd()), unix.TIOCINQ); err == nil {
 			o.queued = uint64(n)
@@ -724,7 +728,11 @@ func (d *Dumper) checkKeys() {
 			if near := nearest(w.keys[0].String(), have); len(near) > 0 {
 				for i, s := range near {
 					h := at[s][0].first()
-					near[i] = fmt.Sprintf("%s (%s, pid %d fd %d)", s, at[s][0].link, h.proc.Pid, h.fd)
+					what := h.role
+					if h.fd >= 0 {
+						what = fmt.Sprintf("fd %d", h.fd)
+					}
+					near[i] = fmt.Sprintf("%s (%s, pid %d %s)", s, at[s][0].link, h.proc.Pid, what)
 				}
 				p.Hint = "nearest: " + strings.Join(near, ", ")
 			}

@@ -2,6 +2,7 @@ package files
 
 import (
 	"fmt"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -178,7 +179,7 @@ func (o *object) object() plan.Object {
 		p.Path = o.linkPath()
 	}
 	if p.Path != "" {
-		p.MTime = o.stat.Mtim.Nano()
+		p.MTime, p.Birth = o.stat.Mtim.Nano(), o.birth
 	}
 	if o.mode()&unix.S_IFMT == unix.S_IFREG {
 		p.Size = uint64(o.stat.Size)
@@ -189,7 +190,7 @@ func (o *object) object() plan.Object {
 	switch {
 	case o.refused:
 		p.Carry = plan.CarryRefused
-	case o.ext:
+	case o.ext, o.facts != nil && (o.facts.External || o.facts.Unix != nil && o.facts.Unix.External):
 		p.Carry = plan.CarryExternal
 	case o.path != "" && !o.dirOnly && !o.create:
 		p.Carry = plan.CarryPath
@@ -224,4 +225,13 @@ func (o *object) listHolders() []plan.Holder {
 		}
 	}
 	return out
+}
+
+// birth is when a file was made, in ns since 1970; 0 if that is not known.
+func birth(f *os.File) int64 {
+	var st unix.Statx_t
+	if err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_BTIME, &st); err != nil || st.Mask&unix.STATX_BTIME == 0 {
+		return 0
+	}
+	return st.Btime.Sec*1e9 + int64(st.Btime.Nsec)
 }

@@ -14,17 +14,19 @@ type Object struct {
 	// Key names what it leads to: file[mnt:ino], tty[rdev:dev], unix[ino], pipe[ino],
 	// socket[ino], as in CRIU where that has one. Several objects may have the same;
 	// empty: it can never be external.
-	Key     string   `json:"key,omitempty"`
-	Kind    string   `json:"kind"` // "regular", "fifo", "pipe", "unix-stream", "tcp", "eventfd" and the like
-	Path    string   `json:"path,omitempty"`
-	Link    string   `json:"link"` // text of the link in /proc
-	Flags   uint32   `json:"flags"`
-	Offset  int64    `json:"offset"` // bytes
-	Mode    uint32   `json:"mode"`   // st_mode
-	UID     uint32   `json:"uid"`
-	GID     uint32   `json:"gid"`
-	Size    uint64   `json:"size"` // bytes; regular files
-	MTime   int64    `json:"mtime_ns,omitempty"`
+	Key    string `json:"key,omitempty"`
+	Kind   string `json:"kind"` // "regular", "fifo", "pipe", "unix-stream", "tcp", "eventfd" and the like
+	Path   string `json:"path,omitempty"`
+	Link   string `json:"link"` // text of the link in /proc
+	Flags  uint32 `json:"flags"`
+	Offset int64  `json:"offset"` // bytes
+	Mode   uint32 `json:"mode"`   // st_mode
+	UID    uint32 `json:"uid"`
+	GID    uint32 `json:"gid"`
+	Size   uint64 `json:"size"` // bytes; regular files
+	MTime  int64  `json:"mtime_ns,omitempty"`
+	// Birth is when it was made, in ns since 1970; 0: not known.
+	Birth   int64    `json:"birth_ns,omitempty"`
 	Dev     uint64   `json:"dev"`
 	Ino     uint64   `json:"ino"`
 	Rdev    uint64   `json:"rdev,omitempty"`
