@@ -116,6 +116,7 @@ var objects = map[string]object{
 	"aiochild":   {elsewhere: true},
 	"container":  {elsewhere: true},
 	"deadleader": {elsewhere: true},
+	"epollall":   {options: []string{"--tcp-established"}},
 	"execed":     {elsewhere: true},
 	"netns":      {elsewhere: true},
 	"external":   {elsewhere: true},

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -74,11 +75,35 @@ func TestTCPOutside(t *testing.T) {
 			r, peer := tcpPair(ctx, t, h, other, args...)
 			for range 10 {
 				dumpRestore(ctx, t, r, 1, "--tcp-established")
+				reached(ctx, t, other)
 				goes(ctx, t, peer, 5)
 			}
 			stop(ctx, t, r)
 			stop(ctx, t, peer)
 		})
+	}
+}
+
+// unanswered is a timer of ss(8) of a segment, or a probe of the window, that was sent again.
+var unanswered = regexp.MustCompile(`timer:\((on|persist),[^,]*,[1-9]`)
+
+// reached waits until the other ends of all connections of a host have answered: each
+// try that a lock of the network swallows doubles the time to the next.
+func reached(ctx context.Context, t *testing.T, h *hosts.Host) {
+	t.Helper()
+	for {
+		out, err := h.Run(ctx, "ss", "-Htno", "exclude", "syn-sent")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !unanswered.MatchString(out) {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("segments are not answered:\n%s", out)
+		case <-time.After(20 * time.Millisecond):
+		}
 	}
 }
 

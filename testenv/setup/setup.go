@@ -39,6 +39,8 @@ var Workloads = []Need{
 	{"tmux", "tmux", "a terminal multiplexer with programs in its windows"},
 	{"vim", "vim", "an editor on a terminal"},
 	{"less", "less", "a pager on a terminal"},
+	{"mkfs.btrfs", "btrfs-progs", "a file system in a file"},
+	{"mkfs.ext4", "e2fsprogs", "a file system in a file"},
 	{"script", "bsdutils", "a terminal that somebody else has made"},
 	{"pgrep", "procps", "to find programs that a shell started"},
 	{Postgres, "postgresql", "a real database with its benchmark at work"},
