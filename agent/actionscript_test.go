@@ -68,7 +68,7 @@ func TestActionScripts(t *testing.T) {
 				t.Errorf("images: %v", names)
 			}
 			if tt.images {
-				f := restoreFlags{detached: true, pidfile: "pid"}
+				f := restoreFlags{detached: true, status: statusFlags{pidfile: "pid"}}
 				f.imagesDir, f.workDir, f.scripts = dir, t.TempDir(), d.scripts
 				check(runRestore(t.Context(), &fakeEngine{w: w, bytes: 1 << 20}, f, hclog.NewNullLogger()), tt.want2)
 				if w.landed != tt.landed {

@@ -95,6 +95,13 @@ operator must look. dump and restore use 0 and 1 as CRIU does.`,
 	root.Flags().BoolP("version", "V", false, "print the release and the version of CRIU's images that it makes")
 	root.SetVersionTemplate("Version: {{.Version}}\nImages: CRIU 4.2\n")
 	root.AddCommand(cmdRun(), cmdDump(), cmdPreDump(), cmdRestore(), cmdCheck(), cmdInspect(), cmdProvide(), cmdNetworkLocks(), cmdVersion())
+	var local []*cobra.Command
+	for _, c := range root.Commands() {
+		if exitsAsCRIU(c) {
+			local = append(local, c)
+		}
+	}
+	shareFlags(local...)
 	for _, c := range root.Commands() {
 		c.Args = usageArgs(c.Args)
 		if c.Flags().Lookup("no-default-config") != nil {
@@ -110,10 +117,15 @@ func usageError(cmd *cobra.Command, err error) error {
 	if f, ok := errors.AsType[foreignError](err); ok {
 		err = f // what the flag parser says around it does not fit
 	}
-	if cmd.Name() == "dump" || cmd.Name() == "pre-dump" || cmd.Name() == "restore" {
+	if exitsAsCRIU(cmd) {
 		code = wire.ExitFailed
 	}
 	return &exitError{code: code, err: fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
+}
+
+// exitsAsCRIU are the commands with CRIU's options and exit codes.
+func exitsAsCRIU(cmd *cobra.Command) bool {
+	return cmd.Name() == "dump" || cmd.Name() == "pre-dump" || cmd.Name() == "restore"
 }
 
 func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
@@ -133,8 +145,8 @@ const defaultVerbosity = 2
 
 // Short options of the local commands by whether they take an argument.
 const (
-	shortBools  = "dRsljShV"
-	shortValues = "tDWor"
+	shortBools  = "dRsljShVx"
+	shortValues = "tDWorMJ"
 )
 
 // verbosityArgs rewrites CRIU's -vN and -vvv, also inside of a cluster such as
@@ -201,6 +213,9 @@ func (f foreign) Set(string) error { return foreignError(f) }
 type foreignError string
 
 func (e foreignError) Error() string {
+	if why := foreignReasons[string(e)]; why != "" {
+		return fmt.Sprintf("CRIU's option --%s is not carried out: %s", string(e), why)
+	}
 	return fmt.Sprintf("CRIU's option --%s is not carried out by this release; leave it out if the tree can do without", string(e))
 }
 

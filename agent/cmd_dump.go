@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -33,6 +34,7 @@ type dumpFlags struct {
 	files          fileFlags
 	incremental
 	extUnixSk   bool
+	status      statusFlags
 	freezeGroup string
 }
 
@@ -72,39 +74,24 @@ func (f *dumpFlags) addDump(cmd *cobra.Command) {
 	fs.BoolVar(&f.tcpEstablished, "tcp-established", false, "carry TCP connections; the network is locked for those that lead out of the tree, from the dump to the restore")
 	fs.BoolVar(&f.tcpClose, "tcp-close", false, "let TCP connections come back closed; restore so, too")
 	fs.BoolVar(&f.skipInFlight, "skip-in-flight", false, "leave connections behind that wait to be accepted, of unix sockets those from outside the tree")
-	fs.StringVar(&f.networkLock, "network-lock", "nftables", "how the network is locked: nftables, or skip if it is locked by other means")
+	fs.StringVar(&f.networkLock, "network-lock", "nftables", "how the network is locked: nftables, which iptables is another name of here, or skip if it is locked by other means")
 	fs.StringVar(&f.freezeGroup, "freeze-cgroup", "", "directory of a control group, of version 1 or 2, that all of the tree is in: it is frozen while the tasks are stopped, and left as it was found")
 	f.files.add(fs, true)
+	f.status.add(fs)
 	foreignFlags(fs,
 		"address",
 		"allow-uprobes",
-		"cgroup-dump-controller",
-		"cgroup-props",
-		"cgroup-props-file",
-		"cgroup-root",
-		"cgroup-yard",
 		"cpu-cap",
 		"deprecated",
 		"enable-external-masters",
 		"enable-external-sharing",
 		"enable-fs",
-		"exec-cmd",
-		"join-ns",
 		"lazy-pages",
-		"log-pid",
-		"lsm-profile",
-		"mntns-compat-mode",
 		"page-server",
 		"port",
 		"ps-socket",
-		"restore-sibling,S",
-		"root,r",
-		"status-fd",
 		"stream",
 		"tls",
-		"unprivileged",
-		"veth-pair",
-		"weak-sysctls",
 	)
 }
 
@@ -118,7 +105,7 @@ const (
 // run is the frame of the commands that work without a bus: they need root, keep
 // a log, bound their memory and exit as CRIU does.
 func (f *localFlags) run(cmd *cobra.Command, do func(hclog.Logger) error) error {
-	if err := needRoot(cmd.Name()); err != nil {
+	if err := f.needRights(cmd.Name()); err != nil {
 		return localError(err)
 	}
 	log, closeLog, err := f.logger(cmd.ErrOrStderr())
@@ -177,6 +164,9 @@ func (f *dumpFlags) options() (engine.DumpOptions, error) {
 func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (err error) {
 	opts, err := f.options()
 	if err != nil {
+		return err
+	}
+	if err := f.status.check(); err != nil {
 		return err
 	}
 	opts.Ends = !f.leaveRunning && !f.leaveStopped
@@ -246,6 +236,7 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 		thawErr = tree.Thaw()
 	}
 	complete = true // what fails from here on must not remove the images
+	f.written(log)
 	f.finish(sink, log)
 	if f.leaveStopped && !f.leaveRunning {
 		thawErr = tree.ThawStopped()
@@ -262,6 +253,17 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 	return nil
 }
 
+// written tells that the images are complete.
+func (f *dumpFlags) written(log hclog.Logger) {
+	if f.status.pidfile != "" {
+		path := f.inWorkDir(f.status.pidfile)
+		if err := os.WriteFile(path, []byte(strconv.Itoa(f.tree)), 0o644); err != nil {
+			log.Warn("there is no pid file", "error", err)
+		}
+	}
+	f.status.ready(log)
+}
+
 // parseNetworkLock reads a value of --network-lock; empty is the default.
 func parseNetworkLock(s string) (engine.NetworkLock, error) {
 	switch l := engine.NetworkLock(s); l {
@@ -269,11 +271,12 @@ func parseNetworkLock(s string) (engine.NetworkLock, error) {
 		return engine.LockNftables, nil
 	case engine.LockNftables, engine.LockSkip:
 		return l, nil
+	case "iptables":
+		// The kernel's rules are the same by whatever they are written, and ours need
+		// neither that program nor another.
+		return engine.LockNftables, nil
 	}
-	if s == "iptables" {
-		return "", errors.New("--network-lock iptables is not supported in this version: nftables, the default, does the same")
-	}
-	return "", fmt.Errorf("--network-lock: %q is neither nftables nor skip", s)
+	return "", fmt.Errorf("--network-lock: %q is none of nftables, iptables and skip", s)
 }
 
 // parseSize reads a number of bytes with an optional K, M or G (powers of

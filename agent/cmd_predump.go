@@ -83,6 +83,9 @@ func runPreDump(ctx context.Context, eng *engine.Engine, f dumpFlags, log hclog.
 	if err != nil {
 		return err
 	}
+	if err := f.status.check(); err != nil {
+		return err
+	}
 	if err := f.actions().run(ctx, stagePreDump, 0); err != nil {
 		return fmt.Errorf("pre-dump pid %d: %w", f.tree, err)
 	}
@@ -113,6 +116,7 @@ func runPreDump(ctx context.Context, eng *engine.Engine, f dumpFlags, log hclog.
 		return err
 	}
 	f.finish(sink, log)
+	f.written(log)
 	f.putStats(statsDumpFile, dumpStats(stats, sink, 0, time.Since(begin)))
 	memory, shmem := sink.Skipped()
 	log.Info("pre-dumped", "pid", f.tree, "dir", f.imagesDir, "processes", stats.Processes, "pages", stats.Pages, "pages_in_parent", memory+shmem)

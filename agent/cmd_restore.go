@@ -7,6 +7,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/cobra"
@@ -23,7 +24,12 @@ type restoreFlags struct {
 	networkLock    string
 	detached       bool
 	inherit        []string
-	pidfile        string
+	status         statusFlags
+	sibling        bool
+	tree           int
+	execCmd        bool
+	command        []string // of execCmd
+	lsmProfile     string
 	pidNamespace   string
 	timeNamespace  string
 	fileLocks      bool
@@ -46,7 +52,9 @@ pid namespace of its own is not told to the outside, and 0 stands for it).
 
 Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 		Example: `  godwit-agent restore -D /var/tmp/img -d --inherit-fd 'fd[4]:file[72:a3e7]' 4<>/run/fifo`,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		Args:    cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			f.command = args
 			return f.run(cmd, func(log hclog.Logger) error { return runRestore(cmd.Context(), engine.New(log), f, log) })
 		},
 	}
@@ -54,7 +62,11 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 	fs := cmd.Flags()
 	fs.BoolVarP(&f.detached, "restore-detached", "d", false, "leave the tree to itself once it runs")
 	fs.StringArrayVar(&f.inherit, "inherit-fd", nil, "fd[N]:KEY: the open descriptor N backs the file KEY of the images; may be repeated")
-	fs.StringVar(&f.pidfile, "pidfile", "", "write the pid of the root into this file")
+	fs.BoolVarP(&f.sibling, "restore-sibling", "S", false, "make the root a child of this command's parent; needs --restore-detached")
+	fs.IntVarP(&f.tree, "tree", "t", 0, "pid of the root; the images tell it, and it is only compared")
+	fs.BoolVar(&f.execCmd, "exec-cmd", false, "once the tree runs, execute the command behind -- in the place of this one, as the parent of the root")
+	fs.StringVar(&f.lsmProfile, "lsm-profile", "", "TYPE:NAME: the profile of apparmor or selinux that the tree must have, which is that of this command; none is no demand")
+	f.status.add(fs)
 	fs.BoolVarP(&f.leaveStopped, "leave-stopped", "s", false, "leave the tree stopped (SIGSTOP) until it gets SIGCONT")
 	fs.StringVar(&f.pidNamespace, "pid-namespace", "same", "same: the pids must be free here; new: in a pid namespace of its own")
 	fs.StringVar(&f.timeNamespace, "time-namespace", "auto", "auto: monotonic and boot-time clocks go on, in a time namespace where this host's are others; new: in any case, from where they stood at the dump; keep: this host's clocks")
@@ -68,32 +80,18 @@ Exit codes: 0 done; 1 failed or refused, nothing is left of the tree.`,
 	f.namespaces.add(fs)
 	foreignFlags(fs,
 		"address",
-		"cgroup-dump-controller",
-		"cgroup-props",
-		"cgroup-props-file",
-		"cgroup-yard",
 		"cpu-cap",
 		"deprecated",
 		"enable-external-masters",
 		"enable-external-sharing",
 		"enable-fs",
-		"exec-cmd",
-		"freeze-cgroup",
 		"lazy-pages",
-		"log-pid",
 		"lsm-mount-context",
-		"lsm-profile",
 		"page-server",
 		"port",
 		"ps-socket",
-		"restore-sibling,S",
-		"skip-mnt",
-		"status-fd",
 		"stream",
-		"timeout",
 		"tls",
-		"tree,t",
-		"unprivileged",
 	)
 	return cmd
 }
@@ -127,6 +125,14 @@ func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logge
 		opts.TimeNamespace = engine.ClocksKeep
 	default:
 		return fmt.Errorf("--time-namespace: %q is none of auto, new and keep", f.timeNamespace)
+	}
+	if f.sibling && !f.detached {
+		return errors.New("--restore-sibling makes sense only with --restore-detached: the root is no child of this command, which could wait for it")
+	}
+	opts.Sibling = f.sibling
+	program, err := findCommand(f.execCmd, f.command, f.detached)
+	if err := errors.Join(err, checkProfile(f.lsmProfile), f.status.check()); err != nil {
+		return err
 	}
 	if err := f.checkDir(); err != nil {
 		return err
@@ -186,8 +192,15 @@ func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logge
 		log.Error("the tree runs all the same", "pid", tree.Root(), "error", err)
 	}
 	log.Info("restored", "pid", tree.Root(), "dir", f.imagesDir, "processes", len(tree.Pids()))
+	if f.tree != 0 && f.tree != tree.Root() {
+		log.Warn("the root has another pid than the one that was named", "pid", tree.Root(), "tree", f.tree)
+	}
+	f.status.ready(log)
 	if f.detached {
 		return nil
+	}
+	if f.execCmd {
+		return fmt.Errorf("execute %s (the tree runs as pid %d): %w", program, tree.Root(), syscall.Exec(program, f.command, os.Environ()))
 	}
 	ended := make(chan error, 1)
 	go func() {
@@ -211,8 +224,8 @@ func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logge
 // startRestored writes the pid file and lets the tree go, in this order, so
 // that a pid file that cannot be written is found while nothing has run yet.
 func startRestored(ctx context.Context, tree engine.Standing, f restoreFlags) error {
-	if f.pidfile != "" {
-		path := f.inWorkDir(f.pidfile)
+	if f.status.pidfile != "" {
+		path := f.inWorkDir(f.status.pidfile)
 		if err := os.WriteFile(path, []byte(strconv.Itoa(tree.Root())), 0o644); err != nil {
 			return fmt.Errorf("write the pid file: %w", err)
 		}
@@ -230,8 +243,8 @@ func startRestored(ctx context.Context, tree engine.Standing, f restoreFlags) er
 			err = tree.Run()
 		}
 	}
-	if err != nil && f.pidfile != "" {
-		_ = os.Remove(f.inWorkDir(f.pidfile))
+	if err != nil && f.status.pidfile != "" {
+		_ = os.Remove(f.inWorkDir(f.status.pidfile))
 	}
 	return err
 }

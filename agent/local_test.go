@@ -151,9 +151,28 @@ func TestCommandLine(t *testing.T) {
 		{"dump extra", 1, "", "extra"},
 		{"dump -D " + dir, 1, "", "give the pid of its root with --tree"},
 		{"restore -D " + dir + "/none", 1, "", "use the images' directory"},
-		{"dump -t 1 --network-lock iptables -D " + dir, 1, "", "--network-lock iptables is not supported in this version"},
+		{"dump -t 0 --network-lock iptables -D " + dir, 1, "", "give the pid of its root with --tree"},
 		{"dump -t 1 --stream -D " + dir, 1, "", "CRIU's option --stream is not carried out"},
-		{"dump -t 1 -S", 1, "", "CRIU's option --restore-sibling is not carried out"},
+		{"dump -t 0 -SdM auto --exec-cmd --join-ns net:1 -D " + dir, 1, "", "give the pid of its root with --tree"},
+		{"dump -t 0 --lsm-profile=none:x --timeout x -D " + dir, 1, "", "invalid argument"},
+		{"restore -Rls -t 1 --timeout 3 --ghost-limit 1M --freeze-cgroup /x --skip-mnt /y -D " + dir + "/none", 1, "", "use the images' directory"},
+		{"restore -t x", 1, "", "invalid argument"},
+		{"restore --ps-socket=3", 1, "", "CRIU's option --ps-socket is not carried out: there is no page server"},
+		{"restore -S -D " + dir, 1, "", "--restore-sibling makes sense only with --restore-detached"},
+		{"restore --exec-cmd -D " + dir, 1, "", "no command is given behind --"},
+		{"restore -d --exec-cmd -D " + dir + " -- true", 1, "", "give one of them"},
+		{"restore --exec-cmd -D " + dir + " -- /nonexistent/x", 1, "", "--exec-cmd: "},
+		{"restore -D " + dir + " -- true", 1, "", `"true" is no option`},
+		{"restore -D " + dir + " --lsm-profile odd:x", 1, "", "none of apparmor, selinux and none"},
+		{"restore -D " + dir + " --lsm-profile selinux:", 1, "", "not of the form TYPE:NAME"},
+		{"restore -D " + dir + "/none --lsm-profile none", 1, "", "use the images' directory"},
+		{"restore -D " + dir + " --status-fd 999", 1, "", "descriptor 999 is not open"},
+		{"restore -D " + dir + " --status-fd x", 1, "", "no number of a descriptor"},
+		{"restore -D " + dir + " --log-pid", 1, "", "--log-pid needs a log file"},
+		{"restore -D " + dir + " --cgroup-root x", 1, "", "not of the form [CONTROLLER:]/PATH"},
+		{"dump -t 1 -D " + dir + " --cgroup-root memory", 1, "", "not of the form [CONTROLLER:]/PATH"},
+		{"dump -t 2000000000 -D " + dir + " --cgroup-props nonsense", 1, "", "line 1"},
+		{"dump -t 1 -D " + dir + " --cgroup-props-file /nonexistent/x", 1, "", "--cgroup-props-file"},
 		{"-V", 0, "Version: " + Version + "\nImages: CRIU 4.2\n", ""},
 		{"dump -Rjv3 -D " + dir, 1, "", "give the pid of its root with --tree"},
 		{"restore -dj --images-dir=" + dir + "/none", 1, "", "use the images' directory"},
@@ -161,7 +180,7 @@ func TestCommandLine(t *testing.T) {
 		{"restore -D " + dir + " --action-script false", 1, "", "action script \"false\" failed at stage pre-restore: exit status 1"},
 		{"dump -t 1 -D " + dir + " --action-script false", 1, "", "action script \"false\" failed at stage pre-dump: exit status 1"},
 		{"dump -t 1 --ghost-limit 3x -D " + dir, 1, "", "--ghost-limit"},
-		{"restore --network-lock odd", 1, "", "neither nftables nor skip"},
+		{"restore --network-lock odd", 1, "", "none of nftables, iptables and skip"},
 		{"restore -D " + dir + " --pid-namespace odd", 1, "", "neither same nor new"},
 		{"restore -D " + dir + " --inherit-fd fd[999]:file[1:2]", 1, "", "descriptor 999 is not open"},
 		{"restore -D " + dir + " -d", 1, "", "it is no dump"},
@@ -306,7 +325,7 @@ func TestRunRestore(t *testing.T) {
 			if tt.point != "" {
 				w.on(tt.point, func(context.Context) error { return errors.New("the disk is on fire") })
 			}
-			f := restoreFlags{detached: true, pidfile: tt.pidfile}
+			f := restoreFlags{detached: true, status: statusFlags{pidfile: tt.pidfile}}
 			f.imagesDir, f.workDir = dir, t.TempDir()
 			err := runRestore(t.Context(), &fakeEngine{w: w, bytes: 1 << 20}, f, hclog.NewNullLogger())
 			if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {

@@ -10,6 +10,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/stats"
 	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"godwit/engine"
 )
@@ -27,6 +28,9 @@ type localFlags struct {
 	shellJob  bool
 	fiemap    bool
 	config    configFlags
+
+	logPid       bool
+	unprivileged bool
 }
 
 func (f *localFlags) add(cmd *cobra.Command) {
@@ -41,6 +45,8 @@ func (f *localFlags) add(cmd *cobra.Command) {
 	fs.BoolVar(&f.stats, "display-stats", false, "print statistics at the end; they are in stats-dump or stats-restore anyway")
 	// What follows asks for what is done in any case.
 	fs.BoolVarP(&f.shellJob, "shell-job", "j", false, "a tree on a terminal that is not part of it, as a job of a shell: restored, it is in the session of the command, on its standard input")
+	fs.BoolVar(&f.logPid, "log-pid", false, "write what concerns one process also to a file of its own, the name of the log file with .PID behind it")
+	fs.BoolVar(&f.unprivileged, "unprivileged", false, "work without being root, as far as the rights of the caller go: own processes, with CAP_CHECKPOINT_RESTORE")
 	if cmd.Name() != "restore" {
 		fs.BoolVar(&f.fiemap, "ghost-fiemap", false, "accepted: holes of deleted files are found without reading them anyway")
 	}
@@ -91,13 +97,52 @@ func (f *localFlags) logger(stderr io.Writer) (log hclog.Logger, closeLog func()
 		out, closeLog = file, func() { _ = file.Close() }
 	}
 	levels := []hclog.Level{hclog.Off, hclog.Error, hclog.Warn, hclog.Info, hclog.Debug, hclog.Trace}
-	f.log = hclog.New(&hclog.LoggerOptions{
-		Name: "godwit-agent", Level: levels[min(f.verbosity, len(levels)-1)], Output: out,
-	})
+	opts := &hclog.LoggerOptions{Name: "godwit-agent", Level: levels[min(f.verbosity, len(levels)-1)], Output: out}
+	f.log = hclog.New(opts)
+	if f.logPid {
+		if f.logFile == "" {
+			closeLog()
+			return nil, nil, errors.New("--log-pid needs a log file, by whose name those of the processes are called (--log-file)")
+		}
+		opts.Output = out
+		log := hclog.NewInterceptLogger(opts)
+		log.RegisterSink(pidLogs{base: f.inWorkDir(f.logFile), level: opts.Level})
+		f.log = log
+	}
 	if f.cmd != nil {
 		f.log.Info("begin", "command", f.cmd.Name(), "version", Version, "pid", os.Getpid(), "images_dir", f.imagesDir)
 	}
 	return f.log, closeLog, nil
+}
+
+// pidLogs writes messages with a pid to the log of that process.
+type pidLogs struct {
+	base  string
+	level hclog.Level
+}
+
+// Accept is hclog's: args are keys and values.
+func (p pidLogs) Accept(name string, level hclog.Level, msg string, args ...any) {
+	for i := 0; i+1 < len(args); i += 2 {
+		if pid, ok := args[i+1].(int); ok && args[i] == "pid" && msg != "begin" {
+			out := appendFile(fmt.Sprintf("%s.%d", p.base, pid))
+			hclog.New(&hclog.LoggerOptions{Name: name, Level: p.level, Output: out}).Log(level, msg, args...)
+			return
+		}
+	}
+}
+
+// appendFile is a file that is open only while something is written to it: there
+// may be as many as processes.
+type appendFile string
+
+func (a appendFile) Write(b []byte) (int, error) {
+	f, err := os.OpenFile(string(a), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return 0, err
+	}
+	n, err := f.Write(b)
+	return n, errors.Join(err, f.Close())
 }
 
 // logged puts the error of a command into its log file as well, if there is one.
@@ -149,4 +194,31 @@ func needRoot(what string) error {
 		return fmt.Errorf("%s needs root: it reads and builds processes of other users", what)
 	}
 	return nil
+}
+
+// needRights is needRoot for a caller who may be content with less.
+func (f *localFlags) needRights(what string) error {
+	if !f.unprivileged || os.Geteuid() == 0 {
+		if err := needRoot(what); err != nil {
+			return fmt.Errorf("%w; --unprivileged does with CAP_CHECKPOINT_RESTORE what that allows", err)
+		}
+		return nil
+	}
+	has, err := effective(unix.CAP_CHECKPOINT_RESTORE)
+	if err == nil && !has {
+		err = errors.New("it needs CAP_CHECKPOINT_RESTORE, which this command does not have (setcap cap_checkpoint_restore=ep on the program gives it)")
+	}
+	if err != nil {
+		return fmt.Errorf("%s --unprivileged: %w", what, err)
+	}
+	return nil
+}
+
+// effective says whether this program has a capability.
+func effective(capability int) (bool, error) {
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &data[0]); err != nil {
+		return false, os.NewSyscallError("capget", err)
+	}
+	return data[capability/32].Effective&(1<<(capability%32)) != 0, nil
 }

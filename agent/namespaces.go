@@ -16,6 +16,9 @@ import (
 type dumpNamespaces struct {
 	skipMounts, mountMap, emptyNS []string
 	cgroups                       string
+	cgroupRoots, cgroupProps      []string
+	cgroupPropsFiles, controllers []string
+	cgroupYard                    string
 }
 
 func (f *dumpNamespaces) add(fs *pflag.FlagSet) {
@@ -24,6 +27,15 @@ func (f *dumpNamespaces) add(fs *pflag.FlagSet) {
 	fs.StringArrayVar(&f.emptyNS, "empty-ns", nil, "net: leave out what is in the tree's own network namespace")
 	fs.StringVar(&f.cgroups, "manage-cgroups", cgroup.Ignore, "record the cgroups of the tree and what is set in them: any mode of restore but ignore")
 	fs.Lookup("manage-cgroups").NoOptDefVal = cgroupDefault
+	fs.StringArrayVar(&f.cgroupRoots, "cgroup-root", nil, "[CONTROLLER:]/PATH: the topmost cgroup that is recorded, at or above that of the tree's root; may be repeated")
+	fs.StringArrayVar(&f.cgroupProps, "cgroup-props", nil, "settings of cgroups to record besides or in place of those of a controller, such as '\"cpu\":\\n - \"strategy\": \"merge\"\\n - \"properties\": [\"cpu.rt_period_us\"]'; may be repeated")
+	fs.StringArrayVar(&f.cgroupPropsFiles, "cgroup-props-file", nil, "the same, read from a file; may be repeated")
+	fs.StringArrayVar(&f.controllers, "cgroup-dump-controller", nil, "record cgroups of this controller only; may be repeated")
+	addYard(fs, &f.cgroupYard)
+}
+
+func addYard(fs *pflag.FlagSet, yard *string) {
+	fs.StringVar(yard, "cgroup-yard", "", "directory with all cgroup hierarchies mounted, each in a directory named by its controllers (cpu,cpuacct; unified for version 2), to use in place of mounts of the command's own")
 }
 
 // set puts them into the options of a dump.
@@ -40,7 +52,42 @@ func (f *dumpNamespaces) set(o *engine.DumpOptions) error {
 	}
 	mode, err := cgroup.ParseMode(f.cgroups)
 	o.Cgroups = mode != cgroup.Ignore
-	return err
+	if err != nil {
+		return err
+	}
+	g := engine.CgroupDump{Controllers: f.controllers, Yard: f.cgroupYard}
+	if g.Roots, err = cgroupRoots(f.cgroupRoots); err != nil {
+		return err
+	}
+	for _, p := range f.cgroupProps {
+		// As in CRIU's manual, where a shell leaves \n as it is.
+		g.Props = append(g.Props, strings.ReplaceAll(p, `\n`, "\n"))
+	}
+	for _, path := range f.cgroupPropsFiles {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return fmt.Errorf("--cgroup-props-file: %w", err)
+		}
+		g.Props = append(g.Props, string(b))
+	}
+	o.CgroupDump = g
+	return nil
+}
+
+// cgroupRoots takes values of --cgroup-root apart.
+func cgroupRoots(list []string) (map[string]string, error) {
+	out := map[string]string{}
+	for _, r := range list {
+		name, path := "*", r
+		if i := strings.Index(r, ":/"); i >= 0 {
+			name, path = r[:i], r[i+1:]
+		}
+		if !strings.HasPrefix(path, "/") {
+			return nil, fmt.Errorf("--cgroup-root %s: not of the form [CONTROLLER:]/PATH", r)
+		}
+		out[name] = path
+	}
+	return out, nil
 }
 
 // cgroupDefault is the mode of --manage-cgroups without one, as CRIU has it.
@@ -53,6 +100,7 @@ type restoreNamespaces struct {
 	weakSysctls                                    bool
 	cgroups                                        string
 	cgroupRoots                                    []string
+	cgroupYard                                     string
 }
 
 func (f *restoreNamespaces) add(fs *pflag.FlagSet) {
@@ -66,6 +114,7 @@ func (f *restoreNamespaces) add(fs *pflag.FlagSet) {
 	fs.StringVar(&f.cgroups, "manage-cgroups", cgroup.Ignore, "how the cgroups of the tree are made: cg-none (they are there), props (they are there, and are set up), soft (those that are not there are made and set up), full (all are set up), strict (all are made), ignore (the tree stays in those of this command)")
 	fs.Lookup("manage-cgroups").NoOptDefVal = cgroupDefault
 	fs.StringArrayVar(&f.cgroupRoots, "cgroup-root", nil, "[CONTROLLER:]/PATH: the cgroup that takes the place of the root task's; may be repeated")
+	addYard(fs, &f.cgroupYard)
 	fs.Bool("mntns-compat-mode", false, "accepted for scripts: mounts are made in one way only, on every kernel")
 }
 
@@ -88,16 +137,9 @@ func (f *restoreNamespaces) set(o *engine.RestoreOptions) error {
 	if o.EmptyNet, err = emptyNet(f.emptyNS); err != nil {
 		return err
 	}
-	o.Cgroups = engine.Cgroups{Mode: f.cgroups, Roots: map[string]string{}}
-	for _, r := range f.cgroupRoots {
-		name, path := "*", r
-		if i := strings.Index(r, ":/"); i >= 0 {
-			name, path = r[:i], r[i+1:]
-		}
-		if !strings.HasPrefix(path, "/") {
-			return fmt.Errorf("--cgroup-root %s: not of the form [CONTROLLER:]/PATH", r)
-		}
-		o.Cgroups.Roots[name] = path
+	o.Cgroups = engine.Cgroups{Mode: f.cgroups, Yard: f.cgroupYard}
+	if o.Cgroups.Roots, err = cgroupRoots(f.cgroupRoots); err != nil {
+		return err
 	}
 	o.Join = map[string]*os.File{}
 	for _, j := range f.joinNS {

@@ -61,7 +61,8 @@ type DumpOptions struct {
 	// Carry are files that travel with the tree.
 	Carry []Carry
 	// Cgroups records the control groups of the tree and what is set in them.
-	Cgroups bool
+	Cgroups    bool
+	CgroupDump CgroupDump
 	// EmptyNet leaves out what is in a network namespace of the tree's own.
 	EmptyNet bool
 	// SkipMounts are mount points that a tree with mounts of its own goes without.
@@ -153,6 +154,8 @@ type RestoreOptions struct {
 	// session, with Terminal in the place of the terminal that it had.
 	ShellJob bool
 	Terminal *os.File // the caller's; nil: there is none
+	// Sibling makes the root a child of this process's parent, and not of this process.
+	Sibling bool
 	// ExtUnixSk connects datagram unix sockets to named ones outside the tree
 	// again; without it images with such sockets are refused.
 	ExtUnixSk bool
@@ -178,6 +181,22 @@ type Cgroups struct {
 	// Roots are groups that take the place of the root task's, by hierarchy, such as
 	// "memory"; that of "*" is for all others.
 	Roots map[string]string
+	// Yard is a directory that has each hierarchy mounted in a directory with the
+	// names of its controllers; empty: mounts of the engine's own are used.
+	Yard string
+}
+
+// CgroupDump says what is recorded of control groups.
+type CgroupDump struct {
+	// Roots are the topmost groups that are recorded, by hierarchy; that of "*" is for
+	// all others. Without one it is that of the root task.
+	Roots map[string]string
+	// Props are specifications of further settings, as criu(8) has them for --cgroup-props.
+	Props []string
+	// Controllers are the only hierarchies that are recorded; empty: all.
+	Controllers []string
+	// Yard is as in Cgroups.
+	Yard string
 }
 
 // Inherit is what the caller hands in for one external key. The file stays the caller's.

@@ -41,6 +41,14 @@ func (o DumpOptions) internal() (dump.Options, error) {
 	if err := o.namespaces(&d); err != nil {
 		return d, err
 	}
+	d.Groups = cgroup.DumpOptions{Roots: o.CgroupDump.Roots, Yard: o.CgroupDump.Yard, Controllers: o.CgroupDump.Controllers}
+	for _, text := range o.CgroupDump.Props {
+		p, err := cgroup.ParseProps(text)
+		if err != nil {
+			return d, err
+		}
+		d.Groups.Props = append(d.Groups.Props, p...)
+	}
 	switch o.NetworkLock {
 	case LockNone:
 	case LockSkip:
@@ -342,11 +350,11 @@ func (e *Engine) Restore(ctx context.Context, src image.Source, o RestoreOptions
 	if err != nil {
 		return nil, err
 	}
-	groups := cgroup.Options{Roots: o.Cgroups.Roots}
+	groups := cgroup.Options{Roots: o.Cgroups.Roots, Yard: o.Cgroups.Yard}
 	if groups.Mode, err = cgroup.ParseMode(o.Cgroups.Mode); err != nil {
 		return nil, err
 	}
-	t, err := restore.Restore(ctx, e.log, src, restore.Options{Namespaces: spaces, Cgroups: groups, TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, TCPOutside: o.NetworkLock != LockNone, LockSkip: o.NetworkLock == LockSkip, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Terminal: o.Terminal, Files: o.Files, Carry: o.Carry, ExtUnixSk: o.ExtUnixSk, TimeNamespace: o.TimeNamespace})
+	t, err := restore.Restore(ctx, e.log, src, restore.Options{Namespaces: spaces, Cgroups: groups, TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, TCPOutside: o.NetworkLock != LockNone, LockSkip: o.NetworkLock == LockSkip, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Terminal: o.Terminal, Files: o.Files, Carry: o.Carry, ExtUnixSk: o.ExtUnixSk, Sibling: o.Sibling, TimeNamespace: o.TimeNamespace})
 	if err != nil {
 		return nil, err
 	}

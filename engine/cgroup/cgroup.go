@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
 	"slices"
@@ -18,8 +19,6 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/cgroup"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
-
-	"godwit/engine/sys"
 )
 
 // Modes of --manage-cgroups, as criu(8) has them.
@@ -114,11 +113,12 @@ type Collector struct {
 }
 
 // Add notes where a task is and gives the number of its set.
-func (c *Collector) Add(pid, tid int) (uint32, error) {
+func (c *Collector) Add(pid, tid int, o DumpOptions) (uint32, error) {
 	s, err := ReadSet(pid, tid)
 	if err != nil {
 		return 0, err
 	}
+	maps.DeleteFunc(s, func(name, _ string) bool { return !o.dumps(name) })
 	i := slices.IndexFunc(c.sets, s.equal)
 	if i < 0 {
 		i = len(c.sets)
@@ -129,7 +129,10 @@ func (c *Collector) Add(pid, tid int) (uint32, error) {
 
 // Image gives all sets, and the groups below that of the root, the first that was
 // added, with what is set in them.
-func (c *Collector) Image() (*cgroup.CgroupEntry, error) {
+func (c *Collector) Image(o DumpOptions) (*cgroup.CgroupEntry, error) {
+	if len(c.sets[0]) == 0 {
+		return nil, fmt.Errorf("the tree is in no hierarchy that is to be recorded (--cgroup-dump-controller %s)", strings.Join(o.Controllers, ", "))
+	}
 	out := &cgroup.CgroupEntry{}
 	for i, s := range c.sets {
 		e := &cgroup.CgSetEntry{Id: proto.Uint32(uint32(i + 1))}
@@ -139,12 +142,12 @@ func (c *Collector) Image() (*cgroup.CgroupEntry, error) {
 		out.Sets = append(out.Sets, e)
 	}
 	for _, n := range c.sets[0].names() {
-		root, err := sys.MountCgroup(n)
+		root, err := open(o.Yard, n)
 		if err != nil {
 			return nil, err
 		}
 		e := &cgroup.CgControllerEntry{Cnames: []string{n}}
-		err = c.groups(e, root, n)
+		err = c.groups(e, root, n, o)
 		if err := errors.Join(err, root.Close()); err != nil {
 			return nil, err
 		}
@@ -153,15 +156,15 @@ func (c *Collector) Image() (*cgroup.CgroupEntry, error) {
 	return out, nil
 }
 
-// groups adds the group of a hierarchy that the root task is in, with all below
-// it, unless that is the whole hierarchy. Others that tasks are in are not the
+// groups adds the group of a hierarchy that the root task is in, or the one above it
+// that is asked for, with all below it, unless that is the whole hierarchy. Others that tasks are in are not the
 // tree's own: they have to be there.
-func (c *Collector) groups(e *cgroup.CgControllerEntry, root *os.File, name string) error {
-	p := c.sets[0][name]
-	if p == "/" {
-		return nil
+func (c *Collector) groups(e *cgroup.CgControllerEntry, root *os.File, name string, o DumpOptions) error {
+	p, err := o.top(name, c.sets[0][name])
+	if err != nil || p == "/" {
+		return err
 	}
-	g, err := readGroup(dir(root, p), strings.TrimPrefix(p, "/"))
+	g, err := readGroup(dir(root, p), strings.TrimPrefix(p, "/"), o.settings(name))
 	if err != nil {
 		return err
 	}
@@ -169,7 +172,7 @@ func (c *Collector) groups(e *cgroup.CgControllerEntry, root *os.File, name stri
 	return nil
 }
 
-func readGroup(at, name string) (*cgroup.CgroupDirEntry, error) {
+func readGroup(at, name string, settings []string) (*cgroup.CgroupDirEntry, error) {
 	var st unix.Stat_t
 	if err := unix.Stat(at, &st); err != nil {
 		return nil, &os.PathError{Op: "stat", Path: name, Err: err}
@@ -193,7 +196,7 @@ func readGroup(at, name string) (*cgroup.CgroupDirEntry, error) {
 		if !de.IsDir() {
 			continue
 		}
-		sub, err := readGroup(at+"/"+de.Name(), de.Name())
+		sub, err := readGroup(at+"/"+de.Name(), de.Name(), settings)
 		if err != nil {
 			return nil, err
 		}
@@ -212,6 +215,8 @@ type Options struct {
 	// Roots are groups that take the place of the root task's, by hierarchy; that
 	// of "*" is for all others.
 	Roots map[string]string
+	// Yard is as in DumpOptions.
+	Yard string
 }
 
 // Restorer puts tasks into groups.
@@ -264,6 +269,9 @@ func (r *Restorer) place(name, group string) string {
 		to, ok = r.o.Roots["*"]
 	}
 	old := path.Clean("/" + r.root[name])
+	if d := r.dirs[name]; len(d) == 1 {
+		old = path.Clean("/" + d[0].GetDirName()) // the topmost that was recorded
+	}
 	group = path.Clean("/" + group)
 	rel, below := strings.CutPrefix(group, strings.TrimSuffix(old, "/")+"/")
 	switch {
@@ -278,7 +286,7 @@ func (r *Restorer) place(name, group string) string {
 // Make makes the groups, as the mode has it. After an error Undo removes what was made.
 func (r *Restorer) Make() error {
 	for name := range r.root {
-		root, err := sys.MountCgroup(name)
+		root, err := open(r.o.Yard, name)
 		if err != nil {
 			return err
 		}
@@ -370,7 +378,7 @@ func (r *Restorer) mkdir(name, group string) error {
 // set writes what is set in a group, where it differs.
 func set(at string, props []*cgroup.CgroupPropEntry) error {
 	for _, p := range props {
-		if !slices.Contains(settings, p.GetName()) {
+		if !carriable(p.GetName()) {
 			return fmt.Errorf("%q is no setting of a cgroup that is carried", p.GetName())
 		}
 		have, err := os.ReadFile(at + "/" + p.GetName())

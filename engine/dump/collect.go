@@ -48,7 +48,8 @@ type Options struct {
 	// Confirm, if set, says what of a frozen tree's objects must not travel.
 	Confirm     func([]plan.Object) []refuse.Problem
 	Mounts      ns.MountOptions
-	Cgroups     bool   // the tree's places and settings are recorded
+	Cgroups     bool // the tree's places and settings are recorded
+	Groups      cgroup.DumpOptions
 	FreezeGroup string // the directory of the control group that stops the tree, or empty
 	// Networks are keys under which the restorer provides network namespaces, by the
 	// texts of their links.

@@ -199,7 +199,7 @@ func (c *collector) images(ctx context.Context, t *freeze.Tree, sink image.Sink)
 		return nil, err
 	}
 	if c.o.Cgroups {
-		e, err := c.cgroups.Image()
+		e, err := c.cgroups.Image(c.o.Groups)
 		if err != nil {
 			return nil, fmt.Errorf("read the cgroups of the tree: %w", err)
 		}
@@ -264,7 +264,7 @@ func (c *collector) processImages(t *freeze.Tree, fp *freeze.Proc, p *process, f
 			}
 		}
 		if c.o.Cgroups {
-			id, err := c.cgroups.Add(fp.Pid, fp.Threads[i].Tid)
+			id, err := c.cgroups.Add(fp.Pid, fp.Threads[i].Tid, c.o.Groups)
 			if err != nil {
 				return err
 			}

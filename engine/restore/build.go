@@ -45,16 +45,20 @@ type Options struct {
 	// process, and puts Terminal in the place of one that was outside the tree.
 	ShellJob bool
 	Terminal *os.File // nil: there is none
+	// Sibling makes the root a child of this process's parent.
+	Sibling bool
 }
 
 // Tree is a rebuilt tree. None of its tasks has run yet; all are stopped with
 // their final registers.
 type Tree struct {
-	log     hclog.Logger
-	o       Options
-	tracer  *ptrace.Tracer
-	model   *model
-	stub    *stub
+	log    hclog.Logger
+	o      Options
+	tracer *ptrace.Tracer
+	model  *model
+	stub   *stub
+	// seed is the root that is no child of this process, nil otherwise.
+	seed    *stub
 	ch      *channel
 	files   *files.Restorer
 	landing *files.Landing // TCP connections that lead out of the tree
@@ -124,6 +128,9 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 		return nil, err
 	}
 	start := time.Now()
+	if err := t.checkSibling(); err != nil {
+		return nil, err
+	}
 	if err := t.findJoined(set); err != nil {
 		return nil, err
 	}
@@ -238,6 +245,12 @@ func (t *Tree) sow() (err error) {
 		return err
 	}
 	taken := append(append([]span(nil), t.stub.special...), t.stub.rest...)
+	if t.o.Sibling {
+		if err := t.sowSibling(); err != nil {
+			return err
+		}
+		taken = append(append(taken, t.seed.special...), t.seed.rest...)
+	}
 	if t.spare, err = t.model.spare(taken); err != nil {
 		return err
 	}

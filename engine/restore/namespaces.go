@@ -69,21 +69,26 @@ func (t *Tree) findJoined(set *image.Set) error {
 	return nil
 }
 
-// joinAll has everything that is cloned from the stub live in namespaces that are there.
-// Preconditions: nothing has been cloned yet.
-func (t *Tree) joinAll() error {
+// joinAll has a process, and everything that is cloned from it, live in namespaces
+// that are there.
+// Preconditions: nothing has been cloned from it yet.
+func (t *Tree) joinAll(r *ptrace.Remote) error {
 	for kind, f := range t.join {
-		nums, err := t.ch.give(t.stub.remote, []*os.File{f})
-		if err != nil {
-			return err
-		}
-		what := fmt.Sprintf("join the %s namespace %s", kind.Names()[0], f.Name())
-		if err := t.stub.remote.Run(ptrace.NewCall(what, unix.SYS_SETNS, ptrace.Int(nums[0]), ptrace.Int(kind)),
-			ptrace.NewCall("close", unix.SYS_CLOSE, ptrace.Int(nums[0]))); err != nil {
+		if err := t.setns(r, f, int(kind), fmt.Sprintf("join the %s namespace %s", kind.Names()[0], f.Name())); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// setns takes a process into a namespace.
+func (t *Tree) setns(r *ptrace.Remote, f *os.File, kind int, what string) error {
+	nums, err := t.ch.give(r, []*os.File{f})
+	if err != nil {
+		return err
+	}
+	return r.Run(ptrace.NewCall(what, unix.SYS_SETNS, ptrace.Int(nums[0]), ptrace.Int(kind)),
+		ptrace.NewCall("close", unix.SYS_CLOSE, ptrace.Int(nums[0])))
 }
 
 // inside are the namespaces, other than this process's, in which objects of the

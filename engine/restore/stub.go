@@ -182,6 +182,12 @@ func (s *stub) seize() error {
 	if err := sys.PtraceInterrupt(pid); err != nil {
 		return err
 	}
+	return s.learn()
+}
+
+// learn waits for a stub that was told to stop, and looks at it.
+func (s *stub) learn() error {
+	pid := s.remote.Tid
 	st, err := ptrace.Wait(pid)
 	if err != nil {
 		return err

@@ -48,11 +48,7 @@ func (t *Tree) rootProcess(set *image.Set) error {
 		// The stub is the init of the namespace and stays the root's parent.
 		flags, exitSignal = 0, uint64(unix.SIGCHLD)
 	}
-	if err := t.joinAll(); err != nil {
-		return err
-	}
-	flags |= uint64(t.model.own.Own &^ ns.Time &^ t.joined) // setClocks
-	r, err := t.clone(t.stub.remote, flags, exitSignal, root.vpid)
+	r, err := t.firstProcess(root, flags, exitSignal)
 	if err != nil {
 		return fmt.Errorf("make %s: %w", root, err)
 	}
@@ -76,6 +72,17 @@ func (t *Tree) rootProcess(set *image.Set) error {
 		t.init = t.stub.remote.Tid
 	}
 	return nil
+}
+
+func (t *Tree) firstProcess(root *process, flags, exitSignal uint64) (*ptrace.Remote, error) {
+	if t.o.Sibling {
+		return t.adoptSibling()
+	}
+	if err := t.joinAll(t.stub.remote); err != nil {
+		return nil, err
+	}
+	flags |= uint64(t.model.own.Own &^ ns.Time &^ t.joined) // setClocks
+	return t.clone(t.stub.remote, flags, exitSignal, root.vpid)
 }
 
 // processes makes all processes below the root, with their sessions and groups.

@@ -21,6 +21,7 @@ const (
 	SigInfoSize               = 128   // sizeof(siginfo_t), all architectures
 	PtraceOptionTraceSysGood  = unix.PTRACE_O_TRACESYSGOOD
 	PtraceOptionExitKill      = unix.PTRACE_O_EXITKILL
+	PtraceOptionTraceExec     = unix.PTRACE_O_TRACEEXEC
 	PtraceOptionTraceChildren = unix.PTRACE_O_TRACECLONE | unix.PTRACE_O_TRACEFORK | unix.PTRACE_O_TRACEVFORK
 )
 

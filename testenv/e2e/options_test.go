@@ -2,11 +2,14 @@ package e2e
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 // TestFreezeCgroup dumps by the freezer of both versions of control groups, with a
@@ -83,4 +86,179 @@ func TestFreezeCgroup(t *testing.T) {
 			}
 		})
 	}
+}
+
+// parent restores a tree as a child of itself, and looks whether it is, and the only one.
+const parent = `
+import os, subprocess, sys
+subprocess.run(sys.argv[2:], check=True)
+pid = int(sys.argv[1])
+stat = open(f"/proc/{pid}/stat").read()
+ppid = int(stat[stat.rindex(")") + 2:].split()[1])
+if ppid != os.getpid():
+    sys.exit(f"the parent of {pid} is {ppid}, not {os.getpid()}")
+ended = os.waitpid(-1, os.WNOHANG)
+if ended[0] != 0:
+    sys.exit(f"another child has ended: {ended}")
+`
+
+// TestRestoreSibling: the root comes back as a child of the restorer's parent, which
+// gets no other children.
+func TestRestoreSibling(t *testing.T) {
+	h := newHosts(t, "alpha").Host("alpha")
+	for _, command := range []string{"pidfd", "sessions", "threads", "tcpconn"} {
+		t.Run(command, func(t *testing.T) {
+			ctx := deadline(t, 2*time.Minute)
+			options := objects[command].options
+			r := selfcheck(ctx, t, h, newDir(t), command)
+			for range 3 {
+				img := dump(ctx, t, h, r.Pid, options...)
+				args := append([]string{"-c", parent, fmt.Sprint(r.Pid), binaries.Agent, "restore", "-D", img, "-dS", "--pidfile", "pid"}, options...)
+				if out, err := h.Run(ctx, "python3", args...); err != nil {
+					t.Fatalf("%v\n%s", err, out)
+				}
+				if b, err := os.ReadFile(filepath.Join(img, "pid")); err != nil || string(b) != fmt.Sprint(r.Pid) {
+					t.Errorf("the pid file says %q (%v), want %d", b, err, r.Pid)
+				}
+				goes(ctx, t, r, 5)
+			}
+			stop(ctx, t, r)
+		})
+	}
+	t.Run("taken", func(t *testing.T) {
+		ctx := deadline(t, 2*time.Minute)
+		r := selfcheck(ctx, t, h, newDir(t), "pidfd")
+		img := newDir(t)
+		mustAgent(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", img, "-R")
+		if o := agentCmd(ctx, t, h, nil, "restore", "-D", img, "-dS"); o.code != 1 || !strings.Contains(o.stderr, fmt.Sprintf("pid %d is taken", r.Pid)) {
+			t.Errorf("beside the running tree: exit code %d, %q", o.code, o.stderr)
+		}
+		stop(ctx, t, r)
+	})
+}
+
+// TestStatusOptions: who is told of a restore, and what is executed in its place.
+func TestStatusOptions(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	h := newHosts(t, "alpha").Host("alpha")
+	r := selfcheck(ctx, t, h, newDir(t), "threads")
+	told := func(args ...string) {
+		t.Helper()
+		in, out, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = in.Close() }()
+		mustAgent(ctx, t, h, []*os.File{out}, args...)
+		_ = out.Close()
+		if b, err := io.ReadAll(in); err != nil || string(b) != "\x00" {
+			t.Errorf("%v: the status descriptor was told %q (%v)", args, b, err)
+		}
+	}
+	img := newDir(t)
+	told("dump", "-t", fmt.Sprint(r.Pid), "-D", img, "--status-fd", "3", "--pidfile", "root", "-o", "dump.log", "-v4", "--log-pid")
+	if err := h.WaitGone(ctx, r.Pid); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{"root": fmt.Sprint(r.Pid), fmt.Sprintf("dump.log.%d", r.Pid): "process dumped", "dump.log": "process dumped"} {
+		if b, err := os.ReadFile(filepath.Join(img, name)); err != nil || !strings.Contains(string(b), want) {
+			t.Errorf("%s holds %q (%v), want %q", name, b, err, want)
+		}
+	}
+	told("restore", "-D", img, "-d", "--status-fd=3", "--tree", fmt.Sprint(r.Pid), "--timeout", "5", "--weak-sysctls", "--mntns-compat-mode", "--lsm-profile", "none")
+	goes(ctx, t, r, 5)
+
+	img = dump(ctx, t, h, r.Pid, "-r", "/", "--weak-sysctls", "--mntns-compat-mode", "--network-lock", "iptables")
+	script := `import os, sys
+stat = open("/proc/" + sys.argv[1] + "/stat").read()
+sys.exit(7 if int(stat[stat.rindex(")") + 2:].split()[1]) == os.getpid() else 8)`
+	o := agentCmd(ctx, t, h, nil, "restore", "-D", img, "--exec-cmd", "--", "python3", "-c", script, fmt.Sprint(r.Pid))
+	if o.code != 7 {
+		t.Errorf("the command of --exec-cmd ended with %d: %s", o.code, o.stderr)
+	}
+	goes(ctx, t, r, 5)
+
+	// Stopped until it is told to go on.
+	img = dump(ctx, t, h, r.Pid)
+	restore(ctx, t, h, img, r.Pid, nil, "--leave-stopped")
+	if out, err := h.Run(ctx, "sh", "-ec", fmt.Sprintf("grep State /proc/%[1]d/status; kill -CONT %[1]d", r.Pid)); err != nil || !strings.Contains(out, "(stopped)") {
+		t.Errorf("with --leave-stopped it is %q (%v)", out, err)
+	}
+	goes(ctx, t, r, 5)
+	stop(ctx, t, r)
+}
+
+// TestCgroupOptions: what is recorded of control groups, and where they are looked for.
+func TestCgroupOptions(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	h := newHosts(t, "alpha").Host("alpha")
+	sh := func(format string, args ...any) string {
+		t.Helper()
+		out, err := h.Run(ctx, "sh", "-ec", fmt.Sprintf(format, args...))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	r := selfcheck(ctx, t, h, newDir(t), "pidfd")
+	name := "gwo-" + filepath.Base(base)
+	sets := "/run/yard/cpuset/" + name
+	// A yard with version 2, and the cpusets of version 1 where the machine has those.
+	sh("mkdir -p /run/yard/unified; mount -t cgroup2 none /run/yard/unified; mkdir -p /run/yard/unified/%[1]s/sub; chmod 750 /run/yard/unified/%[1]s; "+
+		"if grep -q :cpuset: /proc/self/cgroup; then mkdir /run/yard/cpuset; mount -t cgroup -o cpuset none /run/yard/cpuset; mkdir %[2]s; "+
+		"for f in cpus mems; do cat /run/yard/cpuset/cpuset.$f >%[2]s/cpuset.$f; done; echo 1 >%[2]s/cpuset.memory_migrate; echo %[3]d >%[2]s/cgroup.procs; fi; "+
+		"echo %[3]d >/run/yard/unified/%[1]s/sub/cgroup.procs", name, sets, r.Pid)
+	v1 := sh("ls /run/yard") == "cpuset\nunified\n"
+	remove := func(name string) {
+		sh("for g in /run/yard/*/%[1]s/sub /run/yard/*/%[1]s; do if [ -d $g ]; then rmdir $g; fi; done", name)
+	}
+	t.Cleanup(func() {
+		_, _ = h.Run(ctx, "sh", "-c", fmt.Sprintf("rmdir /run/yard/*/%[1]s*/sub /run/yard/*/%[1]s* 2>/dev/null", name))
+	})
+	fails := func(want string, args ...string) {
+		t.Helper()
+		if o := agentCmd(ctx, t, h, nil, args...); o.code != 1 || !strings.Contains(o.stderr, want) {
+			t.Errorf("%v: exit code %d, %q; want 1 and %q", args, o.code, o.stderr, want)
+		}
+	}
+	pid := fmt.Sprint(r.Pid)
+	fails("is not below /elsewhere", "dump", "-t", pid, "-D", newDir(t), "-R", "--manage-cgroups", "--cgroup-root", "/elsewhere")
+	fails("no hierarchy that is to be recorded", "dump", "-t", pid, "-D", newDir(t), "-R", "--manage-cgroups", "--cgroup-dump-controller", "none-such")
+	fails("the yard has no directory", "dump", "-t", pid, "-D", newDir(t), "-R", "--manage-cgroups", "--cgroup-yard", "/run")
+
+	// The group above that of the root comes along, with its permissions, and all
+	// goes below another one.
+	controller, top := "cpuset", ":/"+name
+	if !v1 {
+		controller = ""
+	}
+	args := []string{"--manage-cgroups=full", "--cgroup-yard", "/run/yard", "--cgroup-root", top, "--cgroup-props", `"cpuset":\n - "strategy": "merge"\n - "properties": ["cpuset.memory_migrate"]`}
+	if v1 {
+		args = append(args, "--cgroup-dump-controller", controller, "--cgroup-dump-controller", "")
+	} else {
+		args = append(args, "--cgroup-dump-controller", "")
+	}
+	img := dump(ctx, t, h, r.Pid, args...)
+	decodeImages(t, img)
+	remove(name)
+	restore(ctx, t, h, img, r.Pid, nil, "--manage-cgroups=full", "--cgroup-yard", "/run/yard")
+	want := "0::/" + name + "/sub\n750\n"
+	look := "grep ^0: /proc/%[1]d/cgroup; stat -c %%a /run/yard/unified/%[2]s"
+	if v1 {
+		want += "cpuset:/" + name + "\n1\n"
+		look += "; grep -o cpuset:.* /proc/%[1]d/cgroup; cat %[3]s/cpuset.memory_migrate"
+	}
+	if diff := cmp.Diff(want, sh(look, r.Pid, name, sets)); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+	goes(ctx, t, r, 5)
+	img = dump(ctx, t, h, r.Pid, args...)
+	restore(ctx, t, h, img, r.Pid, nil, "--manage-cgroups", "--cgroup-yard", "/run/yard", "--cgroup-root", "/"+name+"-new")
+	if got := sh("grep ^0: /proc/%d/cgroup", r.Pid); got != "0::/"+name+"-new/sub\n" {
+		t.Errorf("with another root it is in %s", got)
+	}
+	goes(ctx, t, r, 5)
+	stop(ctx, t, r)
+	remove(name)
+	remove(name + "-new")
 }
