@@ -136,35 +136,87 @@ func sources(t *testing.T, pkg string) map[string]*ast.File {
 }
 
 // refusals gives, for each source file of a package, the reasons with which its
-// type of receiver recv refuses something.
+// type of receiver recv refuses something. Those of a method named refuse… are of the
+// files that call it, too.
 func refusals(t *testing.T, pkg, recv string) map[string][]string {
 	// refuse(object, reason, hint), or lacks, and refuse(process, path, reason, hint).
 	at := map[string]int{"d": 1, "c": 2}[recv]
-	out := map[string][]string{}
+	reasons, users := map[string][]string{}, map[string][]string{} // by file or method
+	kindFile := kindFiles(t)
+	home := map[string]string{} // of a method: its file, if that has a kind of open file
 	total := 0
 	for name, f := range sources(t, pkg) {
-		ast.Inspect(f, func(n ast.Node) bool {
-			call, ok := n.(*ast.CallExpr)
-			if !ok || len(call.Args) <= at {
+		for _, decl := range f.Decls {
+			user := name
+			if fn, ok := decl.(*ast.FuncDecl); ok && fn.Recv != nil && isRefusal(fn.Name.Name) {
+				user = fn.Name.Name
+				for _, f := range kindFile {
+					if f == name {
+						home[user] = name
+					}
+				}
+			}
+			ast.Inspect(decl, func(n ast.Node) bool {
+				call, ok := n.(*ast.CallExpr)
+				if !ok {
+					return true
+				}
+				sel, ok := call.Fun.(*ast.SelectorExpr)
+				if !ok {
+					return true
+				}
+				if x, ok := sel.X.(*ast.Ident); !ok || x.Name != recv {
+					return true
+				}
+				switch called := sel.Sel.Name; {
+				case isRefusal(called) && called != user:
+					users[called] = append(users[called], user)
+				case (called == "refuse" || called == "lacks") && len(call.Args) > at:
+					if r := reason(call.Args[at]); strings.Trim(r, "… ") != "" {
+						reasons[user] = append(reasons[user], r)
+						total++
+					}
+				}
 				return true
-			}
-			sel, ok := call.Fun.(*ast.SelectorExpr)
-			if ok {
-				x, isIdent := sel.X.(*ast.Ident)
-				ok = isIdent && x.Name == recv && (sel.Sel.Name == "refuse" || sel.Sel.Name == "lacks")
-			}
-			if !ok {
-				return true
-			}
-			if r := reason(call.Args[at]); strings.Trim(r, "… ") != "" && !slices.Contains(out[name], r) {
-				out[name] = append(out[name], r)
-				total++
-			}
-			return true
-		})
+			})
+		}
 	}
 	if total == 0 {
 		t.Fatalf("no refusal was found in package %s: does it still call %s.refuse?", pkg, recv)
+	}
+	out := map[string][]string{}
+	for _, user := range sortedKeys(reasons) {
+		names := filesOf(user, users, map[string]bool{})
+		if h := home[user]; h != "" {
+			names = append(names, h)
+		}
+		for _, name := range names {
+			for _, r := range reasons[user] {
+				if !slices.Contains(out[name], r) {
+					out[name] = append(out[name], r)
+				}
+			}
+		}
+	}
+	return out
+}
+
+func isRefusal(method string) bool {
+	return strings.HasPrefix(method, "refuse") && method != "refuse"
+}
+
+// filesOf gives the files that use a method, by other methods perhaps.
+func filesOf(user string, users map[string][]string, seen map[string]bool) []string {
+	if strings.HasSuffix(user, ".go") {
+		return []string{user}
+	}
+	if seen[user] {
+		return nil
+	}
+	seen[user] = true
+	var out []string
+	for _, u := range users[user] {
+		out = append(out, filesOf(u, users, seen)...)
 	}
 	return out
 }

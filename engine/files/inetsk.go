@@ -106,11 +106,8 @@ func addrPort(words []uint32, port uint32, zone string) string {
 
 func dumpInet(d *Dumper, o *object) error {
 	fd := int(o.file.Fd())
-	if other, err := d.otherNetns(o); err != nil {
+	if other, err := d.refuseOtherNetns(o); other || err != nil {
 		return err
-	} else if other {
-		d.refuse(o, "the socket is in another network namespace", "run the agent in the network namespace of the tree")
-		return nil
 	}
 	var n [3]int
 	for i, opt := range []int{unix.SO_DOMAIN, unix.SO_TYPE, unix.SO_PROTOCOL} {

@@ -78,5 +78,10 @@ func FuzzParseKey(f *testing.F) {
 func FuzzUnixDiag(f *testing.F) {
 	f.Add([]byte("\x64\x00\x00\x00\x14\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\x01\x01\x01\x00WW\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\x08\x00\x02\x00XW\x00\x00"))
 	f.Add([]byte("\x24\x00\x00\x00\x02\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\xfe\xff\xff\xff"))
-	f.Fuzz(func(_ *testing.T, b []byte) { _, _ = parseUnixDiag(b) })
+	f.Fuzz(func(_ *testing.T, b []byte) {
+		_, _ = netlinkMessages(b, func(_ uint16, body []byte) error {
+			_, err := parseUnixDiag(body)
+			return err
+		})
+	})
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 
 	"golang.org/x/sys/unix"
 
@@ -267,39 +266,6 @@ func ipAttr(b []byte, typ uint16, s string) []byte {
 		return b
 	}
 	return attr(b, typ, a.AsSlice())
-}
-
-// netlinkDo sends one request of NETLINK_ROUTE and waits for its acknowledgement.
-func netlinkDo(typ, flags uint16, body []byte) error {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
-	if err != nil {
-		return os.NewSyscallError("socket netlink", err)
-	}
-	defer func() { _ = unix.Close(fd) }()
-	ne := binary.NativeEndian
-	req := ne.AppendUint32(nil, uint32(nlmsgHeader+len(body)))
-	req = ne.AppendUint16(req, typ)
-	req = ne.AppendUint16(req, unix.NLM_F_REQUEST|unix.NLM_F_ACK|flags)
-	req = ne.AppendUint64(req, 1)
-	if err := unix.Sendto(fd, append(req, body...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return os.NewSyscallError("sendto netlink", err)
-	}
-	buf := make([]byte, 16<<10)
-	for {
-		n, _, err := unix.Recvfrom(fd, buf, 0)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil {
-			return os.NewSyscallError("recvfrom netlink", err)
-		}
-		if n >= nlmsgHeader+4 && ne.Uint16(buf[4:]) == unix.NLMSG_ERROR {
-			if e := -int32(ne.Uint32(buf[nlmsgHeader:])); e != 0 {
-				return os.NewSyscallError("netlink", unix.Errno(e))
-			}
-			return nil
-		}
-	}
 }
 
 // setLink changes an interface; up also takes it up.

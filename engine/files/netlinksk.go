@@ -52,11 +52,8 @@ const (
 
 func dumpNetlink(d *Dumper, o *object) error {
 	fd := int(o.file.Fd())
-	if other, err := d.otherNetns(o); err != nil {
+	if other, err := d.refuseOtherNetns(o); other || err != nil {
 		return err
-	} else if other {
-		d.refuse(o, "the socket is in another network namespace", "run the agent in the network namespace of the tree")
-		return nil
 	}
 	k, err := sockTypeOf(fd)
 	if err != nil {

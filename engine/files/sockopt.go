@@ -264,9 +264,9 @@ func btoi(b bool) int {
 	return 0
 }
 
-// otherNetns says whether the socket lives in another network namespace than this
-// process: it would be made in the wrong one.
-func (d *Dumper) otherNetns(o *object) (bool, error) {
+// refuseOtherNetns refuses what lives in another network namespace than this process:
+// it would be made in the wrong one. other says that it does.
+func (d *Dumper) refuseOtherNetns(o *object) (other bool, err error) {
 	if d.netns == (inodeID{}) {
 		var st unix.Stat_t
 		if err := unix.Stat("/proc/thread-self/ns/net", &st); err != nil {
@@ -283,5 +283,8 @@ func (d *Dumper) otherNetns(o *object) (bool, error) {
 	if err := unix.Fstat(int(ns.Fd()), &st); err != nil {
 		return false, os.NewSyscallError("fstat", err)
 	}
-	return inode(&st) != d.netns, nil
+	if other = inode(&st) != d.netns; other {
+		d.refuse(o, "it is in another network namespace", "run the agent in the network namespace of the tree")
+	}
+	return other, nil
 }

@@ -53,13 +53,8 @@ type tunState struct{ name string }
 
 func dumpTun(d *Dumper, o *object) error {
 	fd := int(o.file.Fd())
-	other, err := d.otherNetns(o)
-	if err != nil {
+	if other, err := d.refuseOtherNetns(o); other || err != nil {
 		return err
-	}
-	if other {
-		d.refuse(o, "its network namespace is another one", "run the agent in the network namespace of the tree")
-		return nil
 	}
 	e := &tun.TunfileEntry{Id: proto.Uint32(o.id)}
 	if err := dumpNode(d, o); err != nil {

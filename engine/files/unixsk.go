@@ -50,11 +50,8 @@ type unixState struct {
 func isDgram(typ uint32) bool { return typ == unix.SOCK_DGRAM }
 
 func dumpUnix(d *Dumper, o *object) error {
-	if other, err := d.otherNetns(o); err != nil {
+	if other, err := d.refuseOtherNetns(o); other || err != nil {
 		return err
-	} else if other {
-		d.refuse(o, "the socket is in another network namespace", "run the agent in the network namespace of the tree")
-		return nil
 	}
 	u, err := readUnixDiag(uint32(o.stat.Ino))
 	if errors.Is(err, unix.ENOENT) { // the duplicate keeps the socket: it cannot have gone
