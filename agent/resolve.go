@@ -117,11 +117,11 @@ func resolution(objects []*wire.OpenObject, c external.Choice) (*wire.Resolution
 	}
 	switch e.Resolver {
 	case external.Path, external.Create, external.Carry:
-		if r.Argument == "" {
-			r.Argument = "{path}"
+		if e.Argument == "" {
+			e.Argument = "{path}"
 		}
 		var err error
-		if r.Argument, err = external.Expand(r.Argument, path); err != nil {
+		if r.Argument, err = e.Expand(path); err != nil {
 			return r, err
 		}
 	}

@@ -39,10 +39,9 @@ func standsOn(o *wire.OpenObject) string {
 }
 
 func holdNull(_ context.Context, q *holdRequest) (*held, error) {
-	flags := q.flags()
-	f, err := openFile("/dev/null", flags&(unix.O_ACCMODE|unix.O_APPEND|unix.O_NONBLOCK|unix.O_PATH))
+	f, err := openFile("/dev/null", unix.O_RDWR) // from which each description is opened
 	if err != nil {
 		return nil, err
 	}
-	return &held{file: f, forward: true, anyKind: true}, nil
+	return &held{file: f, anyKind: true}, nil
 }

@@ -206,7 +206,7 @@ type Inherit struct {
 	// a reopened one.
 	Forward bool
 	// AnyKind: another kind of file may stand for what was there, such as a socket
-	// for a pipe. It is forwarded.
+	// for a pipe. It is forwarded, unless it is /dev/null.
 	AnyKind bool
 }
 

@@ -276,20 +276,40 @@ func checkPath(s string) error {
 	}
 }
 
-// Expand replaces the placeholders of a path by parts of the path that the object
-// had at the source.
-func Expand(argument, source string) (string, error) {
-	if !strings.Contains(argument, "{") {
-		return path.Clean(argument), nil
+// Expand replaces the placeholders of the entry's argument by parts of the path that
+// the object had at the source.
+func (e Entry) Expand(source string) (string, error) {
+	if !strings.Contains(e.Argument, "{") {
+		return path.Clean(e.Argument), nil
 	}
 	if source == "" {
-		return "", fmt.Errorf("%s needs the path that the object has at the source, and it has none", argument)
+		return "", fmt.Errorf("%s needs the path that the object has at the source, and it has none", e.Argument)
 	}
-	s := strings.NewReplacer("{base}", path.Base(source), "{dir}", path.Dir(source), "{path}", source).Replace(argument)
+	rest, ok := e.Selector.rest(source)
+	if !ok && strings.Contains(e.Argument, "{rest}") {
+		return "", fmt.Errorf("%s needs a selector path:GLOB that matches", e.Argument)
+	}
+	s := strings.NewReplacer("{base}", path.Base(source), "{dir}", path.Dir(source), "{path}", source, "{rest}", rest).Replace(e.Argument)
 	if !strings.HasPrefix(s, "/") {
-		return "", fmt.Errorf("%s becomes %q, which is not absolute", argument, clip(s))
+		return "", fmt.Errorf("%s becomes %q, which is not absolute", e.Argument, clip(s))
 	}
 	return path.Clean(s), nil
+}
+
+// rest is what follows the directories in a path that the selector names without
+// wildcards.
+func (s Selector) rest(p string) (string, bool) {
+	if s.by != byPath {
+		return "", false
+	}
+	parts := strings.Split(strings.TrimPrefix(p, "/"), "/")
+	for _, g := range s.glob {
+		if len(parts) == 0 || g != parts[0] || strings.ContainsAny(g, "*?[") {
+			break
+		}
+		parts = parts[1:]
+	}
+	return strings.Join(parts, "/"), true
 }
 
 // String is the entry as Parse reads it.

@@ -87,19 +87,31 @@ func TestParseRefused(t *testing.T) {
 }
 
 func TestExpand(t *testing.T) {
-	for _, c := range []struct{ argument, source, want string }{
-		{"/srv/log/{base}", "/var/log/a.log", "/srv/log/a.log"},
-		{"{dir}/other/{base}", "/var/a", "/var/other/a"},
-		{"/new{path}", "/var/a", "/new/var/a"},
-		{"/x/../y", "", "/y"},
-		{"/{base}/{base}", "/{dir}", "/{dir}/{dir}"},
+	for _, c := range []struct{ selector, argument, source, want string }{
+		{"fd:3", "/srv/log/{base}", "/var/log/a.log", "/srv/log/a.log"},
+		{"fd:3", "{dir}/other/{base}", "/var/a", "/var/other/a"},
+		{"fd:3", "/new{path}", "/var/a", "/new/var/a"},
+		{"fd:3", "/x/../y", "", "/y"},
+		{"fd:3", "/{base}/{base}", "/{dir}", "/{dir}/{dir}"},
+		{"path:/var/**", "/srv/{rest}", "/var/a/b", "/srv/a/b"},
+		{"path:/var/**", "/srv/{rest}", "/var", "/srv"},
+		{"path:/var/*/b", "/srv/{rest}.old", "/var/a/b", "/srv/a/b.old"},
+		{"path:/var/a", "/srv/{rest}", "/var/a", "/srv"},
+		{"path:**/a", "/srv/{rest}", "/var/a", "/srv/var/a"},
+		{"path:/var/?/b", "/srv/{rest}", "/var/?/b", "/srv/?/b"},
 	} {
-		if got, err := Expand(c.argument, c.source); err != nil || got != c.want {
-			t.Errorf("%s of %s: %q, %v, want %q", c.argument, c.source, got, err, c.want)
+		s, err := ParseSelector(c.selector)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := (Entry{Selector: s, Argument: c.argument}).Expand(c.source); err != nil || got != c.want {
+			t.Errorf("%s=%s of %s: %q, %v, want %q", c.selector, c.argument, c.source, got, err, c.want)
 		}
 	}
-	if got, err := Expand("/{base}", ""); err == nil {
-		t.Errorf("a placeholder without a path became %s", got)
+	for _, c := range []struct{ argument, source string }{{"/{base}", ""}, {"/{rest}", "/a"}} {
+		if got, err := (Entry{Argument: c.argument}).Expand(c.source); err == nil {
+			t.Errorf("%s of %q became %s", c.argument, c.source, got)
+		}
 	}
 }
 

@@ -42,7 +42,7 @@ func CheckWith(policy func(name, path string) plan.FilePolicy, files []plan.File
 type destination struct {
 	inherit  map[string]Inherit
 	used     map[string]bool
-	need     map[uint64]uint64 // bytes for what travels, by file system
+	need     map[uint64]uint64                       // bytes for what travels, by file system
 	policy   func(name, path string) plan.FilePolicy // nil: none
 	problems []refuse.Problem
 }

@@ -54,7 +54,7 @@ func (r *Restorer) matchInherit() error {
 				errs = append(errs, fmt.Errorf("handed file %s: %w", k, err))
 				continue
 			}
-			in.Forward = in.Forward || in.AnyKind
+			in.Forward = in.Forward || in.AnyKind && !isNull(in.File)
 			r.handed[name] = &in
 		}
 	}
@@ -118,6 +118,17 @@ func unmatched(k string, names map[string]bool) error {
 		return fmt.Errorf("handed file %s: the images have no file of that name", k)
 	}
 	return fmt.Errorf("handed file %s: the images have no file of that name; nearest: %s", k, strings.Join(near, ", "))
+}
+
+// isNull says whether f is the null device, which can be opened again with any
+// flags.
+func isNull(f *os.File) bool {
+	var st unix.Stat_t
+	return unix.Fstat(int(f.Fd()), &st) == nil && nullDevice(&st)
+}
+
+func nullDevice(st *unix.Stat_t) bool {
+	return st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == unix.Mkdev(1, 3)
 }
 
 func isOpen(f *os.File) error {

@@ -236,11 +236,14 @@ func (r *Restorer) reopenRecorded(x *description, base *os.File, e *regfile.RegF
 		return nil, &os.PathError{Op: "fstat", Path: base.Name(), Err: err}
 	}
 	switch kind := st.Mode & unix.S_IFMT; {
-	case kind == unix.S_IFREG, kind == unix.S_IFDIR, e.GetFlags()&unix.O_PATH != 0:
+	case kind == unix.S_IFREG, kind == unix.S_IFDIR, e.GetFlags()&unix.O_PATH != 0, nullDevice(&st):
 	default: // opening it could block, or do something
 		return nil, fmt.Errorf("%s is a %s here, expected a regular file or directory", base.Name(), modeKind(st.Mode))
 	}
 	flags := reopenFlags(int(e.GetFlags()), st.Mode&unix.S_IFMT == unix.S_IFDIR)
+	if nullDevice(&st) {
+		flags &^= unix.O_DIRECT
+	}
 	if st.Mode&unix.S_IFMT == unix.S_IFDIR && len(x.at) == 0 {
 		flags |= unix.O_PATH // to be entered; whoever watches it is not told
 	}

@@ -70,7 +70,7 @@ type Inherit struct {
 	// place of one opened again with the recorded flags and position.
 	Forward bool
 	// AnyKind: another kind of file may stand for what was there, such as a socket
-	// for a pipe. It is forwarded.
+	// for a pipe. It is forwarded, unless it is /dev/null.
 	AnyKind bool
 }
 

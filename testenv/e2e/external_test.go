@@ -1,0 +1,359 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"godwit/testenv/fleet"
+	"godwit/testenv/hosts"
+	"godwit/testenv/workloads"
+)
+
+// agentRules writes a configuration with rules for the agents of a fleet.
+func agentRules(t *testing.T, rules string) string {
+	t.Helper()
+	path := filepath.Join(newDir(t), "agent.toml")
+	if err := os.WriteFile(path, []byte(rules), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// copyTo gives a host a copy of another's file.
+func copyTo(t *testing.T, from *hosts.Host, path string, to *hosts.Host, dest string) {
+	t.Helper()
+	b, err := os.ReadFile(from.Path(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeTo(t, to, dest, string(b))
+}
+
+func writeTo(t *testing.T, h *hosts.Host, path, text string) {
+	t.Helper()
+	if err := os.MkdirAll(h.Path(filepath.Dir(path)), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(h.Path(path), []byte(text), 0o640); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func size(t *testing.T, h *hosts.Host, path string) int64 {
+	t.Helper()
+	st, err := os.Stat(h.Path(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return st.Size()
+}
+
+// wantLink wants a descriptor, or cwd, of a process to lead somewhere.
+func wantLink(t *testing.T, h *hosts.Host, pid int, what, want string) {
+	t.Helper()
+	got, err := os.Readlink(h.Path(fmt.Sprintf("/proc/%d/%s", pid, what)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != want {
+		t.Errorf("%s of pid %d leads to %s, want %s", what, pid, got, want)
+	}
+}
+
+// openFDs counts the descriptors of a host's agent that lead to regular files,
+// fifos and pipes outside of what it always has.
+func openFDs(t *testing.T, f *fleet.Fleet, h *hosts.Host, part string) int {
+	t.Helper()
+	dir := h.Path(fmt.Sprintf("/proc/%d/fd", f.AgentPid(h.Name())))
+	des, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, de := range des {
+		if link, err := os.Readlink(filepath.Join(dir, de.Name())); err == nil && strings.Contains(link, part) {
+			n++
+		}
+	}
+	return n
+}
+
+// noFDs waits until the agent has nothing open whose name holds part.
+func noFDs(ctx context.Context, t *testing.T, f *fleet.Fleet, h *hosts.Host, part string) {
+	t.Helper()
+	for openFDs(t, f, h, part) > 0 {
+		select {
+		case <-ctx.Done():
+			t.Fatalf("the agent of %s still has %d descriptors of %s", h.Name(), openFDs(t, f, h, part), part)
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// refusedMigration wants a migration to be refused with all the texts, and the
+// tree to run on untouched.
+func refusedMigration(ctx context.Context, t *testing.T, f *fleet.Fleet, r *workloads.Run, to string, args []string, want ...string) {
+	t.Helper()
+	before := traces(t, r.Host, r.Pid)
+	n := count(t, r)
+	m, res, err := f.Migrate(ctx, r.Host.Name(), r.Pid, to, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.Code != 4 {
+		t.Fatalf("exit code %d, want 4: %s%s", res.Code, res.Stdout, res.Stderr)
+	}
+	var all []string
+	if m.Error != nil {
+		for _, p := range m.Error.Problems {
+			fd := ""
+			if p.FD != nil {
+				fd = fmt.Sprintf("fd %d ", *p.FD)
+			}
+			all = append(all, fmt.Sprintf("pid %d (%s) %s%s [%s]: %s; %s", p.PID, p.Comm, fd, p.Path, p.Key, p.Reason, p.Hint))
+		}
+	}
+	for _, w := range want {
+		if !strings.Contains(strings.Join(all, "\n"), w) {
+			t.Errorf("the refusal does not say %q:\n%s\n%s", w, strings.Join(all, "\n"), res.Stdout)
+		}
+	}
+	if after := traces(t, r.Host, r.Pid); after != before {
+		t.Errorf("the process was touched:\n%s\n%s", before, after)
+	}
+	goes(ctx, t, r, 5)
+	if gap := longestGap(t, r, n); gap > smallGap {
+		t.Errorf("the process stood for %v though nothing was to be touched", gap)
+	}
+}
+
+// provider is a running godwit-agent provide.
+type provider struct {
+	t   *testing.T
+	cmd *exec.Cmd
+	mu  sync.Mutex
+	out bytes.Buffer
+}
+
+func (p *provider) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.out.Write(b)
+}
+
+func (p *provider) said() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.out.String()
+}
+
+// startProvide starts it on a host and waits until the agent keeps the descriptor.
+func startProvide(ctx context.Context, t *testing.T, h *hosts.Host, files []*os.File, selector string, args ...string) *provider {
+	t.Helper()
+	p := &provider{t: t}
+	p.cmd = h.Command(ctx, binaries.Agent, append([]string{"provide", "--host", h.Name(), "--state-dir", "/run/godwit-agent", selector}, args...)...)
+	p.cmd.ExtraFiles, p.cmd.Stderr = files, p
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = p.cmd.Process.Kill() })
+	p.waits(ctx, "ready; waiting for a tree", 1)
+	return p
+}
+
+// waits waits until it has said something n times.
+func (p *provider) waits(ctx context.Context, text string, n int) {
+	p.t.Helper()
+	for strings.Count(p.said(), text) < n {
+		select {
+		case <-ctx.Done():
+			p.t.Fatalf("provide has not said %q %d times: %s", text, n, p.said())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// ends waits for its end.
+func (p *provider) ends(code int) {
+	p.t.Helper()
+	_ = p.cmd.Wait()
+	if got := p.cmd.ProcessState.ExitCode(); got != code {
+		p.t.Errorf("provide: exit code %d, want %d: %s", got, code, p.said())
+	}
+}
+
+// TestExternalRules moves a tree to and fro between hosts that keep its files, its
+// working directory and what it has mapped at other paths, by their configuration alone.
+func TestExternalRules(t *testing.T) {
+	ctx := deadline(t, 3*time.Minute)
+	f, alpha, beta := newFleet(ctx, t, "--config", agentRules(t, `
+[[external]]
+match = ["path:/run/here/**"]
+resolver = "path"
+argument = "/run/there/{rest}"
+size = "grow-ok"
+mode = "any"
+
+[[external]]
+match = ["path:/run/there/**"]
+resolver = "path"
+argument = "/run/here/{rest}"
+size = "grow-ok"
+`))
+	if err := os.MkdirAll(alpha.Path("/run/here/sub"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	r := selfcheck(ctx, t, alpha, newDir(t), "rehomed", "/run/here/sub/data")
+	refusedMigration(ctx, t, f, r, "beta", nil, "/run/here/sub/data", "/run/there/sub/data", "no such file")
+	writeTo(t, beta, "/run/there/sub/data", "short")
+	refusedMigration(ctx, t, f, r, "beta", nil, "has 5 bytes here, expected at least ", "size=any")
+	copyTo(t, alpha, "/run/here/sub/data", beta, "/run/there/sub/data")
+	if err := os.Chmod(beta.Path("/run/there/sub"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	// What the source appends until it is frozen is missing in the copy.
+	if err := os.WriteFile(beta.Path("/run/there/sub/data"), append(readFile(t, beta, "/run/there/sub/data"), make([]byte, 1<<20)...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	migrate(ctx, t, f, r, beta)
+	wantLink(t, beta, r.Pid, "fd/11", "/run/there/sub/data")
+	wantLink(t, beta, r.Pid, "cwd", "/run/there/sub")
+	was := size(t, alpha, "/run/here/sub/data")
+	goes(ctx, t, r, 10)
+	if now := size(t, alpha, "/run/here/sub/data"); now != was {
+		t.Errorf("the file that was left grew from %d to %d bytes", was, now)
+	}
+	if size(t, beta, "/run/there/sub/data") <= 1<<20+4096 {
+		t.Error("nothing was appended at the destination")
+	}
+	copyTo(t, beta, "/run/there/sub/data", alpha, "/run/here/sub/data")
+	if err := os.Truncate(alpha.Path("/run/here/sub/data"), 8<<20); err != nil {
+		t.Fatal(err)
+	}
+	migrate(ctx, t, f, r, alpha)
+	wantLink(t, alpha, r.Pid, "fd/13", "/run/here/sub/data")
+	stop(ctx, t, r)
+}
+
+func readFile(t *testing.T, h *hosts.Host, path string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(h.Path(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// TestExternalResolvers moves a tree whose file is replaced in each way, and sees
+// that it is refused if that cannot be done, and that nothing is left then.
+func TestExternalResolvers(t *testing.T) {
+	ctx := deadline(t, 4*time.Minute)
+	f, alpha, beta := newFleet(ctx, t)
+	plain := func(ctx context.Context, t *testing.T, path string) *workloads.Run {
+		return selfcheck(ctx, t, alpha, newDir(t), "rehomed", path, "plain")
+	}
+	t.Run("create", func(t *testing.T) {
+		ctx := deadline(t, time.Minute)
+		r := plain(ctx, t, "/run/made")
+		args := []string{"--external", "path:/run/made=create:/run/dir/made"}
+		refusedMigration(ctx, t, f, r, "beta", args, "the directory does not exist here", "mkdir -p /run/dir")
+		writeTo(t, beta, "/run/dir/made", "somebody's")
+		refusedMigration(ctx, t, f, r, "beta", args, "there is something at this path here already", "overwrite")
+		if err := os.Remove(beta.Path("/run/dir/made")); err != nil {
+			t.Fatal(err)
+		}
+		// Another file cannot be had, so this one is removed again.
+		refusedMigration(ctx, t, f, r, "beta", append(args, "--external", "path:**/rehomed.log=path:/run/dir/nothing"), "no such file")
+		if _, err := os.Lstat(beta.Path("/run/dir/made")); !os.IsNotExist(err) {
+			t.Errorf("a refused migration left a file: %v", err)
+		}
+		noFDs(ctx, t, f, beta, "/run/dir")
+		migrate(ctx, t, f, r, beta, args...)
+		st, err := os.Stat(beta.Path("/run/dir/made"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st.Mode().Perm() != 0o640 {
+			t.Errorf("mode %v, want 0640", st.Mode())
+		}
+		wantLink(t, beta, r.Pid, "fd/10", "/run/dir/made")
+		noFDs(ctx, t, f, beta, "/run/dir")
+		// Back over what is there, which is emptied first.
+		was := size(t, alpha, "/run/made")
+		migrate(ctx, t, f, r, alpha, "--external", "path:/run/dir/*=create:/run/made,overwrite")
+		if now := size(t, alpha, "/run/made"); now >= was && was > 100 {
+			t.Errorf("the file has %d bytes and had %d: it was not emptied", now, was)
+		}
+		stop(ctx, t, r)
+	})
+	t.Run("null", func(t *testing.T) {
+		ctx := deadline(t, time.Minute)
+		r := plain(ctx, t, "/run/nowhere")
+		refusedMigration(ctx, t, f, r, "beta", nil, "/run/nowhere", "does not exist here")
+		// Each description becomes one of its own, with its flags.
+		migrate(ctx, t, f, r, beta, "--external", "path:/run/nowhere=null")
+		wantLink(t, beta, r.Pid, "fd/11", "/dev/null")
+		wantLink(t, beta, r.Pid, "fd/12", "/dev/null")
+		stop(ctx, t, r)
+	})
+	t.Run("provide", func(t *testing.T) {
+		ctx := deadline(t, time.Minute)
+		r := plain(ctx, t, "/run/given")
+		args := []string{"--external", "fd:10=provide"}
+		refusedMigration(ctx, t, f, r, "beta", args, "fd 10 /run/given", "nobody provides a file for it", "godwit-agent provide 'file[")
+		writeTo(t, beta, "/run/gift", strings.Repeat("x", 1<<20))
+		if err := unix.Mkfifo(beta.Path("/run/gift.fifo"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		// Of a wrong kind; and with the one who keeps it, the descriptor goes.
+		wrong := startProvide(ctx, t, beta, nil, "path:/run/giv*", "--open", "/run/gift.fifo,rdwr")
+		refusedMigration(ctx, t, f, r, "beta", args, "is a fifo, expected a regular", "/run/gift.fifo")
+		wrong.waits(ctx, "given back", 1)
+		if err := wrong.cmd.Process.Signal(unix.SIGINT); err != nil {
+			t.Fatal(err)
+		}
+		wrong.ends(1)
+		if !strings.Contains(wrong.said(), "withdrawn") {
+			t.Errorf("it said %s", wrong.said())
+		}
+		refusedMigration(ctx, t, f, r, "beta", args, "nobody provides a file for it")
+		// Too narrow to be handed on as it is.
+		narrow := startProvide(ctx, t, beta, nil, "path:/run/given", "--open", "/run/gift")
+		refusedMigration(ctx, t, f, r, "beta", []string{"--external", "fd:10=provide,forward"}, "is open for reading, expected for reading and writing")
+		refusedMigration(ctx, t, f, r, "beta", []string{"--external", "fd:10=provide,size=same"}, "has 1048576 bytes here, expected ")
+		if err := os.Chmod(beta.Path("/run/gift"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		refusedMigration(ctx, t, f, r, "beta", []string{"--external", "fd:10=provide,mode=same"}, "has mode 0600 here, expected 0640")
+		narrow.waits(ctx, "given back", 3)
+		// Two for one object.
+		other := startProvide(ctx, t, beta, nil, "fd:10", "--open", "/run/gift,rdwr")
+		refusedMigration(ctx, t, f, r, "beta", args, "2 files are provided for it", "fd:10")
+		if err := other.cmd.Process.Signal(unix.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		other.ends(1)
+		// Opened again with the recorded flags and positions, whatever it was opened for.
+		migrate(ctx, t, f, r, beta, args...)
+		narrow.ends(0)
+		if !strings.Contains(narrow.said(), "used by migration") {
+			t.Errorf("it said %s", narrow.said())
+		}
+		wantLink(t, beta, r.Pid, "fd/11", "/run/gift")
+		if size(t, beta, "/run/gift") <= 1<<20 {
+			t.Error("nothing was appended to the file that was provided")
+		}
+		noFDs(ctx, t, f, beta, "/run/gift")
+		stop(ctx, t, r)
+	})
+}
