@@ -19,6 +19,9 @@ func (c *collector) ask() error {
 	if err := c.keys(); err != nil {
 		return err
 	}
+	if err := c.sandboxes(); err != nil {
+		return err
+	}
 	if err := c.adjustments(); err != nil {
 		return err
 	}

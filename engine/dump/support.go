@@ -25,6 +25,7 @@ func Support() []plan.Support {
 		{Kind: "filter of core files, user who logged in", Note: "the user who logged in stays the restorer's, with a warning, where audit rules forbid another"},
 		{Kind: "seccomp, strict and by filters"},
 		{Kind: "clocks that count from boot", Note: "go on on any host, in a time namespace where they have to"},
+		{Kind: "counts of what was used (getrusage), CPU clocks, times of start, session keyrings", Note: "begin anew; the session keyring is that of the restorer"},
 		{Kind: "working directory, root and umask"},
 		{Kind: "a UTS namespace of the tree's own"},
 		{Kind: "an IPC namespace of the tree's own", Note: "with settings, System V semaphores, message queues and shared memory"},

@@ -123,6 +123,7 @@ var objects = map[string]object{
 	"forker":     {elsewhere: true},
 	"linkremap":  {options: []string{"--link-remap"}},
 	"hold":       {elsewhere: true},
+	"landlocked": {args: []string{"free"}},
 	"locks":      {options: []string{"--file-locks"}},
 	"futexes":    {rounds: 100},
 	"manyfds":    {elsewhere: true},
@@ -274,19 +275,35 @@ func TestObjects(t *testing.T) {
 		})
 	}
 	// What has no first thread any more is refused before it is touched.
-	for _, args := range [][]string{nil, {"child"}} {
-		t.Run("deadleader "+strings.Join(args, ""), func(t *testing.T) {
-			ctx := deadline(t, time.Minute)
-			r := selfcheck(ctx, t, h, newDir(t), "deadleader", args...)
+	t.Run("deadleader", func(t *testing.T) {
+		ctx := deadline(t, time.Minute)
+		r := selfcheck(ctx, t, h, newDir(t), "deadleader")
+		kid, err := os.ReadFile(r.Prefix + ".kid")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, pid := range []string{fmt.Sprint(r.Pid), strings.TrimSpace(string(kid))} {
 			for _, verb := range []string{"dump", "pre-dump"} {
-				if o := agentCmd(ctx, t, h, nil, verb, "-t", fmt.Sprint(r.Pid), "-D", newDir(t)); o.code != 1 || !strings.Contains(o.stderr, "nothing was touched") || !strings.Contains(o.stderr, "its first thread has exited while others run") {
-					t.Errorf("%s: exit code %d, %q", verb, o.code, o.stderr)
+				if o := agentCmd(ctx, t, h, nil, verb, "-t", pid, "-D", newDir(t)); o.code != 1 || !strings.Contains(o.stderr, "nothing was touched") || !strings.Contains(o.stderr, "its first thread has exited while others run") {
+					t.Errorf("%s of pid %s: exit code %d, %q", verb, pid, o.code, o.stderr)
 				}
 				goes(ctx, t, r, 10)
 			}
-			stop(ctx, t, r)
-		})
-	}
+		}
+		stop(ctx, t, r)
+	})
+	// A sandbox that cannot be made again is not left out.
+	t.Run("landlocked refused", func(t *testing.T) {
+		ctx := deadline(t, time.Minute)
+		r := selfcheck(ctx, t, h, newDir(t), "landlocked")
+		for range 3 {
+			if o := agentCmd(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", newDir(t)); o.code != 1 || !strings.Contains(o.stderr, "is confined by Landlock") {
+				t.Errorf("dump: exit code %d, %q", o.code, o.stderr)
+			}
+			goes(ctx, t, r, 10)
+		}
+		stop(ctx, t, r)
+	})
 	t.Run("aioring left running", func(t *testing.T) {
 		ctx := deadline(t, time.Minute)
 		r := selfcheck(ctx, t, h, newDir(t), "aioring")
