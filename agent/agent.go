@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/nats-io/nats.go"
 
 	"godwit/configs/external"
 	"godwit/engine"
@@ -49,11 +50,13 @@ type Timeouts struct {
 
 // Config is what an agent is made of.
 type Config struct {
-	Host       string // name on the bus
-	Version    string // release
-	Engine     Engine
-	Records    Records
-	Streams    *Streams
+	Host    string // name on the bus
+	Version string // release
+	Engine  Engine
+	Records Records
+	Streams *Streams
+	// Bus carries the bytes of proxies; nil: there are none.
+	Bus        *nats.Conn
 	Progress   func(*wire.Progress) // publishes; must not wait
 	Timeouts   Timeouts
 	GhostLimit uint64 // bytes
@@ -76,6 +79,7 @@ type Agent struct {
 	landed       map[int]string // pid of the child of ours: migration
 
 	provisions *provisions
+	proxies    *proxies
 
 	// informing ends when a stopping agent has nothing more to wait for but
 	// words that change nothing.
@@ -97,12 +101,14 @@ func New(cfg Config) *Agent {
 	}
 	a.provisions = &provisions{log: a.log.Named("provide")}
 	a.informing, a.hush = context.WithCancel(context.Background())
+	a.proxies = newProxies(cfg.Host, a.log)
 	return a
 }
 
 // Serve lets the agent answer the control calls of its host.
 func (a *Agent) Serve(svc *transport.Service) error {
 	return firstError(
+		a.proxies.listen(a.cfg.Bus),
 		func() error { return transport.Handle(svc, "info", a.Info) },
 		func() error { return transport.Handle(svc, "ps", a.Ps) },
 		func() error { return transport.Handle(svc, "preflight", a.Preflight) },
@@ -180,6 +186,7 @@ func (a *Agent) Stop(ctx context.Context) error {
 		}
 	}
 	a.hush()
+	a.proxies.close()
 	return nil
 }
 

@@ -108,8 +108,16 @@ func runDaemon(ctx context.Context, cfg *configs.Agent, stderr io.Writer) (err e
 	if err != nil {
 		return err
 	}
+	// Bytes of proxies must not hold up requests.
+	relays := bus
+	relays.Name += " proxies"
+	rc, err := transport.ConnectWait(ctx, relays)
+	if err != nil {
+		return err
+	}
+	defer rc.Close()
 	a := New(Config{
-		Host: host, Version: Version, Engine: engine.New(log), Records: recs,
+		Host: host, Version: Version, Engine: engine.New(log), Records: recs, Bus: rc,
 		Streams: &Streams{
 			Bus: bus, Control: nc, ChunkSize: int(cfg.Limits.Chunk), Window: int(cfg.Limits.Window), Lanes: cfg.Limits.Lanes,
 			Bandwidth: uint64(cfg.Limits.Bandwidth), IdleTimeout: cfg.Timeouts.Idle.D(), Logger: log,

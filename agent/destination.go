@@ -151,7 +151,7 @@ func (d *destination) begin() error {
 
 func (d *destination) options() engine.RestoreOptions {
 	return engine.RestoreOptions{
-		Files:   engine.FileRestoreOptions{Policy: policy(d.req.Resolutions)},
+		Files:   engine.FileRestoreOptions{Policy: policy(d.req.Resolutions), Proxied: d.held.far},
 		Inherit: d.held.files, NewPidNamespace: d.req.Options.GetPidNamespaceNew(), Host: d.a.cfg.Host,
 		FileLocks: true, ExtUnixSk: true, TCPEstablished: true,
 	}

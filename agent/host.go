@@ -45,7 +45,7 @@ func (a *Agent) describe() (*wire.AgentInfo, error) {
 		Host: a.cfg.Host, Protocol: wire.Version, Version: a.cfg.Version, Kernel: unix.ByteSliceToString(u.Release[:]),
 		Arch: runtime.GOARCH, BootId: strings.TrimSpace(string(boot)), MemoryBytes: mem["MemTotal"],
 		AvailableBytes: mem["MemAvailable"], Cpus: uint32(runtime.NumCPU()), StartedUnix: a.started.Unix(),
-		Migrations: uint32(n), Pid: uint32(os.Getpid()),
+		Migrations: uint32(n), Pid: uint32(os.Getpid()), Proxies: a.proxies.list(),
 	}, nil
 }
 

@@ -11,8 +11,11 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/nats-io/nats.go"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
 
+	"godwit/configs/external"
 	"godwit/engine"
 	"godwit/transport"
 	"godwit/wire"
@@ -50,12 +53,22 @@ type proxy struct {
 	log       hclog.Logger
 	relay     *transport.Relay
 	pump      *pump
-	far       *os.File // of a tree's end: tells which object of this host it is
+	key       string // of a tree's end: the object of this host that it is behind
 	ended     sync.Once
 }
 
 // movedFor is how long it is remembered that another host has taken an end over.
 const movedFor = 10 * time.Minute
+
+// listen lets the ends hear what comes over the bus.
+func (ps *proxies) listen(nc *nats.Conn) func() error {
+	return func() (err error) {
+		if nc != nil {
+			ps.bus, err = transport.NewRelayBus(nc, ps.host, ps.deliver)
+		}
+		return err
+	}
+}
 
 func newProxies(host string, log hclog.Logger) *proxies {
 	return &proxies{host: host, log: log.Named("proxy"), homes: map[string]*proxy{}, trees: map[string]*proxy{}, moved: map[string]time.Time{}}
@@ -253,7 +266,7 @@ func (ps *proxies) of(key string) *proxy {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	for _, p := range ps.trees {
-		if p.info.LocalKey == key && !p.relay.Over() {
+		if p.key == key && !p.relay.Over() {
 			return p
 		}
 	}
@@ -310,6 +323,102 @@ func (ps *proxies) close() {
 func proxyID(migration, key string) string {
 	sum := sha256.Sum256([]byte(migration + " " + key))
 	return hex.EncodeToString(sum[:10])
+}
+
+// servesProxy serves what has bytes that flow.
+func servesProxy(o *wire.OpenObject, _ external.Entry) error {
+	switch o.Kind {
+	case "pipe", "unix-stream":
+		return nil
+	}
+	return fmt.Errorf("the bytes of what is of kind %s cannot be carried on: only those of pipes and of stream unix sockets", o.Kind)
+}
+
+// holdProxy makes the tree's end ready. It attaches to home once the migration is
+// committed, and is answered when home knows that it is completed.
+func holdProxy(_ context.Context, q *holdRequest) (*held, error) {
+	if q.Proxy.GetId() == "" || q.Proxy.GetHome() == "" || q.Proxy.GetEpoch() == 0 {
+		return nil, errors.New("the resolution does not say which proxy it is")
+	}
+	if err := transport.CheckName(q.Proxy.Id); err != nil {
+		return nil, err
+	}
+	ps, x := q.agent.proxies, &held{far: &engine.Far{}}
+	var p *proxy
+	x.start = func(context.Context) (err error) {
+		if x.far.File == nil {
+			return fmt.Errorf("proxy %s: the tree was built without it", q.Proxy.Object)
+		}
+		if p, err = ps.add(q.Proxy, q.migration, false, []*os.File{x.far.File}); err != nil {
+			return err
+		}
+		x.far.File, p.key = nil, x.far.Key
+		return p.begin()
+	}
+	x.release = func() {
+		if p != nil {
+			p.drop()
+		}
+	}
+	return x, nil
+}
+
+// proxyOf says which proxy an object has: that which it is of already, or a new one.
+func proxyOf(req *wire.ResolveRequest, r *wire.Resolution) *wire.Proxy {
+	for _, o := range r.Objects {
+		if o.Proxy != nil {
+			return o.Proxy
+		}
+	}
+	what := nameObject(r.Objects[0])
+	text := what.Path
+	if what.Pid != 0 {
+		text = fmt.Sprintf("%s, fd %d of pid %d (%s)", text, what.Fd, what.Pid, what.Comm)
+	}
+	return &wire.Proxy{Id: proxyID(req.Id, r.Key), Home: req.Source, Epoch: 1, Key: r.Key, Object: text}
+}
+
+// standing are the rules that what is proxied already goes on being so.
+func standing(objects []*wire.OpenObject) []external.Rule {
+	var out []external.Rule
+	for _, o := range objects {
+		if o.Proxy == nil {
+			continue
+		}
+		if sel, err := external.ParseSelector(o.Key); err == nil {
+			out = append(out, external.Rule{Entry: external.Entry{Selector: sel, Resolver: external.Proxy}, Origin: "proxied from " + o.Proxy.Home})
+		}
+	}
+	return out
+}
+
+// standIns marks the objects behind which a proxy is whose tree's end the next host
+// can take over: nobody else here has them.
+func (a *Agent) standIns(p *engine.Plan, objects []*wire.OpenObject) error {
+	var pids []int
+	for _, t := range p.Tasks {
+		pids = append(pids, t.Pid)
+	}
+	for _, o := range objects {
+		x := a.proxies.of(o.Key)
+		if x == nil {
+			continue
+		}
+		other, err := engine.HeldOutside(pids, o.Key)
+		if err != nil {
+			return err
+		}
+		if other == 0 {
+			o.Proxy = proto.CloneOf(x.info)
+			o.Proxy.Epoch++
+			o.Proxy.Key = o.Key
+		}
+	}
+	return nil
+}
+
+func (a *Agent) departing(id string, wanted []*wire.Proxy) *departing {
+	return &departing{ps: a.proxies, id: id, wanted: wanted}
 }
 
 // departing are the proxies of a tree that leaves this host.

@@ -18,6 +18,7 @@ func (a *Agent) Resolve(_ context.Context, req *wire.ResolveRequest) (*wire.Reso
 	if err != nil {
 		return nil, err
 	}
+	rules = append(rules, standing(req.Objects)...)
 	reply := &wire.ResolveReply{}
 	for _, r := range rules {
 		reply.Entries = append(reply.Entries, &wire.Entry{Text: r.Entry.String(), Origin: r.Origin, Asked: r.Asked})
@@ -28,6 +29,9 @@ func (a *Agent) Resolve(_ context.Context, req *wire.ResolveRequest) (*wire.Reso
 		if err != nil {
 			reply.Problems = append(reply.Problems, &wire.Problem{Object: objectOf(r), Reason: fmt.Sprintf("%s: %v", c.Rule, err)})
 			continue
+		}
+		if r.Resolver == external.Proxy {
+			r.Proxy = proxyOf(req, r)
 		}
 		reply.Resolutions = append(reply.Resolutions, r)
 	}

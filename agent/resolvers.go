@@ -24,6 +24,9 @@ type resolver struct {
 	// hold opens, compares and keeps ready what stands for one key, before the tree
 	// is frozen. Nothing of this host may be changed that release does not undo.
 	hold func(ctx context.Context, q *holdRequest) (*held, error)
+	// far: nothing is handed in; the restore makes the object and gives its other
+	// end to held.far.
+	far bool
 }
 
 // resolvers is the table of all, by the names of package external. What is not in
@@ -37,6 +40,7 @@ func init() {
 		external.Null:    resolverNull,
 		external.Provide: resolverProvide,
 		external.Inherit: resolverProvide,
+		external.Proxy:   {serves: servesProxy, hold: holdProxy, far: true},
 	}
 }
 
@@ -56,6 +60,7 @@ type held struct {
 	file    *os.File // closed by the session
 	forward bool     // the description as it is
 	anyKind bool     // it may be of another kind than what it stands for
+	far     *engine.Far
 	// start, if set, is called once the migration is committed, before the tree runs.
 	start func(ctx context.Context) error
 	// release, if set, undoes what hold did, if the tree does not run here; landed is
@@ -66,6 +71,7 @@ type held struct {
 // holdings are what a session holds.
 type holdings struct {
 	files map[string]engine.Inherit
+	far   map[string]*engine.Far
 	all   []*held
 }
 
@@ -83,7 +89,10 @@ func (h *holdings) close(landed bool) {
 			_ = x.file.Close()
 		}
 	}
-	h.all, h.files = nil, nil
+	if !landed {
+		engine.CloseFar(h.far)
+	}
+	h.all, h.files, h.far = nil, nil, nil
 }
 
 // start sets to work what must not work before the commit.
@@ -102,7 +111,7 @@ func (h *holdings) start(ctx context.Context) error {
 // come back as one refusal that lists each. Preconditions: the caller closes the
 // result.
 func (a *Agent) hold(ctx context.Context, req *wire.PrepareRequest) (*holdings, error) {
-	h := &holdings{files: map[string]engine.Inherit{}}
+	h := &holdings{files: map[string]engine.Inherit{}, far: map[string]*engine.Far{}}
 	var bad []*wire.Problem
 	known := req.Requirements.GetExternals()
 	for _, r := range resolutions(req) {
@@ -118,6 +127,10 @@ func (a *Agent) hold(ctx context.Context, req *wire.PrepareRequest) (*holdings, 
 			continue
 		}
 		h.all = append(h.all, x)
+		if x.far != nil {
+			h.far[r.Key] = x.far
+			continue
+		}
 		h.files[r.Key] = engine.Inherit{File: x.file, Forward: x.forward, AnyKind: x.anyKind}
 	}
 	if bad != nil {
@@ -131,6 +144,9 @@ func (a *Agent) hold(ctx context.Context, req *wire.PrepareRequest) (*holdings, 
 
 func (h *holdings) hold(ctx context.Context, q *holdRequest, known []*wire.ExternalFile) (*held, error) {
 	_, twice := h.files[q.Key]
+	if _, far := h.far[q.Key]; far {
+		twice = true
+	}
 	r, ok := resolvers[q.Resolver]
 	switch {
 	case q.Key == "":
@@ -139,7 +155,7 @@ func (h *holdings) hold(ctx context.Context, q *holdRequest, known []*wire.Exter
 		return nil, hintedf(supplyHint(q.Key), "it was declared external, and no rule of this host says what stands for it")
 	case !ok:
 		return nil, hintedf("there are "+strings.Join(resolverNames(), ", "), "this agent has no resolver %q", q.Resolver)
-	case len(q.external) == 0:
+	case len(q.external) == 0 && !r.far:
 		return nil, hintedf("declared and found are: "+keysOf(known), "no external file of the tree has this key")
 	case twice:
 		return nil, hintedf("name one file for it", "the key is handed in twice")

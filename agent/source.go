@@ -33,6 +33,8 @@ type source struct {
 	tree engine.Tree
 	// confirm compares the frozen tree with what was planned; it may be nil.
 	confirm func([]plan.Object) []engine.Problem
+	// leaving are the proxies of the tree.
+	leaving *departing
 
 	frozenAt time.Time // before the first task was told to stop
 	report   *wire.Report
@@ -73,6 +75,9 @@ func (a *Agent) Preflight(ctx context.Context, req *wire.PreflightRequest) (*wir
 	reply := &wire.PreflightReply{Root: root}
 	if req.Discover && p != nil {
 		reply.Objects = openObjects(p.Objects)
+		if err := a.standIns(p, reply.Objects); err != nil {
+			return reply, failure(err, a.cfg.Host, wire.State_STATE_PREFLIGHT)
+		}
 		err = lasting(err)
 	}
 	if err != nil {
@@ -110,6 +115,7 @@ func (a *Agent) dumpOptions(o *wire.MigrateOptions) engine.DumpOptions {
 		External: o.GetExternal(), Timeout: a.cfg.Timeouts.Freeze, Host: a.cfg.Host, GhostLimit: a.cfg.GhostLimit,
 		FileLocks: true, ExtUnixSk: true, TCPEstablished: true, // nothing else would keep them
 		Elsewhere: true,
+		Files:     engine.FileOptions{Proxied: a.departing("", o.GetProxied()).proxied()},
 	}
 }
 
@@ -167,7 +173,7 @@ func (a *Agent) admitSource(req *wire.StartRequest, check func([]plan.Object) []
 			return nil, false, wire.Errorf(wire.Code_CODE_CONFLICT, "pid %d is already being moved by migration %s", req.Pid, other.id)
 		}
 	}
-	s = &source{session: a.newSession(req.Id, wire.RoleSource, req.Destination), req: req, confirm: check, report: &wire.Report{}}
+	s = &source{session: a.newSession(req.Id, wire.RoleSource, req.Destination), req: req, confirm: check, report: &wire.Report{}, leaving: a.departing(req.Id, req.Options.GetProxied())}
 	a.sources[req.Id] = s
 	return s, true, nil
 }
@@ -271,6 +277,7 @@ func (s *source) freeze() error {
 		return s.because(err)
 	}
 	s.tree = tree
+	s.leaving.frozen()
 	return nil
 }
 
@@ -295,6 +302,9 @@ func (s *source) copy() error {
 	go s.session.report(ctx, s.out, s.sink.pages.Load, rec.MemoryBytes)
 
 	stats, err := s.tree.Dump(s.work, s.sink)
+	if err == nil {
+		err = s.leaving.dumped(s.work, s.tree.Pids())
+	}
 	if err == nil {
 		err = s.sink.end(nil)
 	}
@@ -378,6 +388,7 @@ func (s *source) pauseHold(work <-chan struct{}) bool {
 
 // resume lets the tree run on here: the record says that it cannot run elsewhere.
 func (s *source) resume(rec *wire.Record) {
+	s.leaving.stays()
 	err := s.tree.Thaw()
 	s.sum()
 	if err != nil {
@@ -424,6 +435,7 @@ func (s *source) discard() {
 		s.log.Warn("the frozen copy could not be killed; trying again", "pid", s.req.Pid, "error", err)
 		time.Sleep(50 * time.Millisecond << n)
 	}
+	s.leaving.gone()
 	s.sum()
 	s.enter(wire.State_STATE_COMPLETED, "pid", s.req.Pid, "frozen_ms", s.report.FrozenUs/1000)
 	if err != nil {

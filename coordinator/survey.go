@@ -42,7 +42,7 @@ func (m *migration) survey(ctx context.Context, o *wire.MigrateOptions, look boo
 		return s, err
 	}
 	s.dstErr = m.askResolve(ctx, s, o, look)
-	if s.dstErr != nil || ctx.Err() != nil || len(declared(s.resolutions)) == 0 {
+	if s.dstErr != nil || ctx.Err() != nil || !changes(s.resolutions) {
 		return s, err
 	}
 	second, err := m.askSource(ctx, declaring(o, s.resolutions), false)
@@ -57,15 +57,25 @@ func declaring(o *wire.MigrateOptions, resolutions []*wire.Resolution) *wire.Mig
 	if o == nil {
 		o = &wire.MigrateOptions{}
 	}
-	o.External, o.Inherit = declared(resolutions), nil
+	o.External, o.Inherit, o.Proxied = declared(resolutions), nil, nil
+	for _, r := range resolutions {
+		if r.Proxy != nil {
+			o.Proxied = append(o.Proxied, r.Proxy)
+		}
+	}
 	return o
+}
+
+// changes says whether resolutions make anything other than it is without.
+func changes(resolutions []*wire.Resolution) bool {
+	return slices.ContainsFunc(resolutions, func(r *wire.Resolution) bool { return r.Resolver != external.Image })
 }
 
 // declared are the keys that resolutions make external.
 func declared(resolutions []*wire.Resolution) []string {
 	var keys []string
 	for _, r := range resolutions {
-		if r.Resolver != external.Image {
+		if r.Resolver != external.Image && r.Proxy == nil {
 			keys = append(keys, r.Key)
 		}
 	}

@@ -464,6 +464,7 @@ type AgentInfo struct {
 	StartedUnix    int64                  `protobuf:"varint,10,opt,name=started_unix,json=startedUnix,proto3" json:"started_unix,omitempty"` // seconds; start of the agent
 	Migrations     uint32                 `protobuf:"varint,11,opt,name=migrations,proto3" json:"migrations,omitempty"`                      // in flight here
 	Pid            uint32                 `protobuf:"varint,12,opt,name=pid,proto3" json:"pid,omitempty"`
+	Proxies        []*ProxyState          `protobuf:"bytes,13,rep,name=proxies,proto3" json:"proxies,omitempty"` // in use on this host
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -580,6 +581,13 @@ func (x *AgentInfo) GetPid() uint32 {
 		return x.Pid
 	}
 	return 0
+}
+
+func (x *AgentInfo) GetProxies() []*ProxyState {
+	if x != nil {
+		return x.Proxies
+	}
+	return nil
 }
 
 type InfoRequest struct {
@@ -1492,6 +1500,7 @@ type MigrateOptions struct {
 	LeaveRunning    bool       `protobuf:"varint,4,opt,name=leave_running,json=leaveRunning,proto3" json:"leave_running,omitempty"` // reserved for checkpoints; refused by migrate
 	TimeoutMs       uint64     `protobuf:"varint,5,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`          // of the frozen part; 0: agent's default
 	Bandwidth       uint64     `protobuf:"varint,6,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`                           // bytes per second; 0: no cap
+	Proxied         []*Proxy   `protobuf:"bytes,7,rep,name=proxied,proto3" json:"proxied,omitempty"`                                // of resolutions: objects whose bytes go on flowing
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1568,6 +1577,200 @@ func (x *MigrateOptions) GetBandwidth() uint64 {
 	return 0
 }
 
+func (x *MigrateOptions) GetProxied() []*Proxy {
+	if x != nil {
+		return x.Proxied
+	}
+	return nil
+}
+
+// Proxy is an object that stays on its host, home, and whose bytes go on flowing from
+// and to the tree that has it open, wherever that runs.
+type Proxy struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`         // the same for as long as the object is proxied
+	Home          string                 `protobuf:"bytes,2,opt,name=home,proto3" json:"home,omitempty"`     // host
+	Epoch         uint32                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`  // of the tree's end: one more with each host that it moves to
+	Key           string                 `protobuf:"bytes,4,opt,name=key,proto3" json:"key,omitempty"`       // of the object on the host that the tree leaves now
+	Object        string                 `protobuf:"bytes,5,opt,name=object,proto3" json:"object,omitempty"` // for people
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Proxy) Reset() {
+	*x = Proxy{}
+	mi := &file_godwit_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Proxy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Proxy) ProtoMessage() {}
+
+func (x *Proxy) ProtoReflect() protoreflect.Message {
+	mi := &file_godwit_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Proxy.ProtoReflect.Descriptor instead.
+func (*Proxy) Descriptor() ([]byte, []int) {
+	return file_godwit_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *Proxy) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Proxy) GetHome() string {
+	if x != nil {
+		return x.Home
+	}
+	return ""
+}
+
+func (x *Proxy) GetEpoch() uint32 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *Proxy) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *Proxy) GetObject() string {
+	if x != nil {
+		return x.Object
+	}
+	return ""
+}
+
+// ProxyState is one end of a proxy.
+type ProxyState struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Migration     string                 `protobuf:"bytes,2,opt,name=migration,proto3" json:"migration,omitempty"` // that made this end
+	Object        string                 `protobuf:"bytes,3,opt,name=object,proto3" json:"object,omitempty"`
+	Home          bool                   `protobuf:"varint,4,opt,name=home,proto3" json:"home,omitempty"`                            // the object is on this host; else the tree is
+	Peer          string                 `protobuf:"bytes,5,opt,name=peer,proto3" json:"peer,omitempty"`                             // the other end's host; empty: it has not been heard of
+	State         string                 `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`                           // "waits" (to be attached to), "flows", "stalled" (nothing is heard)
+	SentBytes     uint64                 `protobuf:"varint,7,opt,name=sent_bytes,json=sentBytes,proto3" json:"sent_bytes,omitempty"` // that the other end has taken
+	ReceivedBytes uint64                 `protobuf:"varint,8,opt,name=received_bytes,json=receivedBytes,proto3" json:"received_bytes,omitempty"`
+	WaitingBytes  uint64                 `protobuf:"varint,9,opt,name=waiting_bytes,json=waitingBytes,proto3" json:"waiting_bytes,omitempty"` // in memory here
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProxyState) Reset() {
+	*x = ProxyState{}
+	mi := &file_godwit_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProxyState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProxyState) ProtoMessage() {}
+
+func (x *ProxyState) ProtoReflect() protoreflect.Message {
+	mi := &file_godwit_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProxyState.ProtoReflect.Descriptor instead.
+func (*ProxyState) Descriptor() ([]byte, []int) {
+	return file_godwit_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ProxyState) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ProxyState) GetMigration() string {
+	if x != nil {
+		return x.Migration
+	}
+	return ""
+}
+
+func (x *ProxyState) GetObject() string {
+	if x != nil {
+		return x.Object
+	}
+	return ""
+}
+
+func (x *ProxyState) GetHome() bool {
+	if x != nil {
+		return x.Home
+	}
+	return false
+}
+
+func (x *ProxyState) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+func (x *ProxyState) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *ProxyState) GetSentBytes() uint64 {
+	if x != nil {
+		return x.SentBytes
+	}
+	return 0
+}
+
+func (x *ProxyState) GetReceivedBytes() uint64 {
+	if x != nil {
+		return x.ReceivedBytes
+	}
+	return 0
+}
+
+func (x *ProxyState) GetWaitingBytes() uint64 {
+	if x != nil {
+		return x.WaitingBytes
+	}
+	return 0
+}
+
 // Holder is a process that has an object.
 type Holder struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1583,7 +1786,7 @@ type Holder struct {
 
 func (x *Holder) Reset() {
 	*x = Holder{}
-	mi := &file_godwit_proto_msgTypes[17]
+	mi := &file_godwit_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1595,7 +1798,7 @@ func (x *Holder) String() string {
 func (*Holder) ProtoMessage() {}
 
 func (x *Holder) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[17]
+	mi := &file_godwit_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1608,7 +1811,7 @@ func (x *Holder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Holder.ProtoReflect.Descriptor instead.
 func (*Holder) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{17}
+	return file_godwit_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Holder) GetPid() int32 {
@@ -1676,13 +1879,14 @@ type OpenObject struct {
 	Uid           uint32    `protobuf:"varint,22,opt,name=uid,proto3" json:"uid,omitempty"`               // owner
 	Gid           uint32    `protobuf:"varint,23,opt,name=gid,proto3" json:"gid,omitempty"`
 	BirthNs       int64     `protobuf:"varint,24,opt,name=birth_ns,json=birthNs,proto3" json:"birth_ns,omitempty"` // since 1970; files, where the file system knows it
+	Proxy         *Proxy    `protobuf:"bytes,25,opt,name=proxy,proto3" json:"proxy,omitempty"`                     // the source only stands in for another host's object
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *OpenObject) Reset() {
 	*x = OpenObject{}
-	mi := &file_godwit_proto_msgTypes[18]
+	mi := &file_godwit_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1694,7 +1898,7 @@ func (x *OpenObject) String() string {
 func (*OpenObject) ProtoMessage() {}
 
 func (x *OpenObject) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[18]
+	mi := &file_godwit_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1707,7 +1911,7 @@ func (x *OpenObject) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenObject.ProtoReflect.Descriptor instead.
 func (*OpenObject) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{18}
+	return file_godwit_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *OpenObject) GetKey() string {
@@ -1878,6 +2082,13 @@ func (x *OpenObject) GetBirthNs() int64 {
 	return 0
 }
 
+func (x *OpenObject) GetProxy() *Proxy {
+	if x != nil {
+		return x.Proxy
+	}
+	return nil
+}
+
 // Resolution says what becomes of one key at the destination.
 type Resolution struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1893,13 +2104,14 @@ type Resolution struct {
 	Entry         string                 `protobuf:"bytes,10,opt,name=entry,proto3" json:"entry,omitempty"`     // that decided: text of an entry
 	Origin        string                 `protobuf:"bytes,11,opt,name=origin,proto3" json:"origin,omitempty"`   // where the entry stands: "--external", "agent.toml:12"
 	Objects       []*OpenObject          `protobuf:"bytes,12,rep,name=objects,proto3" json:"objects,omitempty"` // all with the key, as they were when it was resolved
+	Proxy         *Proxy                 `protobuf:"bytes,13,opt,name=proxy,proto3" json:"proxy,omitempty"`     // of resolver "proxy"
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Resolution) Reset() {
 	*x = Resolution{}
-	mi := &file_godwit_proto_msgTypes[19]
+	mi := &file_godwit_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1911,7 +2123,7 @@ func (x *Resolution) String() string {
 func (*Resolution) ProtoMessage() {}
 
 func (x *Resolution) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[19]
+	mi := &file_godwit_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1924,7 +2136,7 @@ func (x *Resolution) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resolution.ProtoReflect.Descriptor instead.
 func (*Resolution) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{19}
+	return file_godwit_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Resolution) GetKey() string {
@@ -2011,6 +2223,13 @@ func (x *Resolution) GetObjects() []*OpenObject {
 	return nil
 }
 
+func (x *Resolution) GetProxy() *Proxy {
+	if x != nil {
+		return x.Proxy
+	}
+	return nil
+}
+
 // ResolveRequest asks a destination by what the objects of a tree would be
 // replaced. Nothing is opened or held for it.
 type ResolveRequest struct {
@@ -2027,7 +2246,7 @@ type ResolveRequest struct {
 
 func (x *ResolveRequest) Reset() {
 	*x = ResolveRequest{}
-	mi := &file_godwit_proto_msgTypes[20]
+	mi := &file_godwit_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2039,7 +2258,7 @@ func (x *ResolveRequest) String() string {
 func (*ResolveRequest) ProtoMessage() {}
 
 func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[20]
+	mi := &file_godwit_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2052,7 +2271,7 @@ func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveRequest.ProtoReflect.Descriptor instead.
 func (*ResolveRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{20}
+	return file_godwit_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ResolveRequest) GetProtocol() uint32 {
@@ -2109,7 +2328,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_godwit_proto_msgTypes[21]
+	mi := &file_godwit_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2121,7 +2340,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[21]
+	mi := &file_godwit_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2134,7 +2353,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{21}
+	return file_godwit_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Entry) GetText() string {
@@ -2170,7 +2389,7 @@ type Presence struct {
 
 func (x *Presence) Reset() {
 	*x = Presence{}
-	mi := &file_godwit_proto_msgTypes[22]
+	mi := &file_godwit_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2182,7 +2401,7 @@ func (x *Presence) String() string {
 func (*Presence) ProtoMessage() {}
 
 func (x *Presence) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[22]
+	mi := &file_godwit_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2195,7 +2414,7 @@ func (x *Presence) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Presence.ProtoReflect.Descriptor instead.
 func (*Presence) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{22}
+	return file_godwit_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Presence) GetPath() string {
@@ -2232,7 +2451,7 @@ type ResolveReply struct {
 
 func (x *ResolveReply) Reset() {
 	*x = ResolveReply{}
-	mi := &file_godwit_proto_msgTypes[23]
+	mi := &file_godwit_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2244,7 +2463,7 @@ func (x *ResolveReply) String() string {
 func (*ResolveReply) ProtoMessage() {}
 
 func (x *ResolveReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[23]
+	mi := &file_godwit_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2257,7 +2476,7 @@ func (x *ResolveReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveReply.ProtoReflect.Descriptor instead.
 func (*ResolveReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{23}
+	return file_godwit_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ResolveReply) GetResolutions() []*Resolution {
@@ -2312,7 +2531,7 @@ type PreflightRequest struct {
 
 func (x *PreflightRequest) Reset() {
 	*x = PreflightRequest{}
-	mi := &file_godwit_proto_msgTypes[24]
+	mi := &file_godwit_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2324,7 +2543,7 @@ func (x *PreflightRequest) String() string {
 func (*PreflightRequest) ProtoMessage() {}
 
 func (x *PreflightRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[24]
+	mi := &file_godwit_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2337,7 +2556,7 @@ func (x *PreflightRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreflightRequest.ProtoReflect.Descriptor instead.
 func (*PreflightRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{24}
+	return file_godwit_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *PreflightRequest) GetProtocol() uint32 {
@@ -2401,7 +2620,7 @@ type PreflightReply struct {
 
 func (x *PreflightReply) Reset() {
 	*x = PreflightReply{}
-	mi := &file_godwit_proto_msgTypes[25]
+	mi := &file_godwit_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2413,7 +2632,7 @@ func (x *PreflightReply) String() string {
 func (*PreflightReply) ProtoMessage() {}
 
 func (x *PreflightReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[25]
+	mi := &file_godwit_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2426,7 +2645,7 @@ func (x *PreflightReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreflightReply.ProtoReflect.Descriptor instead.
 func (*PreflightReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{25}
+	return file_godwit_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PreflightReply) GetRequirements() *Requirements {
@@ -2471,7 +2690,7 @@ type PrepareRequest struct {
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_godwit_proto_msgTypes[26]
+	mi := &file_godwit_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2483,7 +2702,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[26]
+	mi := &file_godwit_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2496,7 +2715,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{26}
+	return file_godwit_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *PrepareRequest) GetProtocol() uint32 {
@@ -2551,7 +2770,7 @@ type PrepareReply struct {
 
 func (x *PrepareReply) Reset() {
 	*x = PrepareReply{}
-	mi := &file_godwit_proto_msgTypes[27]
+	mi := &file_godwit_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2563,7 +2782,7 @@ func (x *PrepareReply) String() string {
 func (*PrepareReply) ProtoMessage() {}
 
 func (x *PrepareReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[27]
+	mi := &file_godwit_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2576,7 +2795,7 @@ func (x *PrepareReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareReply.ProtoReflect.Descriptor instead.
 func (*PrepareReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{27}
+	return file_godwit_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *PrepareReply) GetStream() string {
@@ -2609,7 +2828,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_godwit_proto_msgTypes[28]
+	mi := &file_godwit_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2621,7 +2840,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[28]
+	mi := &file_godwit_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2634,7 +2853,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{28}
+	return file_godwit_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *StartRequest) GetProtocol() uint32 {
@@ -2702,7 +2921,7 @@ type StartReply struct {
 
 func (x *StartReply) Reset() {
 	*x = StartReply{}
-	mi := &file_godwit_proto_msgTypes[29]
+	mi := &file_godwit_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2714,7 +2933,7 @@ func (x *StartReply) String() string {
 func (*StartReply) ProtoMessage() {}
 
 func (x *StartReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[29]
+	mi := &file_godwit_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2727,7 +2946,7 @@ func (x *StartReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartReply.ProtoReflect.Descriptor instead.
 func (*StartReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{29}
+	return file_godwit_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *StartReply) GetError() *Error {
@@ -2747,7 +2966,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_godwit_proto_msgTypes[30]
+	mi := &file_godwit_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2759,7 +2978,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[30]
+	mi := &file_godwit_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2772,7 +2991,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{30}
+	return file_godwit_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -2798,7 +3017,7 @@ type AbortReply struct {
 
 func (x *AbortReply) Reset() {
 	*x = AbortReply{}
-	mi := &file_godwit_proto_msgTypes[31]
+	mi := &file_godwit_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2810,7 +3029,7 @@ func (x *AbortReply) String() string {
 func (*AbortReply) ProtoMessage() {}
 
 func (x *AbortReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[31]
+	mi := &file_godwit_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2823,7 +3042,7 @@ func (x *AbortReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortReply.ProtoReflect.Descriptor instead.
 func (*AbortReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{31}
+	return file_godwit_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *AbortReply) GetError() *Error {
@@ -2866,7 +3085,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_godwit_proto_msgTypes[32]
+	mi := &file_godwit_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2878,7 +3097,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[32]
+	mi := &file_godwit_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2891,7 +3110,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{32}
+	return file_godwit_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Record) GetId() string {
@@ -3066,7 +3285,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_godwit_proto_msgTypes[33]
+	mi := &file_godwit_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3078,7 +3297,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[33]
+	mi := &file_godwit_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3091,7 +3310,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{33}
+	return file_godwit_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Step) GetState() State {
@@ -3138,7 +3357,7 @@ type Report struct {
 
 func (x *Report) Reset() {
 	*x = Report{}
-	mi := &file_godwit_proto_msgTypes[34]
+	mi := &file_godwit_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3150,7 +3369,7 @@ func (x *Report) String() string {
 func (*Report) ProtoMessage() {}
 
 func (x *Report) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[34]
+	mi := &file_godwit_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3163,7 +3382,7 @@ func (x *Report) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Report.ProtoReflect.Descriptor instead.
 func (*Report) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{34}
+	return file_godwit_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Report) GetFrozenUs() uint64 {
@@ -3275,7 +3494,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_godwit_proto_msgTypes[35]
+	mi := &file_godwit_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3287,7 +3506,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[35]
+	mi := &file_godwit_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3300,7 +3519,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{35}
+	return file_godwit_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Progress) GetId() string {
@@ -3384,7 +3603,7 @@ type Item struct {
 
 func (x *Item) Reset() {
 	*x = Item{}
-	mi := &file_godwit_proto_msgTypes[36]
+	mi := &file_godwit_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3396,7 +3615,7 @@ func (x *Item) String() string {
 func (*Item) ProtoMessage() {}
 
 func (x *Item) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[36]
+	mi := &file_godwit_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3409,7 +3628,7 @@ func (x *Item) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Item.ProtoReflect.Descriptor instead.
 func (*Item) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{36}
+	return file_godwit_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Item) GetItem() isItem_Item {
@@ -3510,7 +3729,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_godwit_proto_msgTypes[37]
+	mi := &file_godwit_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3522,7 +3741,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[37]
+	mi := &file_godwit_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3535,7 +3754,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{37}
+	return file_godwit_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Hello) GetProtocol() uint32 {
@@ -3578,7 +3797,7 @@ type ImageEntry struct {
 
 func (x *ImageEntry) Reset() {
 	*x = ImageEntry{}
-	mi := &file_godwit_proto_msgTypes[38]
+	mi := &file_godwit_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3590,7 +3809,7 @@ func (x *ImageEntry) String() string {
 func (*ImageEntry) ProtoMessage() {}
 
 func (x *ImageEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[38]
+	mi := &file_godwit_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3603,7 +3822,7 @@ func (x *ImageEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageEntry.ProtoReflect.Descriptor instead.
 func (*ImageEntry) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{38}
+	return file_godwit_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ImageEntry) GetFile() string {
@@ -3643,7 +3862,7 @@ type ImagesDone struct {
 
 func (x *ImagesDone) Reset() {
 	*x = ImagesDone{}
-	mi := &file_godwit_proto_msgTypes[39]
+	mi := &file_godwit_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3655,7 +3874,7 @@ func (x *ImagesDone) String() string {
 func (*ImagesDone) ProtoMessage() {}
 
 func (x *ImagesDone) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[39]
+	mi := &file_godwit_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3668,7 +3887,7 @@ func (x *ImagesDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagesDone.ProtoReflect.Descriptor instead.
 func (*ImagesDone) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{39}
+	return file_godwit_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ImagesDone) GetEntries() uint64 {
@@ -3689,7 +3908,7 @@ type StreamEnd struct {
 
 func (x *StreamEnd) Reset() {
 	*x = StreamEnd{}
-	mi := &file_godwit_proto_msgTypes[40]
+	mi := &file_godwit_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3701,7 +3920,7 @@ func (x *StreamEnd) String() string {
 func (*StreamEnd) ProtoMessage() {}
 
 func (x *StreamEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[40]
+	mi := &file_godwit_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3714,7 +3933,7 @@ func (x *StreamEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamEnd.ProtoReflect.Descriptor instead.
 func (*StreamEnd) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{40}
+	return file_godwit_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *StreamEnd) GetDataBytes() uint64 {
@@ -3759,7 +3978,7 @@ const file_godwit_proto_rawDesc = "" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x12\n" +
 	"\x04host\x18\x03 \x01(\tR\x04host\x12\x14\n" +
 	"\x05phase\x18\x04 \x01(\tR\x05phase\x123\n" +
-	"\bproblems\x18\x05 \x03(\v2\x17.godwit.wire.v1.ProblemR\bproblems\"\xcf\x02\n" +
+	"\bproblems\x18\x05 \x03(\v2\x17.godwit.wire.v1.ProblemR\bproblems\"\x85\x03\n" +
 	"\tAgentInfo\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x1a\n" +
 	"\bprotocol\x18\x02 \x01(\rR\bprotocol\x12\x18\n" +
@@ -3775,7 +3994,8 @@ const file_godwit_proto_rawDesc = "" +
 	"\n" +
 	"migrations\x18\v \x01(\rR\n" +
 	"migrations\x12\x10\n" +
-	"\x03pid\x18\f \x01(\rR\x03pid\"\r\n" +
+	"\x03pid\x18\f \x01(\rR\x03pid\x124\n" +
+	"\aproxies\x18\r \x03(\v2\x1a.godwit.wire.v1.ProxyStateR\aproxies\"\r\n" +
 	"\vInfoRequest\"g\n" +
 	"\tInfoReply\x12-\n" +
 	"\x04info\x18\x01 \x01(\v2\x19.godwit.wire.v1.AgentInfoR\x04info\x12+\n" +
@@ -3851,7 +4071,7 @@ const file_godwit_proto_rawDesc = "" +
 	"\aInherit\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x18\n" +
-	"\aforward\x18\x03 \x01(\bR\aforward\"\xed\x01\n" +
+	"\aforward\x18\x03 \x01(\bR\aforward\"\x9e\x02\n" +
 	"\x0eMigrateOptions\x12\x1a\n" +
 	"\bexternal\x18\x01 \x03(\tR\bexternal\x121\n" +
 	"\ainherit\x18\x02 \x03(\v2\x17.godwit.wire.v1.InheritR\ainherit\x12*\n" +
@@ -3859,13 +4079,32 @@ const file_godwit_proto_rawDesc = "" +
 	"\rleave_running\x18\x04 \x01(\bR\fleaveRunning\x12\x1d\n" +
 	"\n" +
 	"timeout_ms\x18\x05 \x01(\x04R\ttimeoutMs\x12\x1c\n" +
-	"\tbandwidth\x18\x06 \x01(\x04R\tbandwidth\"s\n" +
+	"\tbandwidth\x18\x06 \x01(\x04R\tbandwidth\x12/\n" +
+	"\aproxied\x18\a \x03(\v2\x15.godwit.wire.v1.ProxyR\aproxied\"k\n" +
+	"\x05Proxy\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04home\x18\x02 \x01(\tR\x04home\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\rR\x05epoch\x12\x10\n" +
+	"\x03key\x18\x04 \x01(\tR\x03key\x12\x16\n" +
+	"\x06object\x18\x05 \x01(\tR\x06object\"\xfb\x01\n" +
+	"\n" +
+	"ProxyState\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
+	"\tmigration\x18\x02 \x01(\tR\tmigration\x12\x16\n" +
+	"\x06object\x18\x03 \x01(\tR\x06object\x12\x12\n" +
+	"\x04home\x18\x04 \x01(\bR\x04home\x12\x12\n" +
+	"\x04peer\x18\x05 \x01(\tR\x04peer\x12\x14\n" +
+	"\x05state\x18\x06 \x01(\tR\x05state\x12\x1d\n" +
+	"\n" +
+	"sent_bytes\x18\a \x01(\x04R\tsentBytes\x12%\n" +
+	"\x0ereceived_bytes\x18\b \x01(\x04R\rreceivedBytes\x12#\n" +
+	"\rwaiting_bytes\x18\t \x01(\x04R\fwaitingBytes\"s\n" +
 	"\x06Holder\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x12\n" +
 	"\x04comm\x18\x02 \x01(\tR\x04comm\x12\x10\n" +
 	"\x03fds\x18\x03 \x03(\x05R\x03fds\x12\x14\n" +
 	"\x05roles\x18\x04 \x03(\tR\x05roles\x12\x1b\n" +
-	"\tinner_pid\x18\x05 \x01(\x05R\binnerPid\"\xb5\x04\n" +
+	"\tinner_pid\x18\x05 \x01(\x05R\binnerPid\"\xe2\x04\n" +
 	"\n" +
 	"OpenObject\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
@@ -3894,7 +4133,8 @@ const file_godwit_proto_rawDesc = "" +
 	"\x04peer\x18\x15 \x01(\tR\x04peer\x12\x10\n" +
 	"\x03uid\x18\x16 \x01(\rR\x03uid\x12\x10\n" +
 	"\x03gid\x18\x17 \x01(\rR\x03gid\x12\x19\n" +
-	"\bbirth_ns\x18\x18 \x01(\x03R\abirthNs\"\xca\x02\n" +
+	"\bbirth_ns\x18\x18 \x01(\x03R\abirthNs\x12+\n" +
+	"\x05proxy\x18\x19 \x01(\v2\x15.godwit.wire.v1.ProxyR\x05proxy\"\xf7\x02\n" +
 	"\n" +
 	"Resolution\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x1a\n" +
@@ -3909,7 +4149,8 @@ const file_godwit_proto_rawDesc = "" +
 	"\x05entry\x18\n" +
 	" \x01(\tR\x05entry\x12\x16\n" +
 	"\x06origin\x18\v \x01(\tR\x06origin\x124\n" +
-	"\aobjects\x18\f \x03(\v2\x1a.godwit.wire.v1.OpenObjectR\aobjects\"\xd8\x01\n" +
+	"\aobjects\x18\f \x03(\v2\x1a.godwit.wire.v1.OpenObjectR\aobjects\x12+\n" +
+	"\x05proxy\x18\r \x01(\v2\x15.godwit.wire.v1.ProxyR\x05proxy\"\xd8\x01\n" +
 	"\x0eResolveRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x16\n" +
@@ -4103,7 +4344,7 @@ func file_godwit_proto_rawDescGZIP() []byte {
 }
 
 var file_godwit_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_godwit_proto_goTypes = []any{
 	(Code)(0),                // 0: godwit.wire.v1.Code
 	(State)(0),               // 1: godwit.wire.v1.State
@@ -4125,87 +4366,93 @@ var file_godwit_proto_goTypes = []any{
 	(*Requirements)(nil),     // 17: godwit.wire.v1.Requirements
 	(*Inherit)(nil),          // 18: godwit.wire.v1.Inherit
 	(*MigrateOptions)(nil),   // 19: godwit.wire.v1.MigrateOptions
-	(*Holder)(nil),           // 20: godwit.wire.v1.Holder
-	(*OpenObject)(nil),       // 21: godwit.wire.v1.OpenObject
-	(*Resolution)(nil),       // 22: godwit.wire.v1.Resolution
-	(*ResolveRequest)(nil),   // 23: godwit.wire.v1.ResolveRequest
-	(*Entry)(nil),            // 24: godwit.wire.v1.Entry
-	(*Presence)(nil),         // 25: godwit.wire.v1.Presence
-	(*ResolveReply)(nil),     // 26: godwit.wire.v1.ResolveReply
-	(*PreflightRequest)(nil), // 27: godwit.wire.v1.PreflightRequest
-	(*PreflightReply)(nil),   // 28: godwit.wire.v1.PreflightReply
-	(*PrepareRequest)(nil),   // 29: godwit.wire.v1.PrepareRequest
-	(*PrepareReply)(nil),     // 30: godwit.wire.v1.PrepareReply
-	(*StartRequest)(nil),     // 31: godwit.wire.v1.StartRequest
-	(*StartReply)(nil),       // 32: godwit.wire.v1.StartReply
-	(*AbortRequest)(nil),     // 33: godwit.wire.v1.AbortRequest
-	(*AbortReply)(nil),       // 34: godwit.wire.v1.AbortReply
-	(*Record)(nil),           // 35: godwit.wire.v1.Record
-	(*Step)(nil),             // 36: godwit.wire.v1.Step
-	(*Report)(nil),           // 37: godwit.wire.v1.Report
-	(*Progress)(nil),         // 38: godwit.wire.v1.Progress
-	(*Item)(nil),             // 39: godwit.wire.v1.Item
-	(*Hello)(nil),            // 40: godwit.wire.v1.Hello
-	(*ImageEntry)(nil),       // 41: godwit.wire.v1.ImageEntry
-	(*ImagesDone)(nil),       // 42: godwit.wire.v1.ImagesDone
-	(*StreamEnd)(nil),        // 43: godwit.wire.v1.StreamEnd
+	(*Proxy)(nil),            // 20: godwit.wire.v1.Proxy
+	(*ProxyState)(nil),       // 21: godwit.wire.v1.ProxyState
+	(*Holder)(nil),           // 22: godwit.wire.v1.Holder
+	(*OpenObject)(nil),       // 23: godwit.wire.v1.OpenObject
+	(*Resolution)(nil),       // 24: godwit.wire.v1.Resolution
+	(*ResolveRequest)(nil),   // 25: godwit.wire.v1.ResolveRequest
+	(*Entry)(nil),            // 26: godwit.wire.v1.Entry
+	(*Presence)(nil),         // 27: godwit.wire.v1.Presence
+	(*ResolveReply)(nil),     // 28: godwit.wire.v1.ResolveReply
+	(*PreflightRequest)(nil), // 29: godwit.wire.v1.PreflightRequest
+	(*PreflightReply)(nil),   // 30: godwit.wire.v1.PreflightReply
+	(*PrepareRequest)(nil),   // 31: godwit.wire.v1.PrepareRequest
+	(*PrepareReply)(nil),     // 32: godwit.wire.v1.PrepareReply
+	(*StartRequest)(nil),     // 33: godwit.wire.v1.StartRequest
+	(*StartReply)(nil),       // 34: godwit.wire.v1.StartReply
+	(*AbortRequest)(nil),     // 35: godwit.wire.v1.AbortRequest
+	(*AbortReply)(nil),       // 36: godwit.wire.v1.AbortReply
+	(*Record)(nil),           // 37: godwit.wire.v1.Record
+	(*Step)(nil),             // 38: godwit.wire.v1.Step
+	(*Report)(nil),           // 39: godwit.wire.v1.Report
+	(*Progress)(nil),         // 40: godwit.wire.v1.Progress
+	(*Item)(nil),             // 41: godwit.wire.v1.Item
+	(*Hello)(nil),            // 42: godwit.wire.v1.Hello
+	(*ImageEntry)(nil),       // 43: godwit.wire.v1.ImageEntry
+	(*ImagesDone)(nil),       // 44: godwit.wire.v1.ImagesDone
+	(*StreamEnd)(nil),        // 45: godwit.wire.v1.StreamEnd
 }
 var file_godwit_proto_depIdxs = []int32{
 	3,  // 0: godwit.wire.v1.Problem.object:type_name -> godwit.wire.v1.Object
 	0,  // 1: godwit.wire.v1.Error.code:type_name -> godwit.wire.v1.Code
 	4,  // 2: godwit.wire.v1.Error.problems:type_name -> godwit.wire.v1.Problem
-	6,  // 3: godwit.wire.v1.InfoReply.info:type_name -> godwit.wire.v1.AgentInfo
-	5,  // 4: godwit.wire.v1.InfoReply.error:type_name -> godwit.wire.v1.Error
-	10, // 5: godwit.wire.v1.PsReply.processes:type_name -> godwit.wire.v1.Process
-	5,  // 6: godwit.wire.v1.PsReply.error:type_name -> godwit.wire.v1.Error
-	14, // 7: godwit.wire.v1.Requirements.tasks:type_name -> godwit.wire.v1.RequiredTask
-	13, // 8: godwit.wire.v1.Requirements.files:type_name -> godwit.wire.v1.RequiredFile
-	12, // 9: godwit.wire.v1.Requirements.externals:type_name -> godwit.wire.v1.ExternalFile
-	15, // 10: godwit.wire.v1.Requirements.ports:type_name -> godwit.wire.v1.RequiredPort
-	16, // 11: godwit.wire.v1.Requirements.rlimits:type_name -> godwit.wire.v1.Rlimit
-	18, // 12: godwit.wire.v1.MigrateOptions.inherit:type_name -> godwit.wire.v1.Inherit
-	20, // 13: godwit.wire.v1.OpenObject.holders:type_name -> godwit.wire.v1.Holder
-	21, // 14: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
-	21, // 15: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
-	19, // 16: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	22, // 17: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
-	4,  // 18: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
-	24, // 19: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
-	25, // 20: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
-	5,  // 21: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
-	19, // 22: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	17, // 23: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
-	10, // 24: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
-	5,  // 25: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
-	21, // 26: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
-	17, // 27: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	19, // 28: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	22, // 29: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	5,  // 30: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
-	19, // 31: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	22, // 32: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	24, // 33: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
-	5,  // 34: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
-	5,  // 35: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
-	1,  // 36: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
-	2,  // 37: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
-	19, // 38: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
-	5,  // 39: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
-	36, // 40: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
-	37, // 41: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
-	37, // 42: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
-	1,  // 43: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
-	1,  // 44: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
-	40, // 45: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
-	41, // 46: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
-	42, // 47: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
-	43, // 48: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
-	5,  // 49: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
-	50, // [50:50] is the sub-list for method output_type
-	50, // [50:50] is the sub-list for method input_type
-	50, // [50:50] is the sub-list for extension type_name
-	50, // [50:50] is the sub-list for extension extendee
-	0,  // [0:50] is the sub-list for field type_name
+	21, // 3: godwit.wire.v1.AgentInfo.proxies:type_name -> godwit.wire.v1.ProxyState
+	6,  // 4: godwit.wire.v1.InfoReply.info:type_name -> godwit.wire.v1.AgentInfo
+	5,  // 5: godwit.wire.v1.InfoReply.error:type_name -> godwit.wire.v1.Error
+	10, // 6: godwit.wire.v1.PsReply.processes:type_name -> godwit.wire.v1.Process
+	5,  // 7: godwit.wire.v1.PsReply.error:type_name -> godwit.wire.v1.Error
+	14, // 8: godwit.wire.v1.Requirements.tasks:type_name -> godwit.wire.v1.RequiredTask
+	13, // 9: godwit.wire.v1.Requirements.files:type_name -> godwit.wire.v1.RequiredFile
+	12, // 10: godwit.wire.v1.Requirements.externals:type_name -> godwit.wire.v1.ExternalFile
+	15, // 11: godwit.wire.v1.Requirements.ports:type_name -> godwit.wire.v1.RequiredPort
+	16, // 12: godwit.wire.v1.Requirements.rlimits:type_name -> godwit.wire.v1.Rlimit
+	18, // 13: godwit.wire.v1.MigrateOptions.inherit:type_name -> godwit.wire.v1.Inherit
+	20, // 14: godwit.wire.v1.MigrateOptions.proxied:type_name -> godwit.wire.v1.Proxy
+	22, // 15: godwit.wire.v1.OpenObject.holders:type_name -> godwit.wire.v1.Holder
+	20, // 16: godwit.wire.v1.OpenObject.proxy:type_name -> godwit.wire.v1.Proxy
+	23, // 17: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
+	20, // 18: godwit.wire.v1.Resolution.proxy:type_name -> godwit.wire.v1.Proxy
+	23, // 19: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
+	19, // 20: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	24, // 21: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
+	4,  // 22: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
+	26, // 23: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
+	27, // 24: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
+	5,  // 25: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
+	19, // 26: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	17, // 27: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
+	10, // 28: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
+	5,  // 29: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
+	23, // 30: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
+	17, // 31: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	19, // 32: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	24, // 33: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	5,  // 34: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
+	19, // 35: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	24, // 36: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	26, // 37: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
+	5,  // 38: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
+	5,  // 39: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
+	1,  // 40: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
+	2,  // 41: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
+	19, // 42: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
+	5,  // 43: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
+	38, // 44: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
+	39, // 45: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
+	39, // 46: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
+	1,  // 47: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
+	1,  // 48: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
+	42, // 49: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
+	43, // 50: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
+	44, // 51: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
+	45, // 52: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
+	5,  // 53: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
+	54, // [54:54] is the sub-list for method output_type
+	54, // [54:54] is the sub-list for method input_type
+	54, // [54:54] is the sub-list for extension type_name
+	54, // [54:54] is the sub-list for extension extendee
+	0,  // [0:54] is the sub-list for field type_name
 }
 
 func init() { file_godwit_proto_init() }
@@ -4213,7 +4460,7 @@ func file_godwit_proto_init() {
 	if File_godwit_proto != nil {
 		return
 	}
-	file_godwit_proto_msgTypes[36].OneofWrappers = []any{
+	file_godwit_proto_msgTypes[38].OneofWrappers = []any{
 		(*Item_Hello)(nil),
 		(*Item_Entry)(nil),
 		(*Item_Facts)(nil),
@@ -4226,7 +4473,7 @@ func file_godwit_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_godwit_proto_rawDesc), len(file_godwit_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   41,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

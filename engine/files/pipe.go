@@ -297,6 +297,11 @@ func openPipe(q *queue, ends []*description, far *plan.Far) error {
 		if far.File, err = dupFile(end); err != nil {
 			return err
 		}
+		var st unix.Stat_t
+		if err := unix.Fstat(p[0], &st); err != nil {
+			return os.NewSyscallError("fstat", err)
+		}
+		far.Key = pipeKey(st.Ino)
 	}
 	usedR, usedW := false, false
 	for _, x := range ends {

@@ -869,6 +869,11 @@ func (u *unixOpener) settle(x *description) error {
 		delete(u.closers, x)
 		if keep := u.r.far(fmt.Sprintf("socket:[%d]", e.GetIno())); keep != nil {
 			keep.File = far
+			var st unix.Stat_t
+			if err := unix.Fstat(fd, &st); err != nil {
+				return os.NewSyscallError("fstat", err)
+			}
+			keep.Key = fmt.Sprintf("unix[%d]", st.Ino)
 			// What the other end does is for the one who has it to repeat, after all
 			// that is still to come.
 			return u.settleFar(x, shutdown&^sk_opts.SkShutdown_READ)

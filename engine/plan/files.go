@@ -27,6 +27,7 @@ type FileOptions struct {
 // Far is the other end of an object that was made anew.
 type Far struct {
 	File *os.File // of the caller, once the restore has made it
+	Key  string   // of the object as it is now
 }
 
 // FileValidation says which differences between a file as it was and as it is
