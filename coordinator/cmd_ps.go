@@ -3,6 +3,7 @@ package coordinator
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"io"
 	"slices"
 	"strings"
@@ -16,22 +17,25 @@ import (
 )
 
 func (a *app) cmdPs() *cobra.Command {
-	var all bool
+	var all, proxies bool
 	cmd := &cobra.Command{
 		Use:   "ps HOST",
 		Short: "Show the process trees of a host",
 		Long: `ps shows the processes of a host as trees: pid, owner, state, resident memory,
 threads and open files. HOST:PID is what "godwit migrate" moves: that process
-with all its descendants.`,
+with all its descendants. Behind them it shows the proxies of the host: objects
+whose bytes go on flowing between the host where they are and a tree that runs
+on another one.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx, cancel := a.untilInterrupt(cmd.Context())
 			defer cancel()
-			return a.runPs(ctx, args[0], all)
+			return a.runPs(ctx, args[0], all, proxies)
 		},
 		ValidArgsFunction: a.completeHosts,
 	}
 	cmd.Flags().BoolVarP(&all, "all", "a", false, "kernel threads, too")
+	cmd.Flags().BoolVar(&proxies, "proxies", false, "only proxies")
 	return cmd
 }
 
@@ -56,7 +60,29 @@ func newProcessDoc(p *wire.Process) processDoc {
 	}
 }
 
-func (a *app) runPs(ctx context.Context, host string, all bool) error {
+// proxyDoc is one end of a proxy for programs.
+type proxyDoc struct {
+	ID            string `json:"id"`
+	Migration     string `json:"migration"`
+	Object        string `json:"object"`
+	End           string `json:"end"` // "home": the object is here; "tree"
+	Peer          string `json:"peer,omitempty"`
+	State         string `json:"state"`
+	SentBytes     uint64 `json:"sent_bytes"`
+	ReceivedBytes uint64 `json:"received_bytes"`
+	WaitingBytes  uint64 `json:"waiting_bytes"`
+}
+
+func newProxyDoc(p *wire.ProxyState) proxyDoc {
+	d := proxyDoc{ID: p.Id, Migration: p.Migration, Object: printable(p.Object), End: "tree", Peer: p.Peer, State: p.State,
+		SentBytes: p.SentBytes, ReceivedBytes: p.ReceivedBytes, WaitingBytes: p.WaitingBytes}
+	if p.Home {
+		d.End = "home"
+	}
+	return d
+}
+
+func (a *app) runPs(ctx context.Context, host string, all, onlyProxies bool) error {
 	nc, err := a.connectBus()
 	if err != nil {
 		return err
@@ -66,6 +92,15 @@ func (a *app) runPs(ctx context.Context, host string, all bool) error {
 	if err != nil {
 		return withHosts(ctx, nc, host, err)
 	}
+	info, err := transport.Call[*wire.InfoRequest, *wire.InfoReply](ctx, nc, host, "info", &wire.InfoRequest{})
+	if err != nil {
+		return withHosts(ctx, nc, host, err)
+	}
+	proxies := []proxyDoc{}
+	for _, p := range info.GetInfo().GetProxies() {
+		proxies = append(proxies, newProxyDoc(p))
+	}
+	slices.SortFunc(proxies, func(a, b proxyDoc) int { return cmp.Compare(a.ID+a.End, b.ID+b.End) })
 	processes := reply.Processes
 	if !all {
 		processes = slices.DeleteFunc(processes, func(p *wire.Process) bool { return p.KernelThread })
@@ -78,9 +113,31 @@ func (a *app) runPs(ctx context.Context, host string, all bool) error {
 		return writeJSON(a.stdout, struct {
 			Host      string       `json:"host"`
 			Processes []processDoc `json:"processes"`
-		}{host, docs})
+			Proxies   []proxyDoc   `json:"proxies,omitempty"`
+		}{host, docs, proxies})
 	}
-	printProcesses(a.stdout, processes, terminalWidth(a.stdout))
+	if !onlyProxies {
+		printProcesses(a.stdout, processes, terminalWidth(a.stdout))
+	}
+	return printProxies(a.stdout, proxies, onlyProxies)
+}
+
+// printProxies prints a table, or nothing if there are none and nobody asked for them.
+func printProxies(w io.Writer, proxies []proxyDoc, asked bool) error {
+	if len(proxies) == 0 {
+		if !asked {
+			return nil
+		}
+		_, err := fmt.Fprintln(w, "No proxy is in use on this host.")
+		return err
+	}
+	t := newTable(w, "PROXY OF", "HERE IS", "PEER", "STATE", "SENT", "RECEIVED", "WAITING", "MIGRATION")
+	rightAlign(t, 5, 6, 7)
+	for _, p := range proxies {
+		t.AppendRow(table.Row{p.Object, "the " + map[string]string{"home": "object", "tree": "tree"}[p.End], p.Peer, p.State,
+			formatBytes(p.SentBytes), formatBytes(p.ReceivedBytes), formatBytes(p.WaitingBytes), p.Migration})
+	}
+	t.Render()
 	return nil
 }
 

@@ -143,6 +143,9 @@ var objects = map[string]object{
 	"tcpout":     {elsewhere: true},
 	"tcppeer":    {elsewhere: true},
 	"posixqueue": {elsewhere: true},
+	"proxyfeed":  {elsewhere: true},
+	"proxyflow":  {elsewhere: true},
+	"proxywork":  {elsewhere: true},
 
 	"unixbusy":   {elsewhere: true},
 	"unixlogger": {elsewhere: true},

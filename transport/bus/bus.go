@@ -376,6 +376,7 @@ func agentPermissions() *server.Permissions {
 		Publish: &server.SubjectPermission{Allow: []string{
 			"_INBOX.>",
 			"godwit.v1.stream.>",
+			"godwit.v1.relay.>",
 			"godwit.v1.progress.>",
 			"$SRV.INFO.godwit-agent",
 			"$KV.godwit-migrations.>",
@@ -396,6 +397,7 @@ func agentPermissions() *server.Permissions {
 			"_INBOX.>",
 			"godwit.v1.agent.>",
 			"godwit.v1.stream.>",
+			"godwit.v1.relay.>",
 			"$SRV.>",
 		}},
 	}
