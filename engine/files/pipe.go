@@ -246,7 +246,7 @@ func checkPipe(r *Restorer, x *description) error {
 
 // checkNameless refuses an external pipe or socket for which nothing was handed in.
 func (r *Restorer) checkNameless(x *description, name string) error {
-	if f := r.facts[x.id]; f != nil && f.External && r.handed[name] == nil {
+	if f := r.facts[x.id]; f != nil && f.External && r.handed[name] == nil && r.far(name) == nil {
 		return fmt.Errorf("external %s was not handed in: supply it, such as --inherit-fd fd[4]:%s with one open as descriptor 4", name, name)
 	}
 	return nil

@@ -70,6 +70,9 @@ func (d *Dumper) pipeProxied(ends []*object) (travels, ok bool) {
 		return false, false
 	}
 	d.proxies[key] = true
+	for _, o := range ends {
+		o.fact(o.id).External = true
+	}
 	if why := cannotProxyPipe(ends); why != "" {
 		d.refuse(ends[0], why, "hand in another pipe (inherit), or let the program close the end that it does not use")
 		travels = false
