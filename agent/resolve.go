@@ -5,12 +5,14 @@ import (
 	"fmt"
 
 	"godwit/configs/external"
+	"godwit/engine"
+	"godwit/engine/plan"
 	"godwit/wire"
 )
 
 // Resolve says by what this host would replace the open files of a tree that
-// comes from another one. Nothing is opened for it.
-func (a *Agent) Resolve(_ context.Context, req *wire.ResolveRequest) (*wire.ResolveReply, error) {
+// comes from another one, and, if it is told what the tree needs, what it lacks.
+func (a *Agent) Resolve(ctx context.Context, req *wire.ResolveRequest) (*wire.ResolveReply, error) {
 	if err := checkProtocol(req.Protocol); err != nil {
 		return nil, err
 	}
@@ -42,7 +44,56 @@ func (a *Agent) Resolve(_ context.Context, req *wire.ResolveRequest) (*wire.Reso
 		}
 		reply.Problems = append(reply.Problems, w)
 	}
+	if req.Look {
+		reply.Presences = presences(req.Objects)
+	}
+	if req.Requirements != nil {
+		lacks, err := a.lacks(ctx, req, reply.Resolutions)
+		if err != nil {
+			return nil, failure(err, a.cfg.Host, wire.State_STATE_PREFLIGHT)
+		}
+		reply.Problems = append(reply.Problems, lacks...)
+	}
 	return reply, nil
+}
+
+// lacks is what prepare would refuse. What is held for it is let go at once.
+func (a *Agent) lacks(ctx context.Context, req *wire.ResolveRequest, resolutions []*wire.Resolution) ([]*wire.Problem, error) {
+	prep := &wire.PrepareRequest{Id: req.Id, Source: req.Source, Requirements: req.Requirements, Resolutions: resolutions,
+		Options: &wire.MigrateOptions{PidNamespaceNew: req.Options.GetPidNamespaceNew()}}
+	h, err := a.hold(ctx, prep)
+	if err == nil {
+		d := &destination{session: &session{a: a}, req: prep, held: h}
+		err = a.cfg.Engine.Check(ctx, planOf(req.Requirements), d.options())
+		h.close(false)
+	}
+	if err == nil {
+		return nil, nil
+	}
+	f := failure(err, a.cfg.Host, wire.State_STATE_PREFLIGHT)
+	if f.Code != wire.Code_CODE_REFUSED {
+		return nil, f
+	}
+	if len(f.Problems) == 0 {
+		return []*wire.Problem{{Reason: f.Message}}, nil
+	}
+	return f.Problems, nil
+}
+
+// presences says what this host has at the paths of files that are found by them.
+func presences(objects []*wire.OpenObject) []*wire.Presence {
+	var out []*wire.Presence
+	seen := map[string]bool{}
+	for _, o := range objects {
+		if o.Path == "" || o.Carry == plan.CarryImage || seen[o.Path] {
+			continue
+		}
+		seen[o.Path] = true
+		p := &wire.Presence{Path: o.Path}
+		p.State, p.Differences = engine.Presence(plan.Object{Path: o.Path, Mode: o.Mode, Size: o.Size, MTime: o.MtimeNs, Rdev: o.Rdev, BuildID: o.BuildId, SHA256: o.Sha256})
+		out = append(out, p)
+	}
+	return out
 }
 
 // rules are the entries in force for a migration: what its caller says, then this

@@ -71,7 +71,9 @@ func (a *Agent) Preflight(ctx context.Context, req *wire.PreflightRequest) (*wir
 	if req.Pid == 1 || a.within(int(req.Pid)) {
 		return nil, failure(wire.Errorf(wire.Code_CODE_REFUSED, "the tree of pid %d (%s) holds this agent itself: choose a process below", req.Pid, root.Comm), a.cfg.Host, wire.State_STATE_PREFLIGHT)
 	}
-	p, err := a.cfg.Engine.Plan(ctx, int(req.Pid), a.dumpOptions(req.Options))
+	o := a.dumpOptions(req.Options)
+	o.Files.Hash = req.Hash
+	p, err := a.cfg.Engine.Plan(ctx, int(req.Pid), o)
 	reply := &wire.PreflightReply{Root: root}
 	if req.Discover && p != nil {
 		reply.Objects = openObjects(p.Objects)

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"godwit/configs"
+	"godwit/configs/external"
 	"godwit/transport"
 	"godwit/wire"
 )
@@ -38,42 +39,75 @@ one refuses, nothing is touched and everything that stands in the way is listed.
 Then the tree is frozen, copied, rebuilt and let go at the destination. Until
 the destination has committed, any failure lets the tree run on at the source.
 
-Files that the destination provides are named by their key, file[MNT:INO], both
-hexadecimal, as in CRIU. --inherit says which file of the destination takes the
-place of one; it is opened anew with the flags that the process had, or, with
-",forward", handed over as it was opened.
+What becomes of open files is said by entries; "godwit plan" shows what there is,
+and what becomes of each file.
+
+` + entryHelp + `
+--inherit KEY=PATH is --external KEY=path:PATH.
 
 An interrupt (Ctrl-C) asks to abort, which works until the commit; a second one
 leaves the migration to itself. Progress goes to the standard error, the report
 to the standard output; with --output json that is one document.`,
 		Example: `  godwit migrate alpha:412 beta
+  godwit migrate alpha:412 beta --external role:stdout=journal --external 'path:/var/log/app/*.log=path:/srv/log/{base}'
   godwit migrate alpha:412 beta --inherit 'file[72:a3e7]=/run/input.fifo' --inherit 'file[1f:88]=/var/log/app.log,forward'`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, argv []string) error {
 			return a.runMigrate(cmd.Context(), argv[0], argv[1], args)
 		},
-		ValidArgsFunction: func(cmd *cobra.Command, argv []string, prefix string) ([]string, cobra.ShellCompDirective) {
-			switch len(argv) {
-			case 0:
-				names := a.hostNames(cmd, prefix)
-				for i := range names {
-					names[i] += ":"
-				}
-				return names, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
-			case 1:
-				return a.hostNames(cmd, prefix), cobra.ShellCompDirectiveNoFileComp
-			}
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		},
+		ValidArgsFunction: a.completeMove,
 	}
 	f := cmd.Flags()
-	f.StringArrayVar(&args.external, "external", nil, "`KEY` of a file that the destination provides (repeatable)")
+	f.StringArrayVar(&args.external, "external", nil, "`ENTRY` that says what becomes of open files: SELECTOR[=RESOLVER[:ARGUMENT][,OPTION…]] (repeatable)")
 	f.StringArrayVar(&args.inherit, "inherit", nil, "`KEY=PATH[,forward]`: the file of the destination for an external key, which it declares, too (repeatable)")
 	f.StringVar(&args.pidNamespace, "pid-namespace", "same", "`where` the pids are needed: same, or new for a pid namespace of the tree's own")
 	f.StringVar(&args.bandwidth, "bandwidth", "0", "`rate` that the transfer may use, such as 100MiB/s or 800Mbit/s; 0: no cap but the agent's")
 	f.DurationVar(&args.timeout, "timeout", 0, "`time` that the tree may be frozen before the commit; 0: the agent's default")
 	f.BoolVar(&args.detach, "detach", false, "return as soon as the source has begun, and print the migration's id")
 	return cmd
+}
+
+// entryHelp tells of entries in the help of commands.
+const entryHelp = `An entry is SELECTOR[=RESOLVER[:ARGUMENT][,OPTION[=VALUE]...]].
+Selectors: a key, file[MNT:INO], tty[RDEV:DEV], pipe[INO], unix[INO] or socket[INO], as
+CRIU and /proc have them; fd:PID:N, or fd:N if one process alone has it; role:stdin,
+role:stdout, role:stderr; path:GLOB, where ** goes across directories; kind:KIND.
+Resolvers: path:PATH, a file of the destination ({base}, {dir} and {path} are those of
+the source); create, an empty file or fifo there; carry, the content travels, too;
+inherit or provide, what "godwit-agent provide" keeps ready there; journal, a stream
+to its journald; null; proxy, the bytes go on flowing from and to the source; image,
+as without any entry. Without a resolver the destination's [[external]] rules decide,
+or what it was provided with. Options: forward, size=same|grow-ok|any|truncate,
+mode=same|any, content=same|any, overwrite, limit=SIZE.
+`
+
+// completeMove completes SOURCE:PID DESTINATION.
+func (a *app) completeMove(cmd *cobra.Command, argv []string, prefix string) ([]string, cobra.ShellCompDirective) {
+	switch len(argv) {
+	case 0:
+		names := a.hostNames(cmd, prefix)
+		for i := range names {
+			names[i] += ":"
+		}
+		return names, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
+	case 1:
+		return a.hostNames(cmd, prefix), cobra.ShellCompDirectiveNoFileComp
+	}
+	return nil, cobra.ShellCompDirectiveNoFileComp
+}
+
+// parseMove reads SOURCE:PID and DESTINATION.
+func parseMove(tree, destination string) (source string, pid int32, err error) {
+	if source, pid, err = parseTree(tree); err != nil {
+		return "", 0, err
+	}
+	if err := transport.CheckName(destination); err != nil {
+		return "", 0, usagef("destination host: %w", err)
+	}
+	if source == destination {
+		return "", 0, usagef("source and destination are the same host, %s", source)
+	}
+	return source, pid, nil
 }
 
 // parseTree reads HOST:PID.
@@ -98,6 +132,9 @@ func parseInherit(s string) (*wire.Inherit, error) {
 	if !ok || key == "" || path == "" {
 		return nil, usagef("--inherit %q: want KEY=PATH or KEY=PATH,forward", s)
 	}
+	if _, err := external.ParseSelector(key); err != nil {
+		return nil, usagef("--inherit %q: %w", s, err)
+	}
 	path, forward := strings.CutSuffix(path, ",forward")
 	if !filepath.IsAbs(path) {
 		return nil, usagef("--inherit %q: the path %q is one of the destination and must be absolute", s, path)
@@ -109,8 +146,8 @@ func parseInherit(s string) (*wire.Inherit, error) {
 func (m *migrateArgs) options() (*wire.MigrateOptions, error) {
 	o := &wire.MigrateOptions{}
 	for _, k := range m.external {
-		if k == "" || strings.ContainsFunc(k, func(r rune) bool { return r <= ' ' }) {
-			return nil, usagef("--external %q: want a key such as file[72:a3e7]", k)
+		if _, err := external.Parse(k); err != nil {
+			return nil, usagef("--external: %w", err)
 		}
 		if slices.Contains(o.External, k) {
 			return nil, usagef("--external %s is given twice", k)
@@ -154,15 +191,9 @@ func (m *migrateArgs) options() (*wire.MigrateOptions, error) {
 var errInterrupted = wire.Errorf(wire.Code_CODE_ABORTED, "interrupted by the operator")
 
 func (a *app) runMigrate(ctx context.Context, tree, destination string, args migrateArgs) error {
-	source, pid, err := parseTree(tree)
+	source, pid, err := parseMove(tree, destination)
 	if err != nil {
 		return err
-	}
-	if err := transport.CheckName(destination); err != nil {
-		return usagef("destination host: %w", err)
-	}
-	if source == destination {
-		return usagef("source and destination are the same host, %s", source)
 	}
 	options, err := args.options()
 	if err != nil {

@@ -161,6 +161,12 @@ type fakeAgent struct {
 	die  stop
 	hold map[stop]chan struct{}
 
+	// What the tree holds, and what becomes of it here.
+	objects  []*wire.OpenObject
+	resolved func(*wire.ResolveRequest) *wire.ResolveReply
+	declared []string // at the last preflight
+	handed   []*wire.Resolution
+
 	mu      sync.Mutex
 	held    map[string]context.CancelFunc // by migration
 	calls   []string
@@ -266,16 +272,22 @@ func (f *fakeAgent) preflight(ctx context.Context, req *wire.PreflightRequest) (
 		if wire.CodeOf(err) == wire.Code_CODE_NOT_FOUND {
 			root = nil
 		}
-		return &wire.PreflightReply{Root: root}, err
+		return &wire.PreflightReply{Root: root, Objects: f.objects}, err
 	}
-	return &wire.PreflightReply{Root: root, Requirements: &wire.Requirements{
+	f.mu.Lock()
+	f.declared = req.Options.GetExternal()
+	f.mu.Unlock()
+	return &wire.PreflightReply{Root: root, Objects: f.objects, Requirements: &wire.Requirements{
 		MemoryBytes: 1 << 30,
 		Tasks:       []*wire.RequiredTask{{Pid: req.Pid, Tids: []int32{req.Pid, req.Pid + 1, req.Pid + 2}}, {Pid: req.Pid + 9, Tids: []int32{req.Pid + 9}}},
 	}}, nil
 }
 
-func (f *fakeAgent) resolve(context.Context, *wire.ResolveRequest) (*wire.ResolveReply, error) {
+func (f *fakeAgent) resolve(_ context.Context, req *wire.ResolveRequest) (*wire.ResolveReply, error) {
 	f.called("resolve")
+	if f.resolved != nil {
+		return f.resolved(req), nil
+	}
 	return &wire.ResolveReply{}, nil
 }
 
@@ -343,6 +355,9 @@ func (f *fakeAgent) awaitState(ctx context.Context, id string, states ...wire.St
 
 func (f *fakeAgent) prepare(ctx context.Context, req *wire.PrepareRequest) (*wire.PrepareReply, error) {
 	f.called("prepare")
+	f.mu.Lock()
+	f.handed = req.Resolutions
+	f.mu.Unlock()
 	if err := f.at(ctx, atPrepare); err != nil {
 		return nil, err
 	}

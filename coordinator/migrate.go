@@ -16,6 +16,8 @@ const (
 	// preflightTimeout bounds the source's look at the tree and the
 	// destination's check: hashing and comparing large files takes a while.
 	preflightTimeout = 30 * time.Second
+	// hashTimeout bounds either look where contents are read.
+	hashTimeout = 15 * time.Minute
 	// startTimeout bounds the source's way to Freezing.
 	startTimeout = 20 * time.Second
 
@@ -186,7 +188,7 @@ func stillNeeded(req, earlier *wire.Requirements) {
 // destination refused.
 func (m *migration) preflight(ctx context.Context, seen **wire.Requirements) (lacks bool, _ error) {
 	r := m.rec
-	found, srcErr := m.survey(ctx, r.Options, false)
+	found, srcErr := m.survey(ctx, r.Options, looking{})
 	if ctx.Err() != nil {
 		return false, context.Cause(ctx)
 	}

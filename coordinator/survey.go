@@ -25,11 +25,17 @@ type survey struct {
 	dstErr      error // the destination cannot be asked
 }
 
+// looking says how closely a survey looks.
+type looking struct {
+	look bool // tell where files are at the destination
+	hash bool // compare contents
+}
+
 // survey asks the source what the tree holds, the destination what becomes of
 // that, and the source again if that changed anything. The error is the source's.
-func (m *migration) survey(ctx context.Context, o *wire.MigrateOptions, look bool) (*survey, error) {
+func (m *migration) survey(ctx context.Context, o *wire.MigrateOptions, how looking) (*survey, error) {
 	s := &survey{}
-	first, err := m.askSource(ctx, declaring(o, nil), look)
+	first, err := m.askSource(ctx, declaring(o, nil), how.hash)
 	s.root, s.req, s.objects = first.GetRoot(), first.GetRequirements(), first.GetObjects()
 	if ctx.Err() != nil {
 		return s, err
@@ -41,7 +47,7 @@ func (m *migration) survey(ctx context.Context, o *wire.MigrateOptions, look boo
 		s.dstErr = withHosts(ctx, m.link.nc, m.rec.Destination, dstErr)
 		return s, err
 	}
-	s.dstErr = m.askResolve(ctx, s, o, look)
+	s.dstErr = m.askResolve(ctx, s, o, how.look, nil)
 	if s.dstErr != nil || ctx.Err() != nil || !changes(s.resolutions) {
 		return s, err
 	}
@@ -84,7 +90,11 @@ func declared(resolutions []*wire.Resolution) []string {
 
 func (m *migration) askSource(ctx context.Context, o *wire.MigrateOptions, hash bool) (*wire.PreflightReply, error) {
 	r := m.rec
-	call, cancel := context.WithTimeout(ctx, preflightTimeout)
+	patience := preflightTimeout
+	if hash {
+		patience = hashTimeout
+	}
+	call, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	reply, err := transport.Call[*wire.PreflightRequest, *wire.PreflightReply](call, m.link.nc, r.Source, "preflight", &wire.PreflightRequest{
 		Protocol: wire.Version, Id: r.Id, Pid: r.Pid, Options: o, Destination: r.Destination, Discover: true, Hash: hash,
@@ -97,12 +107,16 @@ func (m *migration) askSource(ctx context.Context, o *wire.MigrateOptions, hash 
 }
 
 // askResolve asks the destination what becomes of the objects of s.
-func (m *migration) askResolve(ctx context.Context, s *survey, o *wire.MigrateOptions, look bool) error {
+func (m *migration) askResolve(ctx context.Context, s *survey, o *wire.MigrateOptions, look bool, needs *wire.Requirements) error {
 	r := m.rec
-	call, cancel := context.WithTimeout(ctx, preflightTimeout)
+	patience := preflightTimeout
+	if look {
+		patience = hashTimeout // as far as the source asked for it
+	}
+	call, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	reply, err := transport.Call[*wire.ResolveRequest, *wire.ResolveReply](call, m.link.nc, r.Destination, "resolve", &wire.ResolveRequest{
-		Protocol: wire.Version, Id: r.Id, Source: r.Source, Objects: s.objects, Options: o, Look: look,
+		Protocol: wire.Version, Id: r.Id, Source: r.Source, Objects: s.objects, Options: o, Look: look, Requirements: needs,
 	})
 	s.resolutions, s.entries, s.problems, s.presences = reply.GetResolutions(), reply.GetEntries(), reply.GetProblems(), reply.GetPresences()
 	return withHosts(ctx, m.link.nc, r.Destination, err)

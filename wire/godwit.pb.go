@@ -2238,8 +2238,9 @@ type ResolveRequest struct {
 	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
 	Source        string                 `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
 	Objects       []*OpenObject          `protobuf:"bytes,4,rep,name=objects,proto3" json:"objects,omitempty"`
-	Options       *MigrateOptions        `protobuf:"bytes,5,opt,name=options,proto3" json:"options,omitempty"` // entries
-	Look          bool                   `protobuf:"varint,6,opt,name=look,proto3" json:"look,omitempty"`      // say where files are, too
+	Options       *MigrateOptions        `protobuf:"bytes,5,opt,name=options,proto3" json:"options,omitempty"`           // entries
+	Look          bool                   `protobuf:"varint,6,opt,name=look,proto3" json:"look,omitempty"`                // say where files are, too
+	Requirements  *Requirements          `protobuf:"bytes,7,opt,name=requirements,proto3" json:"requirements,omitempty"` // if set: check them, and hold everything for a moment
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2314,6 +2315,13 @@ func (x *ResolveRequest) GetLook() bool {
 		return x.Look
 	}
 	return false
+}
+
+func (x *ResolveRequest) GetRequirements() *Requirements {
+	if x != nil {
+		return x.Requirements
+	}
+	return nil
 }
 
 // Entry is one rule in force, for the source to apply to the frozen tree.
@@ -4150,14 +4158,15 @@ const file_godwit_proto_rawDesc = "" +
 	" \x01(\tR\x05entry\x12\x16\n" +
 	"\x06origin\x18\v \x01(\tR\x06origin\x124\n" +
 	"\aobjects\x18\f \x03(\v2\x1a.godwit.wire.v1.OpenObjectR\aobjects\x12+\n" +
-	"\x05proxy\x18\r \x01(\v2\x15.godwit.wire.v1.ProxyR\x05proxy\"\xd8\x01\n" +
+	"\x05proxy\x18\r \x01(\v2\x15.godwit.wire.v1.ProxyR\x05proxy\"\x9a\x02\n" +
 	"\x0eResolveRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x16\n" +
 	"\x06source\x18\x03 \x01(\tR\x06source\x124\n" +
 	"\aobjects\x18\x04 \x03(\v2\x1a.godwit.wire.v1.OpenObjectR\aobjects\x128\n" +
 	"\aoptions\x18\x05 \x01(\v2\x1e.godwit.wire.v1.MigrateOptionsR\aoptions\x12\x12\n" +
-	"\x04look\x18\x06 \x01(\bR\x04look\"I\n" +
+	"\x04look\x18\x06 \x01(\bR\x04look\x12@\n" +
+	"\frequirements\x18\a \x01(\v2\x1c.godwit.wire.v1.RequirementsR\frequirements\"I\n" +
 	"\x05Entry\x12\x12\n" +
 	"\x04text\x18\x01 \x01(\tR\x04text\x12\x16\n" +
 	"\x06origin\x18\x02 \x01(\tR\x06origin\x12\x14\n" +
@@ -4415,44 +4424,45 @@ var file_godwit_proto_depIdxs = []int32{
 	20, // 18: godwit.wire.v1.Resolution.proxy:type_name -> godwit.wire.v1.Proxy
 	23, // 19: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
 	19, // 20: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	24, // 21: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
-	4,  // 22: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
-	26, // 23: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
-	27, // 24: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
-	5,  // 25: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
-	19, // 26: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	17, // 27: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
-	10, // 28: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
-	5,  // 29: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
-	23, // 30: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
-	17, // 31: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	19, // 32: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	24, // 33: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	5,  // 34: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
-	19, // 35: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	24, // 36: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	26, // 37: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
-	5,  // 38: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
-	5,  // 39: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
-	1,  // 40: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
-	2,  // 41: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
-	19, // 42: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
-	5,  // 43: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
-	38, // 44: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
-	39, // 45: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
-	39, // 46: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
-	1,  // 47: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
-	1,  // 48: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
-	42, // 49: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
-	43, // 50: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
-	44, // 51: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
-	45, // 52: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
-	5,  // 53: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
-	54, // [54:54] is the sub-list for method output_type
-	54, // [54:54] is the sub-list for method input_type
-	54, // [54:54] is the sub-list for extension type_name
-	54, // [54:54] is the sub-list for extension extendee
-	0,  // [0:54] is the sub-list for field type_name
+	17, // 21: godwit.wire.v1.ResolveRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	24, // 22: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
+	4,  // 23: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
+	26, // 24: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
+	27, // 25: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
+	5,  // 26: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
+	19, // 27: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	17, // 28: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
+	10, // 29: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
+	5,  // 30: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
+	23, // 31: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
+	17, // 32: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	19, // 33: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	24, // 34: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	5,  // 35: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
+	19, // 36: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	24, // 37: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	26, // 38: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
+	5,  // 39: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
+	5,  // 40: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
+	1,  // 41: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
+	2,  // 42: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
+	19, // 43: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
+	5,  // 44: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
+	38, // 45: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
+	39, // 46: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
+	39, // 47: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
+	1,  // 48: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
+	1,  // 49: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
+	42, // 50: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
+	43, // 51: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
+	44, // 52: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
+	45, // 53: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
+	5,  // 54: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
+	55, // [55:55] is the sub-list for method output_type
+	55, // [55:55] is the sub-list for method input_type
+	55, // [55:55] is the sub-list for extension type_name
+	55, // [55:55] is the sub-list for extension extendee
+	0,  // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_godwit_proto_init() }

@@ -134,6 +134,7 @@ type object struct {
 	queued       uint64 // bytes in a pipe or fifo
 	peer         string // of a socket, for plans
 	birth        int64  // ns, of what has a key, for plans; 0: not known
+	sha256       string // for plans, if it was asked for
 	ext          bool
 	wish         *wish // that it travels with its content
 	key          Key   // valid if hasKey
@@ -235,6 +236,7 @@ type Dumper struct {
 	wantedTTYs map[string]bool // keys of Options.External; true: found
 	proxies    map[string]bool // keys of Options.Proxied; true: found
 
+	hashes  map[inodeID]string  // for plans
 	mntns   map[int]bool        // pid → lives in another mount namespace
 	root    func(string) string // where paths of the tree are found; nil: by mntns
 	others  *outsiders
@@ -281,7 +283,7 @@ func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumpe
 		groups: map[groupKey]*orderedObjects{}, budget: fdBudget(), texts: map[string]string{}, paths: map[pathKey]*object{}, shmids: map[inodeID]uint32{},
 		vpid: map[int]int{}, flights: map[*object]*flight{}, apart: map[uint32]bool{}, nameless: map[string]bool{}, externs: map[uint32]bool{},
 		remapOf: map[inodeID]*linkRemap{},
-		memfds:  map[inodeID]*memfdInode{}, ghosts: map[inodeID]*ghost{}, mntns: map[int]bool{}, wantedTTYs: map[string]bool{},
+		memfds:  map[inodeID]*memfdInode{}, ghosts: map[inodeID]*ghost{}, hashes: map[inodeID]string{}, mntns: map[int]bool{}, wantedTTYs: map[string]bool{},
 		proxies: map[string]bool{},
 	}
 	proxied := map[string]bool{}
@@ -635,6 +637,9 @@ func (d *Dumper) dumpObject(o *object) error {
 	o.word = o.label()
 	if o.hasKey {
 		o.birth = birth(o.file)
+		if d.opts.Hash && o.mode()&unix.S_IFMT == unix.S_IFREG {
+			o.sha256 = d.hash(o)
+		}
 	}
 	if o.kind == kindPipe || o.kind == kindFifo {
 		if n, err := unix.IoctlGetInt(int(o.file.Fd()), unix.TIOCINQ); err == nil {

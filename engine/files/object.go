@@ -179,7 +179,7 @@ func (o *object) object() plan.Object {
 		p.Path = o.linkPath()
 	}
 	if p.Path != "" {
-		p.MTime, p.Birth = o.stat.Mtim.Nano(), o.birth
+		p.MTime, p.Birth, p.SHA256 = o.stat.Mtim.Nano(), o.birth, o.sha256
 	}
 	if o.mode()&unix.S_IFMT == unix.S_IFREG {
 		p.Size = uint64(o.stat.Size)

@@ -17,6 +17,8 @@ type FileOptions struct {
 	IrmapScanPaths []string
 	// BuildIDs writes the build-id of every ELF file, not only of mapped ones.
 	BuildIDs bool
+	// Hash lets a plan tell the SHA-256 of regular files that have a key.
+	Hash bool
 	// Proxied are keys (pipe[inode], unix[inode], tty[rdev:dev]) of pipes, connected
 	// stream sockets and terminals whose other end is outside the tree and whose bytes
 	// the caller goes on carrying. True: the other end is the caller's own, and what

@@ -51,3 +51,10 @@ type Holder struct {
 	// Roles are stdin, stdout, stderr (descriptors 0, 1, 2), mapping, exe, cwd, root, watch.
 	Roles []string `json:"roles,omitempty"`
 }
+
+// What a host has at the path of an object.
+const (
+	PresenceSame    = "same"
+	PresenceDiffers = "differs"
+	PresenceMissing = "missing"
+)
