@@ -109,6 +109,7 @@ type collector struct {
 	inGroup    map[int]bool // tids in the control group that stops the tree, nil: there is none
 	net        *ns.Network  // of a network namespace of its own
 	mounts     *ns.Mounts   // of a mount namespace of its own
+	userns     *ns.Users    // its own user namespace, nil: none
 	rss        uint64
 	limits     map[int]plan.Rlimit
 }
@@ -749,7 +750,9 @@ func (c *collector) plan() (*plan.Plan, error) {
 	pl := &plan.Plan{Pid: c.procs[0].pid, MemoryBytes: c.rss, XFeatures: arch.XFeatures(), Arch: arch.Name}
 	for _, p := range c.procs {
 		pl.Tasks = append(pl.Tasks, plan.Task{Pid: p.pid, VPid: p.vpid, VTids: p.vtids, PPid: p.ppid, Comm: p.comm, RSS: p.status.VmRSS})
-		pl.Capabilities |= p.status.CapPrm
+		if c.userns == nil { // in a namespace of its own it has all
+			pl.Capabilities |= p.status.CapPrm
+		}
 	}
 	for _, l := range c.limits {
 		pl.Rlimits = append(pl.Rlimits, l)

@@ -128,13 +128,14 @@ func dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 	facts.Ghosts = c.files.GhostFacts()
 	facts.TTYs = c.files.TTYFacts()
 	facts.SysV = c.sysvFacts()
+	facts.Users = c.userns.Facts()
 	facts.Mounts, facts.NetSysctls = c.mounts.Facts(), c.net.Sysctls()
 	if !c.own.Has(ns.Ipc) { // else they end with their namespace
 		for _, s := range facts.SysV {
 			st.Segments = append(st.Segments, int(s.ID))
 		}
 	}
-	if err := ns.Dump(ns.Dumped{Pid: c.procs[0].pid, Own: c.own, Shm: facts.SysV, Mounts: c.mounts, Net: c.net}, sink.Entry); err != nil {
+	if err := ns.Dump(ns.Dumped{Pid: c.procs[0].pid, Own: c.own, Shm: facts.SysV, Mounts: c.mounts, Net: c.net, Users: c.userns}, sink.Entry); err != nil {
 		return st, err
 	}
 	if err := sink.Facts(facts); err != nil {
@@ -185,8 +186,9 @@ func (c *collector) images(ctx context.Context, t *freeze.Tree, sink image.Sink)
 			if err != nil {
 				return nil, fmt.Errorf("read state of pid %d (%s): %w", p.pid, p.comm, err)
 			}
+			owner := c.userns.Map().Inside(p.status)
 			facts.Tasks = append(facts.Tasks, image.TaskFacts{
-				TID: uint32(p.vpid), ExitSignal: task.ExitSignal(&stat), Owner: &image.OwnerFacts{UID: p.status.Uid, GID: p.status.Gid},
+				TID: uint32(p.vpid), ExitSignal: task.ExitSignal(&stat), Owner: &image.OwnerFacts{UID: owner.Uid, GID: owner.Gid},
 			})
 			continue
 		}
@@ -338,7 +340,7 @@ func (c *collector) readTasks(t *freeze.Tree, fp *freeze.Proc, p *process) (out 
 			// The actions of signals come first: the end of a batch may change one.
 			d, derr := task.Dump(task.Source{
 				Pid: fp.Pid, Tid: th.Tid, VTid: th.VTid, Leader: i == 0,
-				Regs: th.Regs, Rseq: th.Rseq, Mask: b.Mask(), SUD: b.SUD(), Remote: &b.Remote, Filters: &c.seccomp,
+				Regs: th.Regs, Rseq: th.Rseq, Mask: b.Mask(), SUD: b.SUD(), Remote: &b.Remote, Filters: &c.seccomp, IDs: c.userns.Map(),
 			})
 			if i > 0 {
 				derr = errors.Join(derr, b.Return(true))

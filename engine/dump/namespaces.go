@@ -11,7 +11,7 @@ import (
 )
 
 // carried are the kinds of namespaces that a tree may have of its own.
-const carried = ns.Uts | ns.Ipc | ns.Pid | ns.Mnt | ns.Net | ns.Time
+const carried = ns.Uts | ns.Ipc | ns.Pid | ns.Mnt | ns.Net | ns.Time | ns.User
 
 // setOwn finds out which namespaces the tree has of its own.
 func (c *collector) setOwn(root *process) error {
@@ -27,6 +27,13 @@ func (c *collector) setOwn(root *process) error {
 		// It landed in a pid namespace of its own, and for its /proc in a mount
 		// namespace: both are made anew by the next restore, if that is asked for.
 		c.own &^= ns.Pid | ns.Mnt
+	}
+	if c.own.Has(ns.User) {
+		c.userns, err = ns.ReadUsers(&root.status, c.own, func(reason, hint string) { c.refuse(root, "", reason, hint) })
+		if err != nil {
+			return err
+		}
+		c.files.SetIDs(c.userns.Map())
 	}
 	if c.own.Has(ns.Net) && c.o.Networks[c.links[ns.Net]] == "" {
 		c.files.LockBriefly()

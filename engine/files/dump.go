@@ -193,8 +193,9 @@ type Dumper struct {
 	opts Options
 	emit func(image.Entry) error // nil: preflight
 
-	inside   map[int]bool // processes of the tree, on this host
-	vpids    map[int]bool // the same in their own pid namespace
+	ids      *procfs.IDMap // of a user namespace of the tree's own
+	inside   map[int]bool  // processes of the tree, on this host
+	vpids    map[int]bool  // the same in their own pid namespace
 	tables   map[uint32]*Proc
 	order    []uint32 // of tables
 	fds      map[uint32][]fdSlot

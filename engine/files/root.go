@@ -5,11 +5,17 @@ import (
 	"runtime"
 
 	"golang.org/x/sys/unix"
+
+	"godwit/engine/procfs"
 )
 
 // SetRoot says where the paths of a tree with mounts of its own are found from
 // this process: path gives that for one of them.
 func (d *Dumper) SetRoot(path func(string) string) { d.root = path }
+
+// SetIDs says which ids of users and groups the tree's processes have in a user
+// namespace of their own.
+func (d *Dumper) SetIDs(ids *procfs.IDMap) { d.ids = ids }
 
 // LockBriefly says that the network need not stay locked: it ends with the tree.
 func (d *Dumper) LockBriefly() { d.brief = true }

@@ -22,6 +22,8 @@ type Actor interface {
 	// Give puts files into it and returns their numbers there.
 	Give(files []*os.File) ([]int, error)
 	Run(calls ...*ptrace.Call) error
+	// Self are its own ids, as it calls them.
+	Self() (uid, gid uint32, groups []uint32, err error)
 }
 
 // dumpPeerCred reads whom SO_PEERCRED shows; nil: nobody.
@@ -38,6 +40,7 @@ func (d *Dumper) dumpPeerCred(o *object) (*image.Credentials, error) {
 	if c.Groups, err = sys.PeerGroups(fd); errors.Is(err, unix.ENODATA) || errors.Is(err, unix.ENOPROTOOPT) {
 		err = nil
 	}
+	c.UID, c.GID, c.Groups = d.ids.UID(c.UID), d.ids.GID(c.GID), d.ids.Groups(c.Groups)
 	return c, err
 }
 
@@ -83,29 +86,28 @@ func groupCall(groups []uint32) *ptrace.Call {
 // to files is this process's (setfsuid(2)). The actor has its own back afterwards.
 func act(a Actor, c *image.Credentials, calls ...*ptrace.Call) error {
 	const keep = -1
-	gs, err := unix.Getgroups()
+	uid, gid, own, err := a.Self()
 	if err != nil {
-		return os.NewSyscallError("getgroups", err)
+		return err
 	}
-	own := make([]uint32, len(gs)) // those that it was made with
-	for i, g := range gs {
-		own[i] = uint32(g)
+	groups := func(gs []uint32) []*ptrace.Call {
+		if slices.Equal(c.Groups, own) { // which a user namespace may forbid
+			return nil
+		}
+		return []*ptrace.Call{groupCall(gs)}
 	}
 	set := func(what string, nr uintptr, id uint32) *ptrace.Call {
 		return ptrace.NewCall(what, nr, ptrace.Int(keep), ptrace.Int(id), ptrace.Int(keep))
 	}
-	all := []*ptrace.Call{
-		groupCall(c.Groups),
+	all := append(groups(c.Groups),
 		set("assume a group", unix.SYS_SETRESGID, c.GID),
 		set("assume a user", unix.SYS_SETRESUID, c.UID),
-		ptrace.NewCall("keep the access to files", unix.SYS_SETFSUID, ptrace.Int(0)),
-	}
+		ptrace.NewCall("keep the access to files", unix.SYS_SETFSUID, ptrace.Int(uid)))
 	all = append(all, calls...)
 	all = append(all,
-		set("be root again", unix.SYS_SETRESUID, uint32(unix.Geteuid())),
-		set("have root's group again", unix.SYS_SETRESGID, uint32(unix.Getegid())),
-		groupCall(own))
-	return a.Run(all...)
+		set("be root again", unix.SYS_SETRESUID, uid),
+		set("have root's group again", unix.SYS_SETRESGID, gid))
+	return a.Run(append(all, groups(own)...)...)
 }
 
 // take gets a descriptor out of the actor.

@@ -414,6 +414,7 @@ func (d *Dumper) holderCred(o *object) (*image.Credentials, error) {
 	if err != nil {
 		return nil, err
 	}
+	st = d.ids.Inside(st)
 	return &image.Credentials{PID: uint32(p.VPid), UID: st.Uid[1], GID: st.Gid[1], Groups: st.Groups}, nil
 }
 

@@ -44,9 +44,20 @@ type Facts struct {
 	// Mounts are of those mounts of a tree's own mount namespace that are bound from
 	// what other mounts cover on the host.
 	Mounts []MountFacts `json:"mounts,omitempty"`
+	// Users belongs to a user namespace of the tree's own.
+	Users *UsersFacts `json:"users,omitempty"`
 	// NetSysctls are the settings of a tree's own network namespace that differ from
 	// those of a new one, in the order in which they are to be set.
 	NetSysctls []SysctlFacts `json:"net_sysctls,omitempty"`
+}
+
+// UsersFacts belongs to a user namespace of the tree's own.
+type UsersFacts struct {
+	// NoSetgroups: its processes cannot change their groups (user_namespaces(7)).
+	NoSetgroups bool `json:"no_setgroups,omitempty"`
+	// Groups are those of the root of the tree, as they are called on the host: they
+	// may be of those that the namespace has no name for.
+	Groups []uint32 `json:"groups,omitempty"`
 }
 
 // TaskFacts belongs to one thread.

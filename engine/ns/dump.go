@@ -16,6 +16,8 @@ type Dumped struct {
 	Shm []image.SysVFacts
 	// Mounts are those of a mount namespace of its own.
 	Mounts *Mounts
+	// Users is its own user namespace, nil for none.
+	Users *Users
 	// Net is what its own network namespace holds, nil for nothing.
 	Net *Network
 }
@@ -38,6 +40,11 @@ func Dump(d Dumped, emit Emit) error {
 	}
 	if d.Own.Has(Pid) {
 		if err := emit(image.Entry{File: image.PidnsFile(Pid.id()), Magic: image.MagicPidns, Msg: &pidns.PidnsEntry{}}); err != nil {
+			return err
+		}
+	}
+	if d.Users != nil {
+		if err := d.Users.dump(emit); err != nil {
 			return err
 		}
 	}

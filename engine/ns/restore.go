@@ -10,7 +10,7 @@ import (
 
 // Restorable are the kinds of namespaces that can be made again. One of clocks
 // is made, or not, as the clocks of the host want it.
-const Restorable = Uts | Ipc | Pid | Mnt | Net | Time
+const Restorable = Uts | Ipc | Pid | Mnt | Net | Time | User
 
 // RestoreOptions says how namespaces are filled.
 type RestoreOptions struct {

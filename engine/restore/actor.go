@@ -9,6 +9,7 @@ import (
 
 	"godwit/engine/files"
 	"godwit/engine/ns"
+	"godwit/engine/procfs"
 	"godwit/engine/ptrace"
 )
 
@@ -31,6 +32,20 @@ func (a actor) Give(fs []*os.File) (nums []int, err error) {
 
 func (a actor) Run(calls ...*ptrace.Call) error {
 	return a.t.tracer.Do(func() error { return a.r.Run(calls...) })
+}
+
+func (a actor) Self() (uid, gid uint32, groups []uint32, err error) {
+	st, err := procfs.ReadStatus(a.r.Tid)
+	if err != nil {
+		return 0, 0, nil, err
+	}
+	for _, r := range a.t.extras {
+		if r == a.r { // it is not in the namespaces of the tree
+			return st.Uid[1], st.Gid[1], st.Groups, nil
+		}
+	}
+	st = a.t.users.Map().Inside(st)
+	return st.Uid[1], st.Gid[1], st.Groups, nil
 }
 
 // actor finds the process that has a pid in the images. For one that is not in

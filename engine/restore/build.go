@@ -65,6 +65,7 @@ type Tree struct {
 	shmems  map[uint32]*os.File
 	// terminals: the images have pseudoterminals that are to be made.
 	terminals bool
+	users     *ns.Users           // the user namespace of the tree's own, nil: none
 	cgroups   *cgroup.Restorer    // nil: not looked at
 	join      map[ns.Set]*os.File // namespaces of the tree that are there already
 	joined    ns.Set              // their kinds
@@ -132,6 +133,9 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 		return nil, err
 	}
 	if err := t.findJoined(set); err != nil {
+		return nil, err
+	}
+	if t.users, err = ns.LoadUsers(set, m.own); err != nil {
 		return nil, err
 	}
 	if err := t.readCgroups(set); err != nil {
@@ -827,6 +831,7 @@ func (t *Tree) state(p *process) error {
 	if err != nil {
 		return err
 	}
+	cur = t.users.Map().Inside(cur)
 	calls, err := task.ProcessCalls(p.core())
 	if err != nil {
 		return err

@@ -22,6 +22,9 @@ func (m *model) namespaces(inv *inventory.InventoryEntry) error {
 	if other := m.own.Own &^ ns.Restorable; other != 0 {
 		return fmt.Errorf("images hold a %s namespace of the tree's own, which cannot be made", strings.Join(other.Names(), " and a "))
 	}
+	if err := m.own.Check(); err != nil {
+		return fmt.Errorf("images are wrong: %w", err)
+	}
 	if m.own.Own.Has(ns.Pid) != (root.vpid == 1) || root.vpid != 1 && m.ids[1] {
 		return fmt.Errorf("images hold pid 1 although the tree has no pid namespace of its own, or the other way round")
 	}

@@ -27,6 +27,8 @@ func (t *Tree) checkSibling() error {
 		return nil
 	case t.newPid():
 		return errors.New("the root cannot be a sibling of the restorer (--restore-sibling) in a pid namespace whose first process is its parent (--pid-namespace new)")
+	case t.model.own.Own.Has(ns.User):
+		return errors.New("the root cannot be a sibling of the restorer (--restore-sibling) in a user namespace of its own")
 	case root.sid != root.vpid && !t.o.ShellJob:
 		return fmt.Errorf("%s is in a session whose leader is not in the tree: as a sibling of the restorer it can only be in the restorer's session (--shell-job)", root)
 	}

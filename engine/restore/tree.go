@@ -82,7 +82,30 @@ func (t *Tree) firstProcess(root *process, flags, exitSignal uint64) (*ptrace.Re
 		return nil, err
 	}
 	flags |= uint64(t.model.own.Own &^ ns.Time &^ t.joined) // setClocks
-	return t.clone(t.stub.remote, flags, exitSignal, root.vpid)
+	return t.cloneRoot(flags, exitSignal)
+}
+
+// cloneRoot clones the root from the stub, and makes it the root of its user namespace.
+func (t *Tree) cloneRoot(flags, exitSignal uint64) (*ptrace.Remote, error) {
+	vpid := t.model.procs[0].vpid
+	if t.users == nil {
+		return t.clone(t.stub.remote, flags, exitSignal, vpid)
+	}
+	before, after, err := t.users.Bearers()
+	if err != nil {
+		return nil, err
+	}
+	if err := t.stub.remote.Run(before); err != nil {
+		return nil, err
+	}
+	r, err := t.clone(t.stub.remote, flags, exitSignal, vpid)
+	if err := errors.Join(err, t.stub.remote.Run(after)); err != nil {
+		return nil, err
+	}
+	if err := t.users.Fill(r.Tid); err != nil {
+		return nil, err
+	}
+	return r, r.Run(t.users.Become()...)
 }
 
 // processes makes all processes below the root, with their sessions and groups.

@@ -58,6 +58,7 @@ type Source struct {
 	Mask           uint64
 	SUD            sys.SUDConfig  // syscall user dispatch, which is off while Remote has the thread
 	Remote         *ptrace.Remote // runs system calls in this thread
+	IDs            *procfs.IDMap  // of a user namespace of the tree's own
 	Filters        *Filters       // of the tree; this thread's seccomp filters join them
 }
 
@@ -222,7 +223,8 @@ func dump(s Source) (*Dumped, error) {
 
 	regs := s.Regs
 	regs.RestartInNewTask()
-	cr := credsToImage(&st)
+	inside := s.IDs.Inside(st)
+	cr := credsToImage(&inside)
 	cr.Secbits = proto.Uint32(uint32(secbits.Ret))
 	mtype := criu_core.CoreEntry_X86_64
 	policy, prio := attr.Policy, attr.Priority

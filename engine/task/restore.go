@@ -308,11 +308,13 @@ func credCalls(c *creds.CredsEntry, cur *procfs.Status) ([]*ptrace.Call, error) 
 	if !same {
 		// Without the fixup, changing the uid leaves capabilities alone.
 		add("set securebits", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_SECUREBITS), ptrace.Int(secNoSetuidFixup|secKeepCaps))
-		groups := ptrace.Int(0)
-		if len(c.GetGroups()) > 0 {
-			groups = ptrace.Bytes(put32(c.GetGroups()...))
+		if !slices.Equal(cur.Groups, c.GetGroups()) { // which a user namespace may forbid
+			groups := ptrace.Int(0)
+			if len(c.GetGroups()) > 0 {
+				groups = ptrace.Bytes(put32(c.GetGroups()...))
+			}
+			add("set groups", unix.SYS_SETGROUPS, ptrace.Int(len(c.GetGroups())), groups)
 		}
-		add("set groups", unix.SYS_SETGROUPS, ptrace.Int(len(c.GetGroups())), groups)
 		add("set group ids", unix.SYS_SETRESGID, ptrace.Int(c.GetGid()), ptrace.Int(c.GetEgid()), ptrace.Int(c.GetSgid()))
 		add("set file system group", unix.SYS_SETFSGID, ptrace.Int(c.GetFsgid()))
 		for drop := cur.CapBnd &^ bnd; drop != 0; drop &= drop - 1 {

@@ -147,6 +147,7 @@ var objects = map[string]object{
 	"proxyflow":  {elsewhere: true},
 	"proxywork":  {elsewhere: true},
 
+	"userns":     {elsewhere: true},
 	"unixbusy":   {elsewhere: true},
 	"unixlogger": {elsewhere: true},
 	"unixpeer":   {elsewhere: true},

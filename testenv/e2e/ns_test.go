@@ -191,22 +191,79 @@ func TestContainer(t *testing.T) {
 	}
 }
 
+// TestUserNamespace moves trees in user namespaces of their own.
+func TestUserNamespace(t *testing.T) {
+	h := newHosts(t, "alpha").Host("alpha")
+	const all = "unshare -U -r -p -f --mount-proc -n -u -i"
+	// unshared starts a command of selfcheck under others, the last of which forks;
+	// its child is the root of the tree.
+	unshared := func(ctx context.Context, t *testing.T, under, command string) *workloads.Run {
+		t.Helper()
+		prefix := filepath.Join(newDir(t), command)
+		r := start(ctx, t, h, prefix, append(strings.Fields(under), programs.Selfcheck, command, prefix)...)
+		if !strings.Contains(under, " -f") {
+			return r
+		}
+		for range strings.Count(under, " -f") {
+			out, err := h.Run(ctx, "pgrep", "-P", fmt.Sprint(r.Pid))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := fmt.Sscan(out, &r.Pid); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return r
+	}
+	t.Run("many users", func(t *testing.T) {
+		ctx := deadline(t, 2*time.Minute)
+		r := contained(ctx, t, h, newDir(t), "userns", "many")
+		moveContained(ctx, t, r, 10)
+		stop(ctx, t, r)
+	})
+	for name, under := range map[string]string{"of root": all, "of a user": "setpriv --reuid 1234 --regid 2345 --clear-groups " + all} {
+		t.Run(name, func(t *testing.T) {
+			ctx := deadline(t, 2*time.Minute)
+			r := unshared(ctx, t, under, "userns")
+			moveContained(ctx, t, r, 10)
+			stop(ctx, t, r)
+		})
+	}
+	for name, c := range map[string]struct{ under, want string }{
+		"without a pid namespace": {"unshare -U -r", "not in a pid namespace of its own"},
+		"nested":                  {all + " " + all, "was made inside another one"},
+		"of another owner":        {"unshare -n unshare -U -r -p -f --mount-proc", "a net namespace of its own that belongs to another user namespace"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx := deadline(t, time.Minute)
+			r := unshared(ctx, t, c.under, "counter")
+			o := agentCmd(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", newDir(t))
+			if o.code != 1 || !strings.Contains(o.stderr, c.want) {
+				t.Errorf("exit code %d, %q; want 1 and %q", o.code, o.stderr, c.want)
+			}
+			goes(ctx, t, r, 10)
+			stop(ctx, t, r)
+		})
+	}
+}
+
 // TestContainerMigrates moves a tree with namespaces of its own to another host
 // and back.
 func TestContainerMigrates(t *testing.T) {
 	ctx := deadline(t, 2*time.Minute)
 	f, alpha, beta := newFleet(ctx, t)
-	r := contained(ctx, t, alpha, newDir(t), "container")
-	for _, to := range []*hosts.Host{beta, alpha} {
-		m, res, err := f.Migrate(ctx, r.Host.Name(), r.Pid, to.Name())
-		if err != nil {
-			t.Fatal(err)
+	for _, r := range []*workloads.Run{contained(ctx, t, alpha, newDir(t), "container"), contained(ctx, t, alpha, newDir(t), "userns", "many")} {
+		for _, to := range []*hosts.Host{beta, alpha} {
+			m, res, err := f.Migrate(ctx, r.Host.Name(), r.Pid, to.Name())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if res.Code != 0 || m.State != "completed" || m.Owner != "destination" {
+				t.Fatalf("migration: exit code %d, state %s, owner %s: %s%s", res.Code, m.State, m.Owner, res.Stdout, res.Stderr)
+			}
+			r.Host, r.Pid = to, m.LandedPID
+			goes(ctx, t, r, 10)
 		}
-		if res.Code != 0 || m.State != "completed" || m.Owner != "destination" {
-			t.Fatalf("migration: exit code %d, state %s, owner %s: %s%s", res.Code, m.State, m.Owner, res.Stdout, res.Stderr)
-		}
-		r.Host, r.Pid = to, m.LandedPID
-		goes(ctx, t, r, 10)
+		stop(ctx, t, r)
 	}
-	stop(ctx, t, r)
 }
