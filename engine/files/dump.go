@@ -247,6 +247,7 @@ type Dumper struct {
 	joined  *[]procfs.MulticastGroup
 	packets map[uint32]packetDiag // by inode
 	waiting int                   // bytes of datagrams that travel
+	forgot  bool                  // notes of processes that have ended (peeked.go)
 	data    []Data
 	buf     []byte // for what is queued in sockets
 	refusal refuse.Refusal

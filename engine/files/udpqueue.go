@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -40,8 +41,12 @@ func (d *Dumper) dumpWaiting(o *object, fd int, e *sk_inet.InetSkEntry) error {
 	}
 	// An error that waits would be taken from the program by looking at the queue.
 	if p[0].Revents&(unix.POLLIN|unix.POLLRDHUP|unix.POLLERR) == unix.POLLIN {
-		read := func(_ *object, fd int, _ *sk_inet.InetSkEntry, room int) ([]image.SockDatagram, int, error) {
-			return peekDatagrams(fd, room)
+		read := func(o *object, fd int, _ *sk_inet.InetSkEntry, room int) ([]image.SockDatagram, int, error) {
+			ms, lost, err := peekDatagrams(fd, room)
+			if err == nil {
+				ms, err = d.withHidden(o, fd, ms)
+			}
+			return ms, lost, err
 		}
 		if e.GetType() == unix.SOCK_RAW || protoName(e) == "ping" {
 			read = d.takeDatagrams
@@ -85,7 +90,8 @@ func peekDatagrams(fd, room int) (ms []image.SockDatagram, lost int, err error) 
 		case errors.Is(err, unix.EINTR):
 			continue
 		case errors.Is(err, unix.EAGAIN):
-			return ms, lost, nil
+			ms, err = hiddenHead(fd, ms, buf, oob)
+			return ms, lost, err
 		case err != nil:
 			return nil, 0, os.NewSyscallError("recvmsg", err)
 		}
@@ -108,6 +114,32 @@ func peekDatagrams(fd, room int) (ms []image.SockDatagram, lost int, err error) 
 		}
 	}
 	return ms, lost, nil
+}
+
+// hiddenHead sees to an empty datagram at the head of a queue, as peeker.emptyHead does.
+// Without an offset the head is always seen.
+func hiddenHead(fd int, ms []image.SockDatagram, buf, oob []byte) ([]image.SockDatagram, error) {
+	if len(ms) > 0 && len(ms[0].Data) == 0 {
+		return ms, nil
+	}
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, -1); err != nil {
+		return nil, os.NewSyscallError("setsockopt SO_PEEK_OFF", err)
+	}
+	for {
+		n, oobn, _, from, err := unix.Recvmsg(fd, buf, oob, unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case errors.Is(err, unix.EAGAIN), err == nil && n > 0:
+			return ms, nil
+		case err != nil:
+			return nil, os.NewSyscallError("recvmsg", err)
+		}
+		if m, _, ok := datagramOf(from, oob[:oobn]); ok {
+			return slices.Insert(ms, 0, m), nil
+		}
+		return ms, nil
+	}
 }
 
 // datagramOf takes up what the kernel tells of a datagram. segment is the size of

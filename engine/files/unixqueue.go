@@ -142,6 +142,12 @@ func (d *Dumper) readFlight(o *object) error {
 	ms, err := p.all()
 	d.buf = p.buf
 	fl.trouble = p.trouble
+	if err == nil && !p.stream {
+		var all []peeked
+		if all, err = d.withHiddenUnix(o, fd, ms); err == nil && !o.refused {
+			ms = all
+		}
+	}
 	for i := range ms {
 		m := &ms[i]
 		for j, n := range m.fds {

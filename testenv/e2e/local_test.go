@@ -243,6 +243,21 @@ func TestObjects(t *testing.T) {
 		goes(ctx, t, r, 10)
 		stop(ctx, t, r)
 	})
+	// An empty datagram that one dump has seen is hidden from the next by the kernel.
+	for _, c := range []string{"udpqueue", "unixdgram"} {
+		t.Run(c+" left running", func(t *testing.T) {
+			ctx := deadline(t, time.Minute)
+			r := selfcheck(ctx, t, h, newDir(t), c)
+			for range 3 {
+				for range 2 {
+					mustAgent(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", newDir(t), "-R")
+					goes(ctx, t, r, 5)
+				}
+				dumpRestore(ctx, t, r, 1)
+			}
+			stop(ctx, t, r)
+		})
+	}
 	t.Run("mqueue notify", func(t *testing.T) {
 		ctx := deadline(t, time.Minute)
 		r := selfcheck(ctx, t, h, newDir(t), "mqueue", "notify")
