@@ -51,6 +51,9 @@ type Proc struct {
 	// StopSeen says that the parent has been told of that stop by waitpid.
 	StopSeen bool
 	Parent   *Proc
+
+	held      bool // a SIGSTOP of Hold waits for it
+	continues bool // a SIGCONT waited for it before
 }
 
 // Leader is the first thread.
@@ -650,6 +653,9 @@ func (t *Tree) release(stopped bool) error {
 		// Before any of them runs.
 		errs := []error{t.group.Restore()}
 		for _, p := range t.Procs {
+			if err := p.withdraw(); err != nil {
+				errs = append(errs, err)
+			}
 			if stopped && !p.Zombie {
 				// Queued before the first thread is let go, as below.
 				if err := unix.Kill(p.Pid, unix.SIGSTOP); err != nil && !errors.Is(err, unix.ESRCH) {
