@@ -57,6 +57,8 @@ type Config struct {
 	Streams *Streams
 	// Bus carries the bytes of proxies; nil: there are none.
 	Bus        *nats.Conn
+	Journal    *journal             // nil: nothing is noted
+	Failpoint  func(string)         // is called at each of Failpoints; nil: none
 	Progress   func(*wire.Progress) // publishes; must not wait
 	Timeouts   Timeouts
 	GhostLimit uint64 // bytes

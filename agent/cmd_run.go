@@ -116,6 +116,10 @@ func runDaemon(ctx context.Context, cfg *configs.Agent, stderr io.Writer) (err e
 		return err
 	}
 	defer rc.Close()
+	fail, err := failpoint(os.Getenv(FailpointEnv))
+	if err != nil {
+		return &exitError{code: wire.ExitUsage, err: err}
+	}
 	a := New(Config{
 		Host: host, Version: Version, Engine: engine.New(log), Records: recs, Bus: rc,
 		Streams: &Streams{
@@ -131,7 +135,9 @@ func runDaemon(ctx context.Context, cfg *configs.Agent, stderr io.Writer) (err e
 			Begin: 10 * time.Second, Freeze: cfg.Timeouts.Freeze.D(), Frozen: cfg.Timeouts.Frozen.D(), Prepared: cfg.Timeouts.Prepared.D(),
 		},
 		GhostLimit: uint64(cfg.GhostLimit), External: cfg.Rules(), Logger: log,
+		Failpoint: fail, Journal: &journal{dir: cfg.StatePath("journal-" + host)},
 	})
+	a.Recover()
 	info, err := a.describe()
 	if err != nil {
 		return err

@@ -29,6 +29,8 @@ type destination struct {
 	in     inStream
 	src    *streamSource
 	tree   engine.Standing
+	// entry is the journal's, from the commit on.
+	entry entry
 
 	report *wire.Report
 }
@@ -93,12 +95,14 @@ func (d *destination) run() {
 		if d.held != nil {
 			d.held.close(d.landed)
 		}
+		d.forget()
 		d.cancel(nil)
 		d.leave()
 		close(d.done)
 	}()
 	err := d.begin()
 	if err != nil {
+		d.forget()
 		d.leave() // before the answer: whoever is refused may ask again at once
 	}
 	d.answer(err)
@@ -142,9 +146,13 @@ func (d *destination) begin() error {
 	if err := d.a.cfg.Engine.Check(ctx, planOf(d.req.Requirements), d.options()); err != nil {
 		return err
 	}
+	if err := d.note(entry{}); err != nil {
+		return err
+	}
 	if d.in, err = d.a.cfg.Streams.Receive(d.work, d.id, d.id, d.req.Source, d.a.cfg.Timeouts.Prepared); err != nil {
 		return fmt.Errorf("open the stream from %s: %w", d.req.Source, err)
 	}
+	d.point("prepared")
 	d.log.Info("prepared", "processes", len(d.req.Requirements.Tasks), "bytes", d.req.Requirements.MemoryBytes, "inherited", len(d.held.files))
 	return nil
 }
@@ -187,6 +195,7 @@ func (d *destination) receive() error {
 		return d.because(fmt.Errorf("build the tree from %s: %w", d.req.Source, err))
 	}
 	d.tree = tree
+	d.point("built")
 	if err := d.drained(); err != nil {
 		return d.because(err)
 	}
@@ -199,6 +208,7 @@ func (d *destination) receive() error {
 	}); err != nil {
 		return d.because(err)
 	}
+	d.point("staged")
 	d.enter(wire.State_STATE_STAGED, "pid", tree.Root(), "processes", len(tree.Pids()))
 	return nil
 }
@@ -222,14 +232,34 @@ func (d *destination) commit() error {
 	if d.work.Err() != nil {
 		return context.Cause(d.work)
 	}
+	if err := d.noteLanding(); err != nil {
+		return err
+	}
+	d.point("noted")
 	// From the first attempt on, the answer is needed whatever else happens: the
 	// change may have been made although nothing was heard of it.
-	_, err := d.ledger.move(forever(), wire.State_STATE_HANDING_OFF, nil)
-	if err != nil {
+	if _, err := d.ledger.move(forever(), wire.State_STATE_HANDING_OFF, nil); err != nil {
 		return d.because(err)
 	}
 	d.committed.Store(true)
+	d.point("handing")
 	return nil
+}
+
+// noteLanding tells the journal of a tree that may run from now on.
+func (d *destination) noteLanding() error {
+	if d.a.cfg.Journal == nil {
+		return nil
+	}
+	d.entry = entry{Pid: d.tree.Root()}
+	for _, pid := range d.tree.Pids() {
+		h, err := identify(pid)
+		if err != nil {
+			return err
+		}
+		d.entry.Tree = append(d.entry.Tree, h)
+	}
+	return d.note(d.entry)
 }
 
 // land lets the tree run. The destination owns it.
@@ -246,6 +276,11 @@ func (d *destination) land() {
 	}
 	d.landed = true
 	resumed := time.Now()
+	d.point("ran")
+	d.entry.Ran = true
+	if err := d.note(d.entry); err != nil {
+		d.log.Warn("should this agent die now, the next one takes processes that have ended meanwhile for some that never ran", "error", err)
+	}
 	d.a.adopt(d.tree.Child(), d.id)
 	d.report.ResumeUs = us(resumed.Sub(committed))
 	if last := d.in.Stats().Last; !last.IsZero() {
@@ -261,6 +296,7 @@ func (d *destination) land() {
 		d.log.Error("the tree runs here, but the record cannot say so; the source keeps a frozen copy that must be killed", "pid", d.tree.Root(), "error", err)
 		return
 	}
+	d.point("completed")
 	d.enter(wire.State_STATE_COMPLETED, "pid", d.tree.Root(), "bytes", d.report.Bytes, "restore_ms", d.report.RestoreUs/1000, "resume_ms", d.report.ResumeUs/1000)
 }
 
@@ -281,6 +317,7 @@ func (d *destination) giveBack(cause error) {
 	}
 	if _, err := d.ledger.move(forever(), wire.State_STATE_RETURNING, blame); err != nil {
 		d.log.Warn("the record could not be brought up to date", "error", err)
+		d.owes = true
 	}
 	d.log.Error("the tree could not be started here and goes back to the source", "error", cause)
 }

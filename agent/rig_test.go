@@ -208,6 +208,10 @@ func (t *fakeTree) dump(ctx context.Context, sink image.Sink) error {
 	return t.e.w.at(ctx, "dump-end")
 }
 
+func (t *fakeTree) Hold() ([]engine.Held, error) {
+	return nil, t.e.w.at(context.Background(), "hold")
+}
+
 func (t *fakeTree) Thaw() error {
 	if err := t.e.w.at(context.Background(), "thaw"); err != nil {
 		return err

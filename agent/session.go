@@ -40,7 +40,9 @@ type session struct {
 	state     atomic.Int32 // wire.State for progress
 	// trouble is set before done is closed if the tree runs nowhere now.
 	trouble error
-	done    chan struct{}
+	// noted says that the journal has an entry, owes that it is needed further on.
+	noted, owes bool
+	done        chan struct{}
 }
 
 func (a *Agent) newSession(id string, role wire.Role, peer string) *session {

@@ -35,6 +35,11 @@ type source struct {
 	confirm func([]plan.Object) []engine.Problem
 	// leaving are the proxies of the tree.
 	leaving *departing
+	// frozen is the tree in the end: tree, or what an agent that died has left of it.
+	frozen interface {
+		Thaw() error
+		Kill() error
+	}
 
 	frozenAt time.Time // before the first task was told to stop
 	report   *wire.Report
@@ -181,14 +186,7 @@ func (a *Agent) admitSource(req *wire.StartRequest, check func([]plan.Object) []
 }
 
 func (s *source) run() {
-	defer func() {
-		if s.unfeed != nil {
-			s.unfeed()
-		}
-		s.cancel(nil)
-		s.leave()
-		close(s.done)
-	}()
+	defer s.end()
 	touched, err := s.begin()
 	if err != nil && !touched {
 		// Whoever is refused may ask again at once and must not meet himself.
@@ -216,6 +214,17 @@ func (s *source) run() {
 			s.giveUp(err)
 		}
 	}
+}
+
+// end is the last of a session.
+func (s *source) end() {
+	if s.unfeed != nil {
+		s.unfeed()
+	}
+	s.forget()
+	s.cancel(nil)
+	s.leave()
+	close(s.done)
 }
 
 // leave takes the session off the agent's list.
@@ -248,8 +257,12 @@ func (s *source) begin() (touched bool, err error) {
 	if err := s.sink.hello(&wire.Hello{Protocol: wire.Version, Id: s.id, Source: s.a.cfg.Host, Version: s.a.cfg.Version}); err != nil {
 		return false, fmt.Errorf("open the stream to %s: %w", s.req.Destination, err)
 	}
+	if err := s.note(entry{Pid: int(s.req.Pid)}); err != nil {
+		return true, err
+	}
 	s.enter(wire.State_STATE_FREEZING, "pid", s.req.Pid)
 	_, err = s.ledger.move(limit(s.work, s.a.cfg.Timeouts.Begin), wire.State_STATE_FREEZING, nil)
+	s.point("begun")
 	return true, err
 }
 
@@ -278,9 +291,21 @@ func (s *source) freeze() error {
 	if err != nil {
 		return s.because(err)
 	}
-	s.tree = tree
+	s.tree, s.frozen = tree, tree
 	s.leaving.frozen()
+	s.point("frozen")
 	return nil
+}
+
+// secure makes the tree stay frozen whatever becomes of this process, and notes it
+// for the agent that takes its place. Before the destination has all of the tree
+// it cannot run there, and the death of this process may let it run on here.
+func (s *source) secure() error {
+	held, err := s.tree.Hold()
+	if err != nil {
+		return fmt.Errorf("hold the tree of pid %d: %w", s.req.Pid, err)
+	}
+	return s.note(entry{Pid: int(s.req.Pid), Tree: held, FrozenUnixUs: s.frozenAt.UnixMicro()})
 }
 
 // because is the reason why the work was ended, if it was: what failed then is
@@ -299,11 +324,17 @@ func (s *source) copy() error {
 		return s.because(err)
 	}
 	s.enter(wire.State_STATE_FINAL_COPYING, "pid", s.req.Pid)
+	s.point("copying")
 	ctx, stop := context.WithCancel(s.work)
 	defer stop()
 	go s.session.report(ctx, s.out, s.sink.pages.Load, rec.MemoryBytes)
 
 	stats, err := s.tree.Dump(s.work, s.sink)
+	s.point("dumped")
+	if err == nil {
+		err = s.secure()
+	}
+	s.point("held")
 	if err == nil {
 		err = s.leaving.dumped(s.work, s.tree.Pids())
 	}
@@ -320,6 +351,7 @@ func (s *source) copy() error {
 	if err != nil {
 		return s.because(fmt.Errorf("copy the tree of pid %d to %s: %w", s.req.Pid, s.req.Destination, err))
 	}
+	s.point("sent")
 	st := s.out.Stats()
 	s.log.Info("copied", "processes", stats.Processes, "threads", stats.Threads, "pages", stats.Pages, "bytes", st.WireBytes,
 		"resent_bytes", st.ResentBytes, "freeze_ms", stats.FreezeDur.Milliseconds(), "dump_ms", stats.DumpDur.Milliseconds())
@@ -349,7 +381,9 @@ func (s *source) hold(cause error) {
 		switch rec.State {
 		case wire.State_STATE_COMPLETED:
 			s.committed.Store(true)
+			s.point("completed")
 			s.discard()
+			s.point("discarded")
 			return
 		case wire.State_STATE_ABORTING, wire.State_STATE_ABORTED, wire.State_STATE_RETURNING:
 			s.resume(rec)
@@ -391,7 +425,7 @@ func (s *source) pauseHold(work <-chan struct{}) bool {
 // resume lets the tree run on here: the record says that it cannot run elsewhere.
 func (s *source) resume(rec *wire.Record) {
 	s.leaving.stays()
-	err := s.tree.Thaw()
+	err := s.frozen.Thaw()
 	s.sum()
 	if err != nil {
 		s.trouble = wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the tree of pid %d could not be let go, look at it: %w", s.req.Pid, err)
@@ -431,13 +465,14 @@ func (s *source) conclude(trouble error) {
 func (s *source) discard() {
 	var err error
 	for n := range 5 {
-		if err = s.tree.Kill(); err == nil {
+		if err = s.frozen.Kill(); err == nil {
 			break
 		}
 		s.log.Warn("the frozen copy could not be killed; trying again", "pid", s.req.Pid, "error", err)
 		time.Sleep(50 * time.Millisecond << n)
 	}
 	s.leaving.gone()
+	s.owes = err != nil
 	s.sum()
 	s.enter(wire.State_STATE_COMPLETED, "pid", s.req.Pid, "frozen_ms", s.report.FrozenUs/1000)
 	if err != nil {
@@ -459,6 +494,9 @@ func (s *source) discard() {
 func (s *source) sum() {
 	s.report.FrozenUs = us(time.Since(s.frozenAt))
 	s.report.FrozenAtUnixUs = s.frozenAt.UnixMicro()
+	if s.out == nil {
+		return // the agent that sent it has died
+	}
 	transferred(s.report, s.out.Stats(), s.sink.pages.Load())
 }
 

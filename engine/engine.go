@@ -18,6 +18,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
+	"godwit/engine/freeze"
 	"godwit/engine/image"
 	"godwit/engine/plan"
 	"godwit/engine/restore"
@@ -285,6 +286,9 @@ type Tree interface {
 	// it cannot be carried is it let go and frozen again, before anything is
 	// written. It may be called once.
 	Dump(ctx context.Context, sink image.Sink) (DumpStats, error)
+	// Hold, after Dump, keeps the tree stopped even if this process dies. What it
+	// returns is enough for another process to take the tree up (NewLeftover).
+	Hold() ([]Held, error)
 	// Thaw lets the tree run on as if nothing had happened.
 	Thaw() error
 	// ThawStopped is Thaw that leaves every process stopped by SIGSTOP.
@@ -294,6 +298,16 @@ type Tree interface {
 	// Pids are all processes on this host.
 	Pids() []int
 }
+
+// Held is a process of a tree that stays stopped without a tracer, and Leftover
+// such a tree, of which the tracer has died; see package freeze.
+type (
+	Held     = freeze.Held
+	Leftover = freeze.Leftover
+)
+
+// NewLeftover takes up what Hold told of; processes that are no more are left out.
+func NewLeftover(held []Held) *Leftover { return freeze.NewLeftover(held) }
 
 // Standing is a rebuilt tree of which no task has run yet (Restore).
 type Standing interface {

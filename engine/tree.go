@@ -274,6 +274,8 @@ func (f *frozen) again(ctx context.Context, pause time.Duration) error {
 	return nil
 }
 
+func (f *frozen) Hold() ([]Held, error) { return f.t.Hold() }
+
 func (f *frozen) Thaw() error {
 	defer f.conns.Close()
 	return errors.Join(f.endLinks(), f.t.Thaw())

@@ -15,10 +15,10 @@ import (
 
 // Held is one process of a tree that stays stopped although nobody traces it.
 type Held struct {
-	Pid   int    // on this host
-	Start uint64 // when it was started, in clock ticks since boot: with Pid, its identity
+	Pid   int    `json:"pid"`   // on this host
+	Start uint64 `json:"start"` // when it was started, in clock ticks since boot: with Pid, its identity
 	// Own says that a signal had stopped the process before the tree was frozen.
-	Own bool
+	Own bool `json:"own,omitempty"`
 }
 
 // Hold keeps a dumped tree stopped even if this process dies, which would let it

@@ -143,8 +143,9 @@ func (f *Fleet) StopServe(ctx context.Context, sig unix.Signal) error {
 	return f.Hub.WaitGone(ctx, f.serve)
 }
 
-// StartAgent starts the agent of a host; WaitHosts waits for it.
-func (f *Fleet) StartAgent(ctx context.Context, host string) error {
+// StartAgent starts the agent of a host, with more environment if any is given;
+// WaitHosts waits for it.
+func (f *Fleet) StartAgent(ctx context.Context, host string, env ...string) error {
 	k, err := f.keys()
 	if err != nil {
 		return err
@@ -154,7 +155,7 @@ func (f *Fleet) StartAgent(ctx context.Context, host string) error {
 		args = append(args, "--nkey-file", k.AgentKey)
 	}
 	pid, err := f.Env.Host(host).Start(ctx, hosts.Spec{Args: append(args, f.AgentArgs...),
-		Stdout: filepath.Join(f.Dir, host+".log"), Stderr: filepath.Join(f.Dir, host+".log"), Env: environ()})
+		Stdout: filepath.Join(f.Dir, host+".log"), Stderr: filepath.Join(f.Dir, host+".log"), Env: append(environ(), env...)})
 	f.agents[host] = pid
 	return err
 }
