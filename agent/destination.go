@@ -161,7 +161,7 @@ func (d *destination) options() engine.RestoreOptions {
 	return engine.RestoreOptions{
 		Files:   engine.FileRestoreOptions{Policy: policy(d.req.Resolutions), Proxied: d.held.far},
 		Inherit: d.held.files, NewPidNamespace: d.req.Options.GetPidNamespaceNew(), Host: d.a.cfg.Host,
-		FileLocks: true, ExtUnixSk: true, TCPEstablished: true,
+		FileLocks: true, ExtUnixSk: true, TCPEstablished: true, Carry: places(d.req.Resolutions),
 	}
 }
 

@@ -32,6 +32,7 @@ func requirements(p *engine.Plan) *wire.Requirements {
 		r.Files = append(r.Files, &wire.RequiredFile{
 			Path: f.Path, Kind: f.Kind, Size: f.Size, Mode: f.Mode, Rdev: f.Rdev, Mapped: f.Mapped,
 			BuildId: f.BuildID, Pids: int32s(f.Pids), Writable: f.Writable, Create: f.Create,
+			Carried: f.Carried, Allocated: f.Allocated,
 		})
 	}
 	for _, e := range p.External {
@@ -74,6 +75,7 @@ func planOf(r *wire.Requirements) *engine.Plan {
 		p.Files = append(p.Files, plan.File{
 			Path: f.Path, Kind: f.Kind, Size: f.Size, Mode: f.Mode, Rdev: f.Rdev, Mapped: f.Mapped,
 			BuildID: f.BuildId, Pids: ints(f.Pids), Writable: f.Writable, Create: f.Create,
+			Carried: f.Carried, Allocated: f.Allocated,
 		})
 	}
 	for _, e := range r.GetExternals() {

@@ -35,6 +35,12 @@ func (a *Agent) Resolve(ctx context.Context, req *wire.ResolveRequest) (*wire.Re
 		if r.Resolver == external.Proxy {
 			r.Proxy = proxyOf(req, r)
 		}
+		if r.Resolver == external.Carry {
+			if r.Have, err = lookCarried(r); err != nil {
+				reply.Problems = append(reply.Problems, &wire.Problem{Object: objectOf(r), Reason: fmt.Sprintf("%s: %v", c.Rule, err)})
+				continue
+			}
+		}
 		reply.Resolutions = append(reply.Resolutions, r)
 	}
 	for _, p := range bad {

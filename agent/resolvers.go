@@ -30,7 +30,8 @@ type resolver struct {
 }
 
 // resolvers is the table of all, by the names of package external. What is not in
-// it is refused. Image is no resolver: what has it is not external.
+// it is refused. Image is no resolver: what has it is not external. Nor is what
+// Carry has, for which nothing is held.
 var resolvers map[string]resolver
 
 func init() {
@@ -41,6 +42,7 @@ func init() {
 		external.Provide: resolverProvide,
 		external.Inherit: resolverProvide,
 		external.Proxy:   {serves: servesProxy, hold: holdProxy, far: true},
+		external.Carry:   {serves: servesCarry},
 	}
 }
 
@@ -237,7 +239,7 @@ func resolutions(req *wire.PrepareRequest) []*wire.Resolution {
 		}
 		out = append(out, &wire.Resolution{Key: in.Key, Resolver: external.Path, Argument: in.Path, Forward: in.Forward})
 	}
-	return slices.DeleteFunc(out, func(r *wire.Resolution) bool { return r.Resolver == external.Image })
+	return slices.DeleteFunc(out, func(r *wire.Resolution) bool { return !external.Declares(r.Resolver) })
 }
 
 // servesNamed serves what can be opened at a path.

@@ -76,7 +76,7 @@ func (a *Agent) Preflight(ctx context.Context, req *wire.PreflightRequest) (*wir
 	if req.Pid == 1 || a.within(int(req.Pid)) {
 		return nil, failure(wire.Errorf(wire.Code_CODE_REFUSED, "the tree of pid %d (%s) holds this agent itself: choose a process below", req.Pid, root.Comm), a.cfg.Host, wire.State_STATE_PREFLIGHT)
 	}
-	o := a.dumpOptions(req.Options)
+	o := a.dumpOptions(req.Options, req.Resolutions)
 	o.Files.Hash = req.Hash
 	p, err := a.cfg.Engine.Plan(ctx, int(req.Pid), o)
 	reply := &wire.PreflightReply{Root: root}
@@ -117,12 +117,12 @@ func checkOptions(o *wire.MigrateOptions) error {
 	return nil
 }
 
-func (a *Agent) dumpOptions(o *wire.MigrateOptions) engine.DumpOptions {
+func (a *Agent) dumpOptions(o *wire.MigrateOptions, resolutions []*wire.Resolution) engine.DumpOptions {
 	return engine.DumpOptions{
 		External: o.GetExternal(), Timeout: a.cfg.Timeouts.Freeze, Host: a.cfg.Host, GhostLimit: a.cfg.GhostLimit,
 		FileLocks: true, ExtUnixSk: true, TCPEstablished: true, // nothing else would keep them
-		Elsewhere: true,
-		Files:     engine.FileOptions{Proxied: a.departing("", o.GetProxied()).proxied()},
+		Elsewhere: true, Carry: carried(resolutions),
+		Files: engine.FileOptions{Proxied: a.departing("", o.GetProxied()).proxied()},
 	}
 }
 
@@ -275,7 +275,7 @@ func limit(ctx context.Context, d time.Duration) context.Context {
 
 // freeze stops the tree. If it fails the tree runs.
 func (s *source) freeze() error {
-	o := s.a.dumpOptions(s.req.Options)
+	o := s.a.dumpOptions(s.req.Options, s.req.Resolutions)
 	o.Confirm = s.confirm
 	frozen := s.a.cfg.Timeouts.Frozen
 	if ms := s.req.Options.GetTimeoutMs(); ms > 0 {

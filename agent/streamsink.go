@@ -96,7 +96,7 @@ func (s *streamSink) Data(id image.DataID, off uint64, p []byte) error {
 		return fmt.Errorf("send data of %s: the images are not sealed", id)
 	}
 	s.bytes += uint64(len(p))
-	if id.Kind != image.Ghost {
+	if id.Kind == image.Memory || id.Kind == image.Shmem {
 		s.pages.Add(uint64(len(p) / pageSize))
 	}
 	for len(p) > 0 {

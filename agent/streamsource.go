@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -195,6 +196,10 @@ func (s *streamSource) Next(ctx context.Context) (image.DataID, uint64, []byte, 
 			}
 			s.pages.Add(uint64(len(body) / pageSize))
 		case image.Ghost:
+		case image.Digest:
+			if len(body) != sha256.Size {
+				return none, 0, nil, fmt.Errorf("%w: %s has %d bytes", errStream, id, len(body))
+			}
 		default:
 			return none, 0, nil, fmt.Errorf("%w: data of unknown kind %d", errStream, h.Kind)
 		}

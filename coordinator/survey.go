@@ -51,7 +51,7 @@ func (m *migration) survey(ctx context.Context, o *wire.MigrateOptions, how look
 	if s.dstErr != nil || ctx.Err() != nil || !changes(s.resolutions) {
 		return s, err
 	}
-	second, err := m.askSource(ctx, declaring(o, s.resolutions), false)
+	second, err := m.askSource(ctx, declaring(o, s.resolutions), false, s.resolutions...)
 	s.req = second.GetRequirements()
 	return s, err
 }
@@ -81,14 +81,14 @@ func changes(resolutions []*wire.Resolution) bool {
 func declared(resolutions []*wire.Resolution) []string {
 	var keys []string
 	for _, r := range resolutions {
-		if r.Resolver != external.Image && r.Proxy == nil {
+		if external.Declares(r.Resolver) && r.Proxy == nil {
 			keys = append(keys, r.Key)
 		}
 	}
 	return keys
 }
 
-func (m *migration) askSource(ctx context.Context, o *wire.MigrateOptions, hash bool) (*wire.PreflightReply, error) {
+func (m *migration) askSource(ctx context.Context, o *wire.MigrateOptions, hash bool, resolutions ...*wire.Resolution) (*wire.PreflightReply, error) {
 	r := m.rec
 	patience := preflightTimeout
 	if hash {
@@ -97,7 +97,7 @@ func (m *migration) askSource(ctx context.Context, o *wire.MigrateOptions, hash 
 	call, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	reply, err := transport.Call[*wire.PreflightRequest, *wire.PreflightReply](call, m.link.nc, r.Source, "preflight", &wire.PreflightRequest{
-		Protocol: wire.Version, Id: r.Id, Pid: r.Pid, Options: o, Destination: r.Destination, Discover: true, Hash: hash,
+		Protocol: wire.Version, Id: r.Id, Pid: r.Pid, Options: o, Destination: r.Destination, Discover: true, Hash: hash, Resolutions: resolutions,
 	})
 	err = withHosts(ctx, m.link.nc, r.Source, err)
 	if err == nil && reply.Requirements == nil {

@@ -980,6 +980,8 @@ type RequiredFile struct {
 	Pids          []int32                `protobuf:"varint,8,rep,packed,name=pids,proto3" json:"pids,omitempty"`              // who holds it
 	Writable      bool                   `protobuf:"varint,9,opt,name=writable,proto3" json:"writable,omitempty"`             // opened for writing: it may grow
 	Create        bool                   `protobuf:"varint,10,opt,name=create,proto3" json:"create,omitempty"`                // the restore makes it (a bound unix socket): the directory must exist, the path be free
+	Carried       bool                   `protobuf:"varint,12,opt,name=carried,proto3" json:"carried,omitempty"`              // it travels, a directory with what is in it, and takes the place of what is there
+	Allocated     uint64                 `protobuf:"varint,13,opt,name=allocated,proto3" json:"allocated,omitempty"`          // bytes that what travels needs
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1082,6 +1084,20 @@ func (x *RequiredFile) GetCreate() bool {
 		return x.Create
 	}
 	return false
+}
+
+func (x *RequiredFile) GetCarried() bool {
+	if x != nil {
+		return x.Carried
+	}
+	return false
+}
+
+func (x *RequiredFile) GetAllocated() uint64 {
+	if x != nil {
+		return x.Allocated
+	}
+	return 0
 }
 
 type RequiredTask struct {
@@ -2105,6 +2121,7 @@ type Resolution struct {
 	Origin        string                 `protobuf:"bytes,11,opt,name=origin,proto3" json:"origin,omitempty"`   // where the entry stands: "--external", "agent.toml:12"
 	Objects       []*OpenObject          `protobuf:"bytes,12,rep,name=objects,proto3" json:"objects,omitempty"` // all with the key, as they were when it was resolved
 	Proxy         *Proxy                 `protobuf:"bytes,13,opt,name=proxy,proto3" json:"proxy,omitempty"`     // of resolver "proxy"
+	Have          *FileState             `protobuf:"bytes,20,opt,name=have,proto3" json:"have,omitempty"`       // "carry": the regular file that the destination has there
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2230,6 +2247,74 @@ func (x *Resolution) GetProxy() *Proxy {
 	return nil
 }
 
+func (x *Resolution) GetHave() *FileState {
+	if x != nil {
+		return x.Have
+	}
+	return nil
+}
+
+// FileState is a regular file that may be kept in place of one that travels.
+type FileState struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Size          uint64                 `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`                      // bytes
+	MtimeNs       int64                  `protobuf:"varint,2,opt,name=mtime_ns,json=mtimeNs,proto3" json:"mtime_ns,omitempty"` // since 1970
+	Digest        string                 `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`                   // of the content (engine.ContentDigest); empty: its size differs
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FileState) Reset() {
+	*x = FileState{}
+	mi := &file_godwit_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FileState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FileState) ProtoMessage() {}
+
+func (x *FileState) ProtoReflect() protoreflect.Message {
+	mi := &file_godwit_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FileState.ProtoReflect.Descriptor instead.
+func (*FileState) Descriptor() ([]byte, []int) {
+	return file_godwit_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *FileState) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *FileState) GetMtimeNs() int64 {
+	if x != nil {
+		return x.MtimeNs
+	}
+	return 0
+}
+
+func (x *FileState) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
 // ResolveRequest asks a destination by what the objects of a tree would be
 // replaced. Nothing is opened or held for it.
 type ResolveRequest struct {
@@ -2247,7 +2332,7 @@ type ResolveRequest struct {
 
 func (x *ResolveRequest) Reset() {
 	*x = ResolveRequest{}
-	mi := &file_godwit_proto_msgTypes[22]
+	mi := &file_godwit_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2259,7 +2344,7 @@ func (x *ResolveRequest) String() string {
 func (*ResolveRequest) ProtoMessage() {}
 
 func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[22]
+	mi := &file_godwit_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2272,7 +2357,7 @@ func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveRequest.ProtoReflect.Descriptor instead.
 func (*ResolveRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{22}
+	return file_godwit_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ResolveRequest) GetProtocol() uint32 {
@@ -2336,7 +2421,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_godwit_proto_msgTypes[23]
+	mi := &file_godwit_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2348,7 +2433,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[23]
+	mi := &file_godwit_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2361,7 +2446,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{23}
+	return file_godwit_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Entry) GetText() string {
@@ -2397,7 +2482,7 @@ type Presence struct {
 
 func (x *Presence) Reset() {
 	*x = Presence{}
-	mi := &file_godwit_proto_msgTypes[24]
+	mi := &file_godwit_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2409,7 +2494,7 @@ func (x *Presence) String() string {
 func (*Presence) ProtoMessage() {}
 
 func (x *Presence) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[24]
+	mi := &file_godwit_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2422,7 +2507,7 @@ func (x *Presence) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Presence.ProtoReflect.Descriptor instead.
 func (*Presence) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{24}
+	return file_godwit_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Presence) GetPath() string {
@@ -2459,7 +2544,7 @@ type ResolveReply struct {
 
 func (x *ResolveReply) Reset() {
 	*x = ResolveReply{}
-	mi := &file_godwit_proto_msgTypes[25]
+	mi := &file_godwit_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2471,7 +2556,7 @@ func (x *ResolveReply) String() string {
 func (*ResolveReply) ProtoMessage() {}
 
 func (x *ResolveReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[25]
+	mi := &file_godwit_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2484,7 +2569,7 @@ func (x *ResolveReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveReply.ProtoReflect.Descriptor instead.
 func (*ResolveReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{25}
+	return file_godwit_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ResolveReply) GetResolutions() []*Resolution {
@@ -2531,15 +2616,16 @@ type PreflightRequest struct {
 	Destination string                 `protobuf:"bytes,5,opt,name=destination,proto3" json:"destination,omitempty"`
 	// Answer with all objects; a refusal that ends if its object is declared
 	// external is told there alone.
-	Discover      bool `protobuf:"varint,6,opt,name=discover,proto3" json:"discover,omitempty"`
-	Hash          bool `protobuf:"varint,7,opt,name=hash,proto3" json:"hash,omitempty"` // with content hashes
+	Discover      bool          `protobuf:"varint,6,opt,name=discover,proto3" json:"discover,omitempty"`
+	Hash          bool          `protobuf:"varint,7,opt,name=hash,proto3" json:"hash,omitempty"`               // with content hashes
+	Resolutions   []*Resolution `protobuf:"bytes,20,rep,name=resolutions,proto3" json:"resolutions,omitempty"` // of files that travel with their content
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PreflightRequest) Reset() {
 	*x = PreflightRequest{}
-	mi := &file_godwit_proto_msgTypes[26]
+	mi := &file_godwit_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2551,7 +2637,7 @@ func (x *PreflightRequest) String() string {
 func (*PreflightRequest) ProtoMessage() {}
 
 func (x *PreflightRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[26]
+	mi := &file_godwit_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2564,7 +2650,7 @@ func (x *PreflightRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreflightRequest.ProtoReflect.Descriptor instead.
 func (*PreflightRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{26}
+	return file_godwit_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PreflightRequest) GetProtocol() uint32 {
@@ -2616,6 +2702,13 @@ func (x *PreflightRequest) GetHash() bool {
 	return false
 }
 
+func (x *PreflightRequest) GetResolutions() []*Resolution {
+	if x != nil {
+		return x.Resolutions
+	}
+	return nil
+}
+
 type PreflightReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Requirements  *Requirements          `protobuf:"bytes,1,opt,name=requirements,proto3" json:"requirements,omitempty"`
@@ -2628,7 +2721,7 @@ type PreflightReply struct {
 
 func (x *PreflightReply) Reset() {
 	*x = PreflightReply{}
-	mi := &file_godwit_proto_msgTypes[27]
+	mi := &file_godwit_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2640,7 +2733,7 @@ func (x *PreflightReply) String() string {
 func (*PreflightReply) ProtoMessage() {}
 
 func (x *PreflightReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[27]
+	mi := &file_godwit_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2653,7 +2746,7 @@ func (x *PreflightReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreflightReply.ProtoReflect.Descriptor instead.
 func (*PreflightReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{27}
+	return file_godwit_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *PreflightReply) GetRequirements() *Requirements {
@@ -2698,7 +2791,7 @@ type PrepareRequest struct {
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_godwit_proto_msgTypes[28]
+	mi := &file_godwit_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2710,7 +2803,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[28]
+	mi := &file_godwit_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2723,7 +2816,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{28}
+	return file_godwit_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *PrepareRequest) GetProtocol() uint32 {
@@ -2778,7 +2871,7 @@ type PrepareReply struct {
 
 func (x *PrepareReply) Reset() {
 	*x = PrepareReply{}
-	mi := &file_godwit_proto_msgTypes[29]
+	mi := &file_godwit_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2790,7 +2883,7 @@ func (x *PrepareReply) String() string {
 func (*PrepareReply) ProtoMessage() {}
 
 func (x *PrepareReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[29]
+	mi := &file_godwit_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2803,7 +2896,7 @@ func (x *PrepareReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareReply.ProtoReflect.Descriptor instead.
 func (*PrepareReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{29}
+	return file_godwit_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *PrepareReply) GetStream() string {
@@ -2836,7 +2929,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_godwit_proto_msgTypes[30]
+	mi := &file_godwit_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2848,7 +2941,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[30]
+	mi := &file_godwit_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2861,7 +2954,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{30}
+	return file_godwit_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *StartRequest) GetProtocol() uint32 {
@@ -2929,7 +3022,7 @@ type StartReply struct {
 
 func (x *StartReply) Reset() {
 	*x = StartReply{}
-	mi := &file_godwit_proto_msgTypes[31]
+	mi := &file_godwit_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2941,7 +3034,7 @@ func (x *StartReply) String() string {
 func (*StartReply) ProtoMessage() {}
 
 func (x *StartReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[31]
+	mi := &file_godwit_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2954,7 +3047,7 @@ func (x *StartReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartReply.ProtoReflect.Descriptor instead.
 func (*StartReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{31}
+	return file_godwit_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *StartReply) GetError() *Error {
@@ -2974,7 +3067,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_godwit_proto_msgTypes[32]
+	mi := &file_godwit_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2986,7 +3079,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[32]
+	mi := &file_godwit_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2999,7 +3092,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{32}
+	return file_godwit_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -3025,7 +3118,7 @@ type AbortReply struct {
 
 func (x *AbortReply) Reset() {
 	*x = AbortReply{}
-	mi := &file_godwit_proto_msgTypes[33]
+	mi := &file_godwit_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3037,7 +3130,7 @@ func (x *AbortReply) String() string {
 func (*AbortReply) ProtoMessage() {}
 
 func (x *AbortReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[33]
+	mi := &file_godwit_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3050,7 +3143,7 @@ func (x *AbortReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortReply.ProtoReflect.Descriptor instead.
 func (*AbortReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{33}
+	return file_godwit_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *AbortReply) GetError() *Error {
@@ -3093,7 +3186,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_godwit_proto_msgTypes[34]
+	mi := &file_godwit_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3105,7 +3198,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[34]
+	mi := &file_godwit_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3118,7 +3211,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{34}
+	return file_godwit_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Record) GetId() string {
@@ -3293,7 +3386,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_godwit_proto_msgTypes[35]
+	mi := &file_godwit_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3305,7 +3398,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[35]
+	mi := &file_godwit_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3318,7 +3411,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{35}
+	return file_godwit_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Step) GetState() State {
@@ -3365,7 +3458,7 @@ type Report struct {
 
 func (x *Report) Reset() {
 	*x = Report{}
-	mi := &file_godwit_proto_msgTypes[36]
+	mi := &file_godwit_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3377,7 +3470,7 @@ func (x *Report) String() string {
 func (*Report) ProtoMessage() {}
 
 func (x *Report) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[36]
+	mi := &file_godwit_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3390,7 +3483,7 @@ func (x *Report) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Report.ProtoReflect.Descriptor instead.
 func (*Report) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{36}
+	return file_godwit_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Report) GetFrozenUs() uint64 {
@@ -3502,7 +3595,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_godwit_proto_msgTypes[37]
+	mi := &file_godwit_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3514,7 +3607,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[37]
+	mi := &file_godwit_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3527,7 +3620,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{37}
+	return file_godwit_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Progress) GetId() string {
@@ -3611,7 +3704,7 @@ type Item struct {
 
 func (x *Item) Reset() {
 	*x = Item{}
-	mi := &file_godwit_proto_msgTypes[38]
+	mi := &file_godwit_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3623,7 +3716,7 @@ func (x *Item) String() string {
 func (*Item) ProtoMessage() {}
 
 func (x *Item) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[38]
+	mi := &file_godwit_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3636,7 +3729,7 @@ func (x *Item) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Item.ProtoReflect.Descriptor instead.
 func (*Item) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{38}
+	return file_godwit_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Item) GetItem() isItem_Item {
@@ -3737,7 +3830,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_godwit_proto_msgTypes[39]
+	mi := &file_godwit_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3749,7 +3842,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[39]
+	mi := &file_godwit_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3762,7 +3855,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{39}
+	return file_godwit_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Hello) GetProtocol() uint32 {
@@ -3805,7 +3898,7 @@ type ImageEntry struct {
 
 func (x *ImageEntry) Reset() {
 	*x = ImageEntry{}
-	mi := &file_godwit_proto_msgTypes[40]
+	mi := &file_godwit_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3817,7 +3910,7 @@ func (x *ImageEntry) String() string {
 func (*ImageEntry) ProtoMessage() {}
 
 func (x *ImageEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[40]
+	mi := &file_godwit_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3830,7 +3923,7 @@ func (x *ImageEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageEntry.ProtoReflect.Descriptor instead.
 func (*ImageEntry) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{40}
+	return file_godwit_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ImageEntry) GetFile() string {
@@ -3870,7 +3963,7 @@ type ImagesDone struct {
 
 func (x *ImagesDone) Reset() {
 	*x = ImagesDone{}
-	mi := &file_godwit_proto_msgTypes[41]
+	mi := &file_godwit_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3882,7 +3975,7 @@ func (x *ImagesDone) String() string {
 func (*ImagesDone) ProtoMessage() {}
 
 func (x *ImagesDone) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[41]
+	mi := &file_godwit_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3895,7 +3988,7 @@ func (x *ImagesDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagesDone.ProtoReflect.Descriptor instead.
 func (*ImagesDone) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{41}
+	return file_godwit_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ImagesDone) GetEntries() uint64 {
@@ -3916,7 +4009,7 @@ type StreamEnd struct {
 
 func (x *StreamEnd) Reset() {
 	*x = StreamEnd{}
-	mi := &file_godwit_proto_msgTypes[42]
+	mi := &file_godwit_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3928,7 +4021,7 @@ func (x *StreamEnd) String() string {
 func (*StreamEnd) ProtoMessage() {}
 
 func (x *StreamEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[42]
+	mi := &file_godwit_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3941,7 +4034,7 @@ func (x *StreamEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamEnd.ProtoReflect.Descriptor instead.
 func (*StreamEnd) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{42}
+	return file_godwit_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *StreamEnd) GetDataBytes() uint64 {
@@ -4031,7 +4124,7 @@ const file_godwit_proto_rawDesc = "" +
 	"\x04kind\x18\x03 \x01(\tR\x04kind\x12\x14\n" +
 	"\x05flags\x18\x04 \x01(\rR\x05flags\x12\x12\n" +
 	"\x04size\x18\x05 \x01(\x04R\x04size\x12\x12\n" +
-	"\x04mode\x18\x06 \x01(\rR\x04mode\"\xed\x01\n" +
+	"\x04mode\x18\x06 \x01(\rR\x04mode\"\xa5\x02\n" +
 	"\fRequiredFile\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
@@ -4043,7 +4136,9 @@ const file_godwit_proto_rawDesc = "" +
 	"\x04pids\x18\b \x03(\x05R\x04pids\x12\x1a\n" +
 	"\bwritable\x18\t \x01(\bR\bwritable\x12\x16\n" +
 	"\x06create\x18\n" +
-	" \x01(\bR\x06create\"c\n" +
+	" \x01(\bR\x06create\x12\x18\n" +
+	"\acarried\x18\f \x01(\bR\acarried\x12\x1c\n" +
+	"\tallocated\x18\r \x01(\x04R\tallocated\"c\n" +
 	"\fRequiredTask\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x12\n" +
 	"\x04tids\x18\x02 \x03(\x05R\x04tids\x12\x12\n" +
@@ -4142,7 +4237,7 @@ const file_godwit_proto_rawDesc = "" +
 	"\x03uid\x18\x16 \x01(\rR\x03uid\x12\x10\n" +
 	"\x03gid\x18\x17 \x01(\rR\x03gid\x12\x19\n" +
 	"\bbirth_ns\x18\x18 \x01(\x03R\abirthNs\x12+\n" +
-	"\x05proxy\x18\x19 \x01(\v2\x15.godwit.wire.v1.ProxyR\x05proxy\"\xf7\x02\n" +
+	"\x05proxy\x18\x19 \x01(\v2\x15.godwit.wire.v1.ProxyR\x05proxy\"\xa6\x03\n" +
 	"\n" +
 	"Resolution\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x1a\n" +
@@ -4158,7 +4253,12 @@ const file_godwit_proto_rawDesc = "" +
 	" \x01(\tR\x05entry\x12\x16\n" +
 	"\x06origin\x18\v \x01(\tR\x06origin\x124\n" +
 	"\aobjects\x18\f \x03(\v2\x1a.godwit.wire.v1.OpenObjectR\aobjects\x12+\n" +
-	"\x05proxy\x18\r \x01(\v2\x15.godwit.wire.v1.ProxyR\x05proxy\"\x9a\x02\n" +
+	"\x05proxy\x18\r \x01(\v2\x15.godwit.wire.v1.ProxyR\x05proxy\x12-\n" +
+	"\x04have\x18\x14 \x01(\v2\x19.godwit.wire.v1.FileStateR\x04have\"R\n" +
+	"\tFileState\x12\x12\n" +
+	"\x04size\x18\x01 \x01(\x04R\x04size\x12\x19\n" +
+	"\bmtime_ns\x18\x02 \x01(\x03R\amtimeNs\x12\x16\n" +
+	"\x06digest\x18\x03 \x01(\tR\x06digest\"\x9a\x02\n" +
 	"\x0eResolveRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x16\n" +
@@ -4180,7 +4280,7 @@ const file_godwit_proto_rawDesc = "" +
 	"\bproblems\x18\x02 \x03(\v2\x17.godwit.wire.v1.ProblemR\bproblems\x12/\n" +
 	"\aentries\x18\x03 \x03(\v2\x15.godwit.wire.v1.EntryR\aentries\x126\n" +
 	"\tpresences\x18\x04 \x03(\v2\x18.godwit.wire.v1.PresenceR\tpresences\x12+\n" +
-	"\x05error\x18\x05 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"\xdc\x01\n" +
+	"\x05error\x18\x05 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"\x9a\x02\n" +
 	"\x10PreflightRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x10\n" +
@@ -4188,7 +4288,8 @@ const file_godwit_proto_rawDesc = "" +
 	"\aoptions\x18\x04 \x01(\v2\x1e.godwit.wire.v1.MigrateOptionsR\aoptions\x12 \n" +
 	"\vdestination\x18\x05 \x01(\tR\vdestination\x12\x1a\n" +
 	"\bdiscover\x18\x06 \x01(\bR\bdiscover\x12\x12\n" +
-	"\x04hash\x18\a \x01(\bR\x04hash\"\xe2\x01\n" +
+	"\x04hash\x18\a \x01(\bR\x04hash\x12<\n" +
+	"\vresolutions\x18\x14 \x03(\v2\x1a.godwit.wire.v1.ResolutionR\vresolutions\"\xe2\x01\n" +
 	"\x0ePreflightReply\x12@\n" +
 	"\frequirements\x18\x01 \x01(\v2\x1c.godwit.wire.v1.RequirementsR\frequirements\x12+\n" +
 	"\x04root\x18\x02 \x01(\v2\x17.godwit.wire.v1.ProcessR\x04root\x12+\n" +
@@ -4353,7 +4454,7 @@ func file_godwit_proto_rawDescGZIP() []byte {
 }
 
 var file_godwit_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
+var file_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
 var file_godwit_proto_goTypes = []any{
 	(Code)(0),                // 0: godwit.wire.v1.Code
 	(State)(0),               // 1: godwit.wire.v1.State
@@ -4380,27 +4481,28 @@ var file_godwit_proto_goTypes = []any{
 	(*Holder)(nil),           // 22: godwit.wire.v1.Holder
 	(*OpenObject)(nil),       // 23: godwit.wire.v1.OpenObject
 	(*Resolution)(nil),       // 24: godwit.wire.v1.Resolution
-	(*ResolveRequest)(nil),   // 25: godwit.wire.v1.ResolveRequest
-	(*Entry)(nil),            // 26: godwit.wire.v1.Entry
-	(*Presence)(nil),         // 27: godwit.wire.v1.Presence
-	(*ResolveReply)(nil),     // 28: godwit.wire.v1.ResolveReply
-	(*PreflightRequest)(nil), // 29: godwit.wire.v1.PreflightRequest
-	(*PreflightReply)(nil),   // 30: godwit.wire.v1.PreflightReply
-	(*PrepareRequest)(nil),   // 31: godwit.wire.v1.PrepareRequest
-	(*PrepareReply)(nil),     // 32: godwit.wire.v1.PrepareReply
-	(*StartRequest)(nil),     // 33: godwit.wire.v1.StartRequest
-	(*StartReply)(nil),       // 34: godwit.wire.v1.StartReply
-	(*AbortRequest)(nil),     // 35: godwit.wire.v1.AbortRequest
-	(*AbortReply)(nil),       // 36: godwit.wire.v1.AbortReply
-	(*Record)(nil),           // 37: godwit.wire.v1.Record
-	(*Step)(nil),             // 38: godwit.wire.v1.Step
-	(*Report)(nil),           // 39: godwit.wire.v1.Report
-	(*Progress)(nil),         // 40: godwit.wire.v1.Progress
-	(*Item)(nil),             // 41: godwit.wire.v1.Item
-	(*Hello)(nil),            // 42: godwit.wire.v1.Hello
-	(*ImageEntry)(nil),       // 43: godwit.wire.v1.ImageEntry
-	(*ImagesDone)(nil),       // 44: godwit.wire.v1.ImagesDone
-	(*StreamEnd)(nil),        // 45: godwit.wire.v1.StreamEnd
+	(*FileState)(nil),        // 25: godwit.wire.v1.FileState
+	(*ResolveRequest)(nil),   // 26: godwit.wire.v1.ResolveRequest
+	(*Entry)(nil),            // 27: godwit.wire.v1.Entry
+	(*Presence)(nil),         // 28: godwit.wire.v1.Presence
+	(*ResolveReply)(nil),     // 29: godwit.wire.v1.ResolveReply
+	(*PreflightRequest)(nil), // 30: godwit.wire.v1.PreflightRequest
+	(*PreflightReply)(nil),   // 31: godwit.wire.v1.PreflightReply
+	(*PrepareRequest)(nil),   // 32: godwit.wire.v1.PrepareRequest
+	(*PrepareReply)(nil),     // 33: godwit.wire.v1.PrepareReply
+	(*StartRequest)(nil),     // 34: godwit.wire.v1.StartRequest
+	(*StartReply)(nil),       // 35: godwit.wire.v1.StartReply
+	(*AbortRequest)(nil),     // 36: godwit.wire.v1.AbortRequest
+	(*AbortReply)(nil),       // 37: godwit.wire.v1.AbortReply
+	(*Record)(nil),           // 38: godwit.wire.v1.Record
+	(*Step)(nil),             // 39: godwit.wire.v1.Step
+	(*Report)(nil),           // 40: godwit.wire.v1.Report
+	(*Progress)(nil),         // 41: godwit.wire.v1.Progress
+	(*Item)(nil),             // 42: godwit.wire.v1.Item
+	(*Hello)(nil),            // 43: godwit.wire.v1.Hello
+	(*ImageEntry)(nil),       // 44: godwit.wire.v1.ImageEntry
+	(*ImagesDone)(nil),       // 45: godwit.wire.v1.ImagesDone
+	(*StreamEnd)(nil),        // 46: godwit.wire.v1.StreamEnd
 }
 var file_godwit_proto_depIdxs = []int32{
 	3,  // 0: godwit.wire.v1.Problem.object:type_name -> godwit.wire.v1.Object
@@ -4422,47 +4524,49 @@ var file_godwit_proto_depIdxs = []int32{
 	20, // 16: godwit.wire.v1.OpenObject.proxy:type_name -> godwit.wire.v1.Proxy
 	23, // 17: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
 	20, // 18: godwit.wire.v1.Resolution.proxy:type_name -> godwit.wire.v1.Proxy
-	23, // 19: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
-	19, // 20: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	17, // 21: godwit.wire.v1.ResolveRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	24, // 22: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
-	4,  // 23: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
-	26, // 24: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
-	27, // 25: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
-	5,  // 26: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
-	19, // 27: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	17, // 28: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
-	10, // 29: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
-	5,  // 30: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
-	23, // 31: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
-	17, // 32: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	19, // 33: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	24, // 34: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	5,  // 35: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
-	19, // 36: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	24, // 37: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	26, // 38: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
-	5,  // 39: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
-	5,  // 40: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
-	1,  // 41: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
-	2,  // 42: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
-	19, // 43: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
-	5,  // 44: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
-	38, // 45: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
-	39, // 46: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
-	39, // 47: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
-	1,  // 48: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
-	1,  // 49: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
-	42, // 50: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
-	43, // 51: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
-	44, // 52: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
-	45, // 53: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
-	5,  // 54: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
-	55, // [55:55] is the sub-list for method output_type
-	55, // [55:55] is the sub-list for method input_type
-	55, // [55:55] is the sub-list for extension type_name
-	55, // [55:55] is the sub-list for extension extendee
-	0,  // [0:55] is the sub-list for field type_name
+	25, // 19: godwit.wire.v1.Resolution.have:type_name -> godwit.wire.v1.FileState
+	23, // 20: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
+	19, // 21: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	17, // 22: godwit.wire.v1.ResolveRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	24, // 23: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
+	4,  // 24: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
+	27, // 25: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
+	28, // 26: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
+	5,  // 27: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
+	19, // 28: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	24, // 29: godwit.wire.v1.PreflightRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	17, // 30: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
+	10, // 31: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
+	5,  // 32: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
+	23, // 33: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
+	17, // 34: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	19, // 35: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	24, // 36: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	5,  // 37: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
+	19, // 38: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	24, // 39: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	27, // 40: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
+	5,  // 41: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
+	5,  // 42: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
+	1,  // 43: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
+	2,  // 44: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
+	19, // 45: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
+	5,  // 46: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
+	39, // 47: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
+	40, // 48: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
+	40, // 49: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
+	1,  // 50: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
+	1,  // 51: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
+	43, // 52: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
+	44, // 53: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
+	45, // 54: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
+	46, // 55: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
+	5,  // 56: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
+	57, // [57:57] is the sub-list for method output_type
+	57, // [57:57] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_godwit_proto_init() }
@@ -4470,7 +4574,7 @@ func file_godwit_proto_init() {
 	if File_godwit_proto != nil {
 		return
 	}
-	file_godwit_proto_msgTypes[38].OneofWrappers = []any{
+	file_godwit_proto_msgTypes[39].OneofWrappers = []any{
 		(*Item_Hello)(nil),
 		(*Item_Entry)(nil),
 		(*Item_Facts)(nil),
@@ -4483,7 +4587,7 @@ func file_godwit_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_godwit_proto_rawDesc), len(file_godwit_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   43,
+			NumMessages:   44,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

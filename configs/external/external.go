@@ -94,6 +94,10 @@ var forms = map[string]form{
 	Image:    {options: []string{"size", "mode"}},
 }
 
+// Declares says whether what has a resolver is external: the destination provides
+// it. "" is declared, too.
+func Declares(resolver string) bool { return resolver != Image && resolver != Carry }
+
 // Resolvers are the names of all, sorted.
 func Resolvers() []string {
 	var names []string

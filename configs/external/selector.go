@@ -116,6 +116,21 @@ func parseGlob(s string) (Selector, error) {
 	return p, nil
 }
 
+// Tree is the directory that a selector names with everything below it, as
+// path:/srv/app/** does.
+func (s Selector) Tree() (dir string, ok bool) {
+	n := len(s.glob) - 1
+	if s.by != byPath || n < 1 || s.glob[n] != "**" {
+		return "", false
+	}
+	for _, part := range s.glob[:n] {
+		if part == "" || part == "." || part == ".." || strings.ContainsAny(part, `*?[\`) {
+			return "", false
+		}
+	}
+	return "/" + strings.Join(s.glob[:n], "/"), true
+}
+
 const keyHint = "want file[MNT:INO] or tty[RDEV:DEV], hexadecimal as in CRIU, or unix[INO], pipe[INO], socket[INO]"
 
 // parseKey reads a key. The two numbers of CRIU's keys are hexadecimal, an inode

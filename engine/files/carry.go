@@ -24,10 +24,10 @@ var kindCarried = &kind{
 		return d.opts.Elsewhere && d.isShm(o) || d.mayCarry(o)
 	},
 	dump: func(d *Dumper, o *object) error {
-		if o.wish != nil {
-			return d.dumpWished(o)
+		if d.opts.Elsewhere && d.isShm(o) {
+			return d.dumpShm(o)
 		}
-		return d.dumpShm(o)
+		return d.dumpWished(o)
 	},
 	has: func(r *Restorer, x *description) bool {
 		g := r.ghosts[r.remaps[x.id]]

@@ -82,7 +82,7 @@ func (d *Dumper) matchWishes() {
 			o.wish = w
 		}
 		if !found {
-			d.refusal.Add(refuse.Problem{Key: w.Key, Reason: "no process of the tree has the file open that is to travel with it"})
+			d.log.Info("a file that was to travel is no longer open", "key", w.Key)
 		}
 	}
 	for _, o := range d.objects {

@@ -192,7 +192,7 @@ func (o *object) object() plan.Object {
 		p.Carry = plan.CarryRefused
 	case o.ext, o.facts != nil && (o.facts.External || o.facts.Unix != nil && o.facts.Unix.External):
 		p.Carry = plan.CarryExternal
-	case o.path != "" && !o.dirOnly && !o.create:
+	case o.path != "" && !o.dirOnly && !o.create && !o.carries:
 		p.Carry = plan.CarryPath
 	default:
 		p.Carry = plan.CarryImage

@@ -125,9 +125,9 @@ func (s *script) rounds(ctx context.Context, n int, options ...string) {
 }
 
 // migrate moves the tree and wants that to succeed.
-func (s *script) migrate(ctx context.Context, f *fleet.Fleet, to *hosts.Host) {
+func (s *script) migrate(ctx context.Context, f *fleet.Fleet, to *hosts.Host, args ...string) {
 	s.t.Helper()
-	m, res, err := f.Migrate(ctx, s.h.Name(), s.pid, to.Name())
+	m, res, err := f.Migrate(ctx, s.h.Name(), s.pid, to.Name(), args...)
 	if err != nil {
 		s.t.Fatal(err)
 	}
