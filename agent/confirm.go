@@ -58,6 +58,8 @@ func changes(frozen []*wire.OpenObject, rules []external.Rule, planned []*wire.R
 		was := left[c.Key]
 		delete(left, c.Key)
 		switch {
+		case c.Rule.Entry.Resolver == external.Carry && (was == nil && inTree(planned, c.Rule.Entry) || was != nil && was.Entry == c.Rule.Entry.String()):
+			// What is in a directory that travels does, and what travels is read now.
 		case was == nil:
 			reason := fmt.Sprintf("this was opened, for which there is %s", c.Rule)
 			if before := formerly(planned, o); before != nil {
@@ -71,11 +73,16 @@ func changes(frozen []*wire.OpenObject, rules []external.Rule, planned []*wire.R
 		}
 	}
 	for _, r := range planned {
-		if left[r.Key] != nil && r.Entry != "" {
+		if left[r.Key] != nil && r.Entry != "" && r.Resolver != external.Carry { // which nobody holds
 			add(objectOf(r), fmt.Sprintf("%s leads to this no longer", r.Entry))
 		}
 	}
 	return out
+}
+
+// inTree says whether an entry lets a whole directory travel.
+func inTree(planned []*wire.Resolution, e external.Entry) bool {
+	return slices.ContainsFunc(carriedTrees(planned), func(t carriedTree) bool { return t.r.Entry == e.String() })
 }
 
 // formerly finds what was planned at a descriptor that leads to o now.
