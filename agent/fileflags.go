@@ -3,9 +3,11 @@ package agent
 import (
 	"fmt"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/pflag"
 
+	"godwit/configs/external"
 	"godwit/engine"
 )
 
@@ -18,6 +20,7 @@ type fileFlags struct {
 	irmapScanPaths []string
 	validation     string
 	skipModeCheck  bool
+	policies       []string
 }
 
 func (f *fileFlags) add(fs *pflag.FlagSet, dump bool) {
@@ -25,6 +28,7 @@ func (f *fileFlags) add(fs *pflag.FlagSet, dump bool) {
 	fs.BoolVar(&f.evasiveDevices, "evasive-devices", false, "take another node of a device that is no longer at its path")
 	fs.StringVar(&f.validation, "file-validation", "", "filesize or buildid: every file must have its recorded size and mode, with buildid programs and libraries also their build-id (default: only what the use of each file needs)")
 	if !dump {
+		fs.StringArrayVar(&f.policies, "file-policy", nil, "`SELECTOR=image[,size=RULE][,mode=RULE]`: in what the files that path:GLOB or file[MNT:INO] names may differ from what was recorded; size: same, grow-ok, any, or truncate to the recorded size; mode: same, any; the first that names a file decides; may be repeated")
 		fs.BoolVar(&f.skipModeCheck, "skip-file-rwx-check", false, "with --file-validation, overlook the permissions of files")
 		return
 	}
@@ -49,7 +53,39 @@ func (f *fileFlags) dump(runsOn bool) (engine.FileOptions, error) {
 
 func (f *fileFlags) restore() (engine.FileRestoreOptions, error) {
 	v, err := f.validate()
-	return engine.FileRestoreOptions{Validation: v, SkipModeCheck: f.skipModeCheck}, err
+	if err != nil {
+		return engine.FileRestoreOptions{}, err
+	}
+	o := engine.FileRestoreOptions{Validation: v, SkipModeCheck: f.skipModeCheck}
+	o.Policy, err = parsePolicies(f.policies)
+	return o, err
+}
+
+// parsePolicies reads entries that say in what files may differ.
+func parsePolicies(entries []string) (func(name, path string) engine.FilePolicy, error) {
+	type rule struct {
+		of     external.Selector
+		policy engine.FilePolicy
+	}
+	var rules []rule
+	for _, s := range entries {
+		e, err := external.Parse(s)
+		if err != nil {
+			return nil, fmt.Errorf("--file-policy: %w", err)
+		}
+		if text := e.Selector.String(); e.Resolver != external.Image || !strings.HasPrefix(text, "path:") && !strings.HasPrefix(text, "file[") {
+			return nil, fmt.Errorf("--file-policy %s: not of the form path:GLOB=image,size=RULE or file[MNT:INO]=image,size=RULE", s)
+		}
+		rules = append(rules, rule{e.Selector, engine.FilePolicy{Size: sizeRules[e.Size], Mode: modeRules[e.Mode]}})
+	}
+	return func(name, path string) engine.FilePolicy {
+		for _, r := range rules {
+			if r.of.Matches(external.Object{Key: name, Path: path}) {
+				return r.policy
+			}
+		}
+		return engine.FilePolicy{}
+	}, nil
 }
 
 func (f *fileFlags) validate() (engine.FileValidation, error) {

@@ -54,7 +54,7 @@ func (r *Restorer) applyPolicy(p plan.FilePolicy, f *os.File, st *unix.Stat_t, e
 	if why := differentSize(p.Size, uint64(st.Size), e.GetSize(), e.GetFlags()&unix.O_ACCMODE == unix.O_RDONLY); why != "" {
 		return fmt.Errorf("%s %s", f.Name(), why)
 	}
-	if p.Size == plan.SizeTruncate {
+	if p.Size == plan.SizeTruncate && uint64(st.Size) > e.GetSize() {
 		return r.cuts.add(f, st, e.GetSize())
 	}
 	return nil

@@ -357,3 +357,291 @@ func TestExternalResolvers(t *testing.T) {
 		stop(ctx, t, r)
 	})
 }
+
+// TestExternalAbort: what was made and taken for a migration is given back when that
+// is aborted while memory is copied.
+func TestExternalAbort(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	f, alpha, beta := newFleet(ctx, t, "--config", agentRules(t, `
+[[external]]
+match = ["path:/run/src/log"]
+resolver = "create"
+argument = "/run/dst/log"
+
+[[external]]
+match = ["path:/run/src/in"]
+resolver = "provide"
+`))
+	writeTo(t, beta, "/run/dst/gift", "")
+	writeTo(t, alpha, "/run/src/log", "")
+	writeTo(t, alpha, "/run/src/in", "")
+	prefix := filepath.Join(newDir(t), "mem")
+	pid, err := alpha.Start(ctx, hosts.Spec{Args: []string{programs.Selfcheck, "mem", prefix, "256"}, Env: []string{"PATH=" + os.Getenv("PATH")},
+		Stdin: "/run/src/in", Stdout: "/run/src/log", Stderr: "/run/src/log"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &workloads.Run{Host: alpha, Pid: pid, Prefix: prefix}
+	if err := r.WaitFile(ctx, "ready"); err != nil {
+		t.Fatal(err)
+	}
+	p := startProvide(ctx, t, beta, nil, "role:stdin", "--open", "/run/dst/gift")
+	m := launch(ctx, t, f, r, "beta")
+	p.waits(ctx, "held for migration "+m.id, 1)
+	if _, err := os.Lstat(beta.Path("/run/dst/log")); err != nil {
+		t.Errorf("nothing is held ready while memory is copied: %v", err)
+	}
+	res, err := f.Run(ctx, "abort", m.id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if code := m.wait(t); res.Code != 0 || code != 3 {
+		t.Errorf("abort: exit code %d, migrate: %d, want 3: %s%s", res.Code, code, res.Stderr, m.stderr.String())
+	}
+	goes(ctx, t, r, 10)
+	p.waits(ctx, "given back, migration "+m.id, 1)
+	for {
+		if _, err := os.Lstat(beta.Path("/run/dst/log")); os.IsNotExist(err) {
+			break
+		}
+		if ctx.Err() != nil {
+			t.Fatal("the file that was made is still there")
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	// The one that is provided stays, of the other nothing is left.
+	noFDs(ctx, t, f, beta, "/run/dst/log")
+	if n := openFDs(t, f, beta, "/run/dst"); n != 1 {
+		t.Errorf("the agent has %d descriptors below /run/dst, want the provided one", n)
+	}
+	migrate(ctx, t, f, r, beta)
+	p.ends(0)
+	wantLink(t, beta, r.Pid, "fd/0", "/run/dst/gift")
+	wantLink(t, beta, r.Pid, "fd/1", "/run/dst/log")
+	stop(ctx, t, r)
+}
+
+// record is what the workload streams copies at once.
+func record(name string, n int) string { return fmt.Sprintf("%-6s%9d\n", name, n) }
+
+// feeder writes numbered lines into a fifo of a host until it is stopped.
+type feeder struct {
+	stopped chan struct{}
+	done    chan error
+	sent    int
+}
+
+func feedLines(h *hosts.Host, path, name string) *feeder {
+	fd := &feeder{stopped: make(chan struct{}), done: make(chan error, 1)}
+	go func() {
+		f, err := os.OpenFile(h.Path(path), os.O_RDWR, 0)
+		if err != nil {
+			fd.done <- err
+			return
+		}
+		defer func() { _ = f.Close() }()
+		for {
+			select {
+			case <-fd.stopped:
+				fd.done <- nil
+				return
+			case <-time.After(time.Millisecond):
+			}
+			if err := f.SetWriteDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+				fd.done <- err
+				return
+			}
+			line := record(name, fd.sent)
+			n, err := f.WriteString(line)
+			switch {
+			case n == len(line):
+				fd.sent++
+			case n == 0 && os.IsTimeout(err): // full: nobody reads here now
+			default:
+				fd.done <- fmt.Errorf("write %q: %d, %w", line, n, err)
+				return
+			}
+		}
+	}()
+	return fd
+}
+
+// TestExternalStreams moves a filter whose standard input and output are fifos, each
+// host's own, to and fro while lines flow: those of each host arrive there, in order
+// and once, and what waits in a fifo when the filter leaves it is there when it is back.
+func TestExternalStreams(t *testing.T) {
+	ctx := deadline(t, 3*time.Minute)
+	f, alpha, beta := newFleet(ctx, t, "--config", agentRules(t, `
+[[external]]
+match = ["role:stdin", "role:stdout"]
+resolver = "path"
+argument = "{path}"
+`))
+	both := []*hosts.Host{alpha, beta}
+	var feeds []*feeder
+	var outs []*os.File
+	got := make([]bytes.Buffer, 2)
+	for _, h := range both {
+		// A mount of the host's that the tree does not see.
+		for _, p := range []string{"/run/in", "/run/out"} {
+			if err := unix.Mkfifo(h.Path(p), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		feeds = append(feeds, feedLines(h, "/run/in", h.Name()))
+		out, err := os.OpenFile(h.Path("/run/out"), os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = out.Close() })
+		outs = append(outs, out)
+	}
+	prefix := filepath.Join(newDir(t), "streams")
+	pid, err := alpha.Start(ctx, hosts.Spec{Args: []string{programs.Selfcheck, "streams", prefix}, Env: []string{"PATH=" + os.Getenv("PATH")},
+		Stdin: "/run/in", Stdout: "/run/out", Stderr: "/dev/null"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &workloads.Run{Host: alpha, Pid: pid, Prefix: prefix}
+	if err := r.WaitFile(ctx, "ready"); err != nil {
+		t.Fatal(err)
+	}
+	read := func(i, lines int) {
+		t.Helper()
+		buf := make([]byte, 4096)
+		for want := bytes.Count(got[i].Bytes(), []byte("\n")) + lines; bytes.Count(got[i].Bytes(), []byte("\n")) < want; {
+			if err := outs[i].SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+				t.Fatal(err)
+			}
+			n, err := outs[i].Read(buf)
+			if err != nil {
+				t.Fatalf("lines of %s: %v", both[i].Name(), err)
+			}
+			got[i].Write(buf[:n])
+		}
+	}
+	at := 0
+	for range 6 {
+		read(at, 20)
+		migrate(ctx, t, f, r, both[1-at])
+		at = 1 - at
+		read(at, 20)
+	}
+	stop(ctx, t, r)
+	for i, fd := range feeds {
+		close(fd.stopped)
+		if err := <-fd.done; err != nil {
+			t.Error(err)
+		}
+		n := 0
+		for line := range strings.Lines(got[i].String()) {
+			if want := record(both[i].Name(), n); line != want {
+				t.Fatalf("line %d of %s is %q, want %q", n, both[i].Name(), line, want)
+			}
+			n++
+		}
+	}
+}
+
+// TestExternalStandard hands in descriptors 0, 1 and 2 on their own numbers, pipes to
+// commands included, for a program that uses these and the next ones.
+func TestExternalStandard(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	f, alpha, beta := newFleet(ctx, t)
+	for _, p := range []string{"/run/in", "/run/out"} {
+		if err := unix.Mkfifo(alpha.Path(p), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	hold, err := os.OpenFile(alpha.Path("/run/in"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = hold.Close() }()
+	out, err := os.OpenFile(alpha.Path("/run/out"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = out.Close() }()
+	prefix := filepath.Join(newDir(t), "streams")
+	pid, err := alpha.Start(ctx, hosts.Spec{Args: []string{programs.Selfcheck, "streams", prefix}, Env: []string{"PATH=" + os.Getenv("PATH")},
+		Stdin: "/run/in", Stdout: "/run/out", Stderr: "/run/out"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &workloads.Run{Host: alpha, Pid: pid, Prefix: prefix}
+	if err := r.WaitFile(ctx, "ready"); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"--external", "role:stdin=provide", "--external", "role:stdout=provide"}
+	refusedMigration(ctx, t, f, r, "beta", args, "fd 0 /run/in", "fd 1 /run/out", "nobody provides a file for it")
+	// A pipe from which nothing can be read cannot be the input.
+	bad := startProvide(ctx, t, beta, nil, "role:stdin", "--", "sleep", "1000")
+	refusedMigration(ctx, t, f, r, "beta", args, "is open for writing, expected for reading")
+	if err := bad.cmd.Process.Signal(unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	bad.ends(1)
+	// A full fifo takes nothing of what the tree writes.
+	if err := unix.Mkfifo(beta.Path("/run/full"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	full, err := os.OpenFile(beta.Path("/run/full"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = full.Close() }()
+	if _, err := full.Write(make([]byte, 1<<16)); err != nil {
+		t.Fatal(err)
+	}
+	refusedMigration(ctx, t, f, r, "beta", []string{"--external", "role:stdout=path:/run/full", "--external", "role:stdin=null"}, "is full: 65536 bytes are in it")
+
+	lines := filepath.Join(newDir(t), "lines")
+	in := startProvide(ctx, t, beta, nil, "role:stdin", "--end", "stdout", "--", "sh", "-c", "printf %015d\\\\n 1 2 3; exec sleep 1000")
+	got := startProvide(ctx, t, beta, nil, "role:stdout", "--", "sh", "-c", "cat >"+lines+"; exit 7")
+	migrate(ctx, t, f, r, beta, args...)
+	waitText(ctx, t, lines, fmt.Sprintf("%015d\n%015d\n%015d\n", 1, 2, 3))
+	stop(ctx, t, r)
+	got.ends(7) // that of the command, whose input ended with the tree
+	_ = in.cmd.Process.Kill()
+}
+
+// TestFilePolicy: a checkpoint of a program that went on writing is restored only if
+// that is allowed, and with truncate no record is there twice.
+func TestFilePolicy(t *testing.T) {
+	ctx := deadline(t, time.Minute)
+	h := newHosts(t, "alpha").Host("alpha")
+	r := selfcheck(ctx, t, h, newDir(t), "numbered", "/run/records")
+	img := newDir(t)
+	mustAgent(ctx, t, h, nil, "dump", "-t", fmt.Sprint(r.Pid), "-D", img, "-R")
+	was := size(t, h, "/run/records")
+	goes(ctx, t, r, 20)
+	if err := h.Kill(r.Pid, unix.SIGKILL); err != nil { // it crashes
+		t.Fatal(err)
+	}
+	if err := h.WaitGone(ctx, r.Pid); err != nil {
+		t.Fatal(err)
+	}
+	if now := size(t, h, "/run/records"); now <= was {
+		t.Fatalf("the file had %d bytes at the dump and has %d", was, now)
+	}
+	for _, bad := range [][]string{{"--file-validation", "filesize"}, {"--file-policy", "path:/run/*=image,size=same"}} {
+		o := agentCmd(ctx, t, h, nil, append([]string{"restore", "-D", img, "-d"}, bad...)...)
+		if o.code != 1 || !strings.Contains(o.stderr, "/run/records") || !strings.Contains(o.stderr, "expected") {
+			t.Errorf("%v: exit code %d, %s", bad, o.code, o.stderr)
+		}
+	}
+	if o := agentCmd(ctx, t, h, nil, "restore", "-D", img, "-d", "--file-policy", "kind:fifo=image,size=any"); o.code != 1 || !strings.Contains(o.stderr, "not of the form") {
+		t.Errorf("exit code %d, %s", o.code, o.stderr)
+	}
+	// What the workload recorded of itself after the dump is taken back, too.
+	restore(ctx, t, h, img, r.Pid, nil, "--file-validation", "filesize", "--file-policy", "path:/run/records=image,size=truncate",
+		"--file-policy", "path:**/numbered.log=image,size=truncate", "--file-policy", "path:/**=image,size=any")
+	goes(ctx, t, r, 10)
+	stop(ctx, t, r) // it counts its records
+	for n, line := range strings.Split(strings.TrimSpace(string(readFile(t, h, "/run/records"))), "\n") {
+		if line != fmt.Sprintf("%022d", n) {
+			t.Fatalf("record %d is %q", n, line)
+		}
+	}
+}

@@ -128,6 +128,7 @@ var objects = map[string]object{
 	"futexes":    {rounds: 100},
 	"manyfds":    {elsewhere: true},
 	"mem":        {elsewhere: true},
+	"numbered":   {elsewhere: true},
 	"rehomed":    {elsewhere: true},
 	"rseq":       {rounds: 100},
 	"sharing":    {elsewhere: true},

@@ -84,33 +84,20 @@ static void check_streams(void) {
 	nap_ms(5);
 }
 
-// streams PREFIX: standard input and output as they were given, whatever they are;
-// lines of input are copied to the output.
-static char line[256];
-static size_t have;
+// streams PREFIX: records of 16 bytes are copied from standard input to output,
+// whatever these are.
 static int in_flags;
 
-static void copy_lines(void) {
+static void copy_records(void) {
 	CHECK(SYS(fcntl(0, F_GETFL)) == in_flags, "flags of standard input have changed");
-	char c;
+	char record[16];
 	for (int n = 0; n < 256; n++) {
-		ssize_t r = read(0, &c, 1);
+		ssize_t r = read(0, record, sizeof record);
 		if (r == 0 || (r < 0 && (errno == EAGAIN || errno == EINTR))) break;
-		CHECK(r == 1, "read standard input: %s", strerror(errno));
-		CHECK(have < sizeof line, "a line is too long");
-		line[have++] = c;
-		if (c != '\n') continue;
-		size_t done = 0;
-		while (done < have) {
-			ssize_t w = write(1, line + done, have - done);
-			if (w < 0 && (errno == EAGAIN || errno == EINTR)) {
-				nap_ms(1);
-				continue;
-			}
-			CHECK(w > 0, "write standard output: %s", strerror(errno));
-			done += w;
-		}
-		have = 0;
+		CHECK(r == sizeof record, "read standard input: %zd, %s", r, strerror(errno));
+		ssize_t w;
+		while ((w = write(1, record, sizeof record)) < 0 && (errno == EAGAIN || errno == EINTR)) nap_ms(1);
+		CHECK(w == sizeof record, "write standard output: %zd, %s", w, strerror(errno));
 	}
 	nap_ms(2);
 }
@@ -119,7 +106,7 @@ COMMAND(streams) {
 	SYS(fcntl(0, F_SETFL, SYS(fcntl(0, F_GETFL)) | O_NONBLOCK));
 	in_flags = SYS(fcntl(0, F_GETFL));
 	signal(SIGPIPE, SIG_IGN);
-	loop(copy_lines);
+	loop(copy_records);
 }
 
 // stdnull PREFIX: standard descriptors are what they were, by mode and device.
@@ -127,4 +114,28 @@ COMMAND(stdnull) {
 	remember("stdin", 0);
 	remember("stdout", 1);
 	loop(check_streams);
+}
+
+// numbered PREFIX FILE: appends numbered records to a file by its position, without
+// O_APPEND, and knows which is next.
+static int numbered_fd;
+static uint64_t numbered_next;
+
+static void check_numbered(void) {
+	char rec[24];
+	snprintf(rec, sizeof rec, "%022lu\n", numbered_next);
+	off_t at = SYS(lseek(numbered_fd, 0, SEEK_CUR));
+	CHECK(at == (off_t)numbered_next * 23, "at %ld, want %ld", at, numbered_next * 23);
+	CHECK(SYS(write(numbered_fd, rec, 23)) == 23, "write");
+	numbered_next++;
+	nap_ms(2);
+}
+
+COMMAND(numbered) {
+	CHECK(arg_count == 1, "usage: numbered PREFIX FILE");
+	numbered_fd = at_fd(10, SYS(open(arg_values[0], O_WRONLY | O_CREAT | O_TRUNC, 0644)));
+	loop(check_numbered);
+	struct stat st;
+	SYS(fstat(numbered_fd, &st));
+	CHECK(st.st_size == (off_t)numbered_next * 23, "the file has %ld bytes, want %ld", st.st_size, numbered_next * 23);
 }
