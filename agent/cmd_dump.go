@@ -166,7 +166,7 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 	if err != nil {
 		return err
 	}
-	if err := f.status.check(); err != nil {
+	if err := errors.Join(f.status.check(), f.needOwner(f.tree)); err != nil {
 		return err
 	}
 	opts.Ends = !f.leaveRunning && !f.leaveStopped

@@ -83,7 +83,7 @@ func runPreDump(ctx context.Context, eng *engine.Engine, f dumpFlags, log hclog.
 	if err != nil {
 		return err
 	}
-	if err := f.status.check(); err != nil {
+	if err := errors.Join(f.status.check(), f.needOwner(f.tree)); err != nil {
 		return err
 	}
 	if err := f.actions().run(ctx, stagePreDump, 0); err != nil {

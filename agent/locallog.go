@@ -214,6 +214,25 @@ func (f *localFlags) needRights(what string) error {
 	return nil
 }
 
+// needOwner refuses a process of somebody else, which a caller who is not root cannot trace.
+func (f *localFlags) needOwner(pid int) error {
+	if !f.unprivileged || os.Geteuid() == 0 {
+		return nil
+	}
+	may, err := effective(unix.CAP_SYS_PTRACE)
+	if may || err != nil {
+		return err
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(fmt.Sprintf("/proc/%d", pid), &st); err != nil {
+		return fmt.Errorf("no process has pid %d: %w", pid, err)
+	}
+	if int(st.Uid) != os.Geteuid() {
+		return fmt.Errorf("--unprivileged: pid %d is not to be traced by user %d (its files in /proc are user %d's), which takes CAP_SYS_PTRACE; this command does not have that", pid, os.Geteuid(), st.Uid)
+	}
+	return nil
+}
+
 // effective says whether this program has a capability.
 func effective(capability int) (bool, error) {
 	var data [2]unix.CapUserData

@@ -458,6 +458,9 @@ func (l *Landing) Release(log hclog.Logger) error {
 // netnsOf is the network namespace of a socket.
 func netnsOf(f *os.File) (*os.File, error) {
 	fd, err := unix.IoctlRetInt(int(f.Fd()), unix.SIOCGSKNS)
+	if errors.Is(err, unix.EPERM) {
+		return nil, fmt.Errorf("to tell in which network namespace a socket is takes CAP_NET_ADMIN, which this program does not have: %w", os.NewSyscallError("ioctl SIOCGSKNS", err))
+	}
 	if err != nil {
 		return nil, os.NewSyscallError("ioctl SIOCGSKNS", err)
 	}

@@ -7,6 +7,7 @@ import (
 	"math/bits"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/creds"
 	criu_core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
@@ -301,11 +302,14 @@ func credCalls(c *creds.CredsEntry, cur *procfs.Status) ([]*ptrace.Call, error) 
 	if lack := prm &^ cur.CapPrm; lack != 0 {
 		return nil, fmt.Errorf("the task has capabilities %#x that the agent lacks", lack)
 	}
-	same := cur.Uid == [4]uint32{c.GetUid(), c.GetEuid(), c.GetSuid(), c.GetFsuid()} &&
+	owner := cur.Uid == [4]uint32{c.GetUid(), c.GetEuid(), c.GetSuid(), c.GetFsuid()} &&
 		cur.Gid == [4]uint32{c.GetGid(), c.GetEgid(), c.GetSgid(), c.GetFsgid()} &&
-		slices.Equal(cur.Groups, c.GetGroups()) && cur.CapInh == inh && cur.CapPrm == prm && cur.CapEff == eff &&
-		cur.CapBnd == bnd && cur.CapAmb == amb && c.GetSecbits() == 0
-	if !same {
+		slices.Equal(cur.Groups, c.GetGroups()) && c.GetSecbits() == 0
+	same := owner && cur.CapInh == inh && cur.CapPrm == prm && cur.CapEff == eff && cur.CapBnd == bnd && cur.CapAmb == amb
+	if err := mayChange(cur, !owner, cur.CapBnd&^bnd != 0); err != nil {
+		return nil, err
+	}
+	if !owner {
 		// Without the fixup, changing the uid leaves capabilities alone.
 		add("set securebits", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_SECUREBITS), ptrace.Int(secNoSetuidFixup|secKeepCaps))
 		if !slices.Equal(cur.Groups, c.GetGroups()) { // which a user namespace may forbid
@@ -317,12 +321,16 @@ func credCalls(c *creds.CredsEntry, cur *procfs.Status) ([]*ptrace.Call, error) 
 		}
 		add("set group ids", unix.SYS_SETRESGID, ptrace.Int(c.GetGid()), ptrace.Int(c.GetEgid()), ptrace.Int(c.GetSgid()))
 		add("set file system group", unix.SYS_SETFSGID, ptrace.Int(c.GetFsgid()))
+	}
+	if !same {
 		for drop := cur.CapBnd &^ bnd; drop != 0; drop &= drop - 1 {
 			n := bits.TrailingZeros64(drop)
 			add(fmt.Sprintf("drop capability %d from the bounding set", n), unix.SYS_PRCTL, ptrace.Int(unix.PR_CAPBSET_DROP), ptrace.Int(n))
 		}
-		add("set user ids", unix.SYS_SETRESUID, ptrace.Int(c.GetUid()), ptrace.Int(c.GetEuid()), ptrace.Int(c.GetSuid()))
-		add("set file system user", unix.SYS_SETFSUID, ptrace.Int(c.GetFsuid()))
+		if !owner {
+			add("set user ids", unix.SYS_SETRESUID, ptrace.Int(c.GetUid()), ptrace.Int(c.GetEuid()), ptrace.Int(c.GetSuid()))
+			add("set file system user", unix.SYS_SETFSUID, ptrace.Int(c.GetFsuid()))
+		}
 		capset := func(e, p, i uint64) {
 			hdr := put32(unix.LINUX_CAPABILITY_VERSION_3, 0)
 			data := put32(uint32(e), uint32(p), uint32(i), uint32(e>>32), uint32(p>>32), uint32(i>>32))
@@ -336,13 +344,36 @@ func credCalls(c *creds.CredsEntry, cur *procfs.Status) ([]*ptrace.Call, error) 
 			n := bits.TrailingZeros64(a)
 			add(fmt.Sprintf("raise ambient capability %d", n), unix.SYS_PRCTL, ptrace.Int(unix.PR_CAP_AMBIENT), ptrace.Int(unix.PR_CAP_AMBIENT_RAISE), ptrace.Int(n), ptrace.Int(0), ptrace.Int(0))
 		}
-		add("set securebits", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_SECUREBITS), ptrace.Int(c.GetSecbits()))
+		if !owner {
+			add("set securebits", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_SECUREBITS), ptrace.Int(c.GetSecbits()))
+		}
 		capset(eff, prm, inh)
 	}
 	if c.GetNoNewPrivs() != 0 {
 		add("set no_new_privs", unix.SYS_PRCTL, ptrace.Int(unix.PR_SET_NO_NEW_PRIVS), ptrace.Int(1), ptrace.Int(0), ptrace.Int(0), ptrace.Int(0))
 	}
 	return cs, nil
+}
+
+// mayChange says which capability a restorer that is not root lacks: for other ids,
+// groups and securebits, and to take from the bounding set.
+func mayChange(cur *procfs.Status, owner, bounding bool) error {
+	var lack []string
+	for _, n := range []struct {
+		capability uint
+		name       string
+		needed     bool
+	}{
+		{unix.CAP_SETUID, "CAP_SETUID", owner}, {unix.CAP_SETGID, "CAP_SETGID", owner}, {unix.CAP_SETPCAP, "CAP_SETPCAP", owner || bounding},
+	} {
+		if n.needed && cur.CapEff&(1<<n.capability) == 0 {
+			lack = append(lack, n.name)
+		}
+	}
+	if lack == nil {
+		return nil
+	}
+	return fmt.Errorf("it has other user or group ids, securebits or bounding capabilities than the restorer, which lacks %s to give it these", strings.Join(lack, ", "))
 }
 
 // Outside gives a new task what the agent sets from outside.

@@ -262,3 +262,75 @@ func TestCgroupOptions(t *testing.T) {
 	remove(name)
 	remove(name + "-new")
 }
+
+// TestUnprivileged: an ordinary user dumps and restores own programs, with the one
+// capability that it takes, and is told what is missing.
+func TestUnprivileged(t *testing.T) {
+	h := newHosts(t, "alpha").Host("alpha")
+	user := func(caps string, argv ...string) []string {
+		args := []string{"HOME=/", "setpriv", "--reuid", "1234", "--regid", "2345", "--clear-groups", "--inh-caps=-all" + caps}
+		if caps != "" {
+			args = append(args, "--ambient-caps=-all"+caps)
+		}
+		return append(append(args, "--"), argv...)
+	}
+	for _, c := range unprivileged {
+		command, rights := c.command, ",+checkpoint_restore"
+		t.Run(command, func(t *testing.T) {
+			ctx := deadline(t, 2*time.Minute)
+			dir := newDir(t)
+			if err := os.Chmod(dir, 0o777); err != nil {
+				t.Fatal(err)
+			}
+			prefix := filepath.Join(dir, command)
+			r := start(ctx, t, h, prefix, append([]string{"env"}, user("", programs.Selfcheck, command, prefix)...)...)
+			if out, err := h.Run(ctx, "sh", "-c", "chown 1234:2345 "+prefix+"*"); err != nil { // which is root's
+				t.Fatalf("%v\n%s", err, out)
+			}
+			pid := fmt.Sprint(r.Pid)
+			fails := func(want string, argv ...string) {
+				t.Helper()
+				if out, err := h.Run(ctx, "env", argv...); err == nil || !strings.Contains(err.Error()+out, want) {
+					t.Errorf("%v: %v, %q; want %q", argv, err, out, want)
+				}
+			}
+			if c.lacks != "" {
+				fails("takes CAP_"+strings.ToUpper(c.lacks), user(rights, binaries.Agent, "dump", "--unprivileged", "-t", pid, "-D", filepath.Join(dir, "none"))...)
+				goes(ctx, t, r, 3)
+				stop(ctx, t, r)
+				return
+			}
+			for i := range 2 {
+				img := filepath.Join(dir, fmt.Sprint("img", i))
+				if i == 0 {
+					fails("needs root", user("", binaries.Agent, "dump", "-t", pid, "-D", img)...)
+					fails("needs CAP_CHECKPOINT_RESTORE", user("", binaries.Agent, "dump", "--unprivileged", "-t", pid, "-D", img)...)
+					fails("takes CAP_SYS_PTRACE", user(rights, binaries.Agent, "dump", "--unprivileged", "-t", "1", "-D", img)...)
+					goes(ctx, t, r, 3)
+				}
+				if out, err := h.Run(ctx, "env", user(rights, binaries.Agent, "dump", "--unprivileged", "-t", pid, "-D", img)...); err != nil {
+					t.Fatalf("%v\n%s", err, out)
+				}
+				if err := h.WaitGone(ctx, r.Pid); err != nil {
+					t.Fatal(err)
+				}
+				if out, err := h.Run(ctx, "env", user(rights, binaries.Agent, "restore", "--unprivileged", "-D", img, "-d")...); err != nil {
+					t.Fatalf("%v\n%s", err, out)
+				}
+				goes(ctx, t, r, 5)
+				status, err := h.Run(ctx, "grep", "-E", "^(Uid|CapPrm|CapAmb)", "/proc/"+pid+"/status")
+				if want := "Uid:\t1234\t1234\t1234\t1234\nCapPrm:\t0000000000000000\nCapAmb:\t0000000000000000\n"; err != nil || status != want {
+					t.Errorf("it came back with (%v)\n%s", err, status)
+				}
+			}
+			stop(ctx, t, r)
+		})
+	}
+}
+
+// unprivileged are commands of selfcheck that an ordinary user can move, or that he
+// is told that he cannot.
+var unprivileged = []struct{ command, lacks string }{
+	{"pidfd", ""}, {"files", ""}, {"threads", ""}, {"epoll", ""}, {"timers", ""}, {"signals", ""}, {"sessions", ""}, {"deleted", ""}, {"waits", ""},
+	{"unix", "net_admin"},
+}
