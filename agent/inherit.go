@@ -36,6 +36,9 @@ func holdPath(_ context.Context, q *holdRequest) (*held, error) {
 	if !filepath.IsAbs(q.Argument) {
 		return nil, hintedf("give the full path on the destination", "the path is not absolute")
 	}
+	if len(q.Objects) > 0 && q.Objects[0].Kind == "unix-stream" {
+		return holdConnection(q)
+	}
 	f, err := q.openPath(q.Argument)
 	if err != nil {
 		return nil, hintedf("the source has it at "+q.external[0].Path, "%w", err)

@@ -101,6 +101,7 @@ func openObjects(objects []plan.Object) []*wire.OpenObject {
 			Dev: o.Dev, Ino: o.Ino, Rdev: o.Rdev, BuildId: o.BuildID, Sha256: o.SHA256, Queued: o.Queued, Peer: o.Peer,
 			Carry: o.Carry, Reason: o.Reason, Hint: o.Hint, Declarable: o.Declarable,
 		}
+		w.Journal = journalStream(o)
 		for _, h := range o.Holders {
 			w.Holders = append(w.Holders, &wire.Holder{Pid: int32(h.Pid), InnerPid: int32(h.VPid), Comm: h.Comm, Fds: int32s(h.FDs), Roles: h.Roles})
 		}

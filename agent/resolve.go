@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 
 	"godwit/configs/external"
 	"godwit/engine"
@@ -173,7 +174,9 @@ func resolution(objects []*wire.OpenObject, c external.Choice) (*wire.Resolution
 	for _, i := range c.Objects {
 		r.Objects = append(r.Objects, objects[i])
 		if path == "" {
-			path = objects[i].Path
+			if path = objects[i].Path; path == "" && filepath.IsAbs(objects[i].Peer) {
+				path = objects[i].Peer // where a socket is connected to
+			}
 		}
 	}
 	switch e.Resolver {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -41,6 +42,7 @@ func init() {
 		external.Null:    resolverNull,
 		external.Provide: resolverProvide,
 		external.Inherit: resolverProvide,
+		external.Journal: {serves: servesJournal, hold: holdJournal},
 		external.Proxy:   {serves: servesProxy, hold: holdProxy, far: true},
 		external.Carry:   {serves: servesCarry},
 	}
@@ -246,6 +248,8 @@ func resolutions(req *wire.PrepareRequest) []*wire.Resolution {
 func servesNamed(o *wire.OpenObject, e external.Entry) error {
 	switch {
 	case slices.Contains([]string{"regular", "directory", "fifo", "pipe", "tty", "chr"}, o.Kind):
+		return nil
+	case o.Kind == "unix-stream" && (filepath.IsAbs(o.Peer) || e.Argument != ""):
 		return nil
 	case strings.HasPrefix(o.Kind, "unix-"), o.Kind == "tcp", o.Kind == "udp":
 		return fmt.Errorf("a socket cannot be opened at a path")

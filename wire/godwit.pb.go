@@ -1872,30 +1872,31 @@ type OpenObject struct {
 	Key   string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"` // file[mnt:ino], tty[rdev:dev], unix[ino], pipe[ino], socket[ino]; empty: it has none
 	// "regular", "directory", "fifo", "pipe", "chr", "blk", "tty", "unix-stream", "unix-dgram",
 	// "unix-seqpacket", "tcp", "udp", "netlink", "packet", "socket", "eventfd" and the like
-	Kind          string    `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
-	Path          string    `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"`                       // empty: it has no name in a file system
-	Link          string    `protobuf:"bytes,4,opt,name=link,proto3" json:"link,omitempty"`                       // text of the link in /proc
-	Flags         uint32    `protobuf:"varint,5,opt,name=flags,proto3" json:"flags,omitempty"`                    // of F_GETFL
-	Offset        int64     `protobuf:"varint,6,opt,name=offset,proto3" json:"offset,omitempty"`                  // bytes
-	Mode          uint32    `protobuf:"varint,7,opt,name=mode,proto3" json:"mode,omitempty"`                      // st_mode
-	Size          uint64    `protobuf:"varint,8,opt,name=size,proto3" json:"size,omitempty"`                      // bytes; regular files
-	MtimeNs       int64     `protobuf:"varint,9,opt,name=mtime_ns,json=mtimeNs,proto3" json:"mtime_ns,omitempty"` // since 1970; what has a path
-	Dev           uint64    `protobuf:"varint,10,opt,name=dev,proto3" json:"dev,omitempty"`
-	Ino           uint64    `protobuf:"varint,11,opt,name=ino,proto3" json:"ino,omitempty"`
-	Rdev          uint64    `protobuf:"varint,12,opt,name=rdev,proto3" json:"rdev,omitempty"`                     // devices
-	BuildId       string    `protobuf:"bytes,13,opt,name=build_id,json=buildId,proto3" json:"build_id,omitempty"` // hex; ELF files that are mapped
-	Sha256        string    `protobuf:"bytes,14,opt,name=sha256,proto3" json:"sha256,omitempty"`                  // hex; regular files, if it was asked for
-	Queued        uint64    `protobuf:"varint,15,opt,name=queued,proto3" json:"queued,omitempty"`                 // bytes that wait in a pipe or fifo
-	Holders       []*Holder `protobuf:"bytes,16,rep,name=holders,proto3" json:"holders,omitempty"`
-	Carry         string    `protobuf:"bytes,17,opt,name=carry,proto3" json:"carry,omitempty"`   // "image", "path", "external", "refused"
-	Reason        string    `protobuf:"bytes,18,opt,name=reason,proto3" json:"reason,omitempty"` // why it is refused
-	Hint          string    `protobuf:"bytes,19,opt,name=hint,proto3" json:"hint,omitempty"`
-	Declarable    bool      `protobuf:"varint,20,opt,name=declarable,proto3" json:"declarable,omitempty"` // refused, but not if it is declared external
-	Peer          string    `protobuf:"bytes,21,opt,name=peer,proto3" json:"peer,omitempty"`              // sockets: where the other end is, as far as it is known
-	Uid           uint32    `protobuf:"varint,22,opt,name=uid,proto3" json:"uid,omitempty"`               // owner
-	Gid           uint32    `protobuf:"varint,23,opt,name=gid,proto3" json:"gid,omitempty"`
-	BirthNs       int64     `protobuf:"varint,24,opt,name=birth_ns,json=birthNs,proto3" json:"birth_ns,omitempty"` // since 1970; files, where the file system knows it
-	Proxy         *Proxy    `protobuf:"bytes,25,opt,name=proxy,proto3" json:"proxy,omitempty"`                     // the source only stands in for another host's object
+	Kind          string         `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	Path          string         `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"`                       // empty: it has no name in a file system
+	Link          string         `protobuf:"bytes,4,opt,name=link,proto3" json:"link,omitempty"`                       // text of the link in /proc
+	Flags         uint32         `protobuf:"varint,5,opt,name=flags,proto3" json:"flags,omitempty"`                    // of F_GETFL
+	Offset        int64          `protobuf:"varint,6,opt,name=offset,proto3" json:"offset,omitempty"`                  // bytes
+	Mode          uint32         `protobuf:"varint,7,opt,name=mode,proto3" json:"mode,omitempty"`                      // st_mode
+	Size          uint64         `protobuf:"varint,8,opt,name=size,proto3" json:"size,omitempty"`                      // bytes; regular files
+	MtimeNs       int64          `protobuf:"varint,9,opt,name=mtime_ns,json=mtimeNs,proto3" json:"mtime_ns,omitempty"` // since 1970; what has a path
+	Dev           uint64         `protobuf:"varint,10,opt,name=dev,proto3" json:"dev,omitempty"`
+	Ino           uint64         `protobuf:"varint,11,opt,name=ino,proto3" json:"ino,omitempty"`
+	Rdev          uint64         `protobuf:"varint,12,opt,name=rdev,proto3" json:"rdev,omitempty"`                     // devices
+	BuildId       string         `protobuf:"bytes,13,opt,name=build_id,json=buildId,proto3" json:"build_id,omitempty"` // hex; ELF files that are mapped
+	Sha256        string         `protobuf:"bytes,14,opt,name=sha256,proto3" json:"sha256,omitempty"`                  // hex; regular files, if it was asked for
+	Queued        uint64         `protobuf:"varint,15,opt,name=queued,proto3" json:"queued,omitempty"`                 // bytes that wait in a pipe or fifo
+	Holders       []*Holder      `protobuf:"bytes,16,rep,name=holders,proto3" json:"holders,omitempty"`
+	Carry         string         `protobuf:"bytes,17,opt,name=carry,proto3" json:"carry,omitempty"`   // "image", "path", "external", "refused"
+	Reason        string         `protobuf:"bytes,18,opt,name=reason,proto3" json:"reason,omitempty"` // why it is refused
+	Hint          string         `protobuf:"bytes,19,opt,name=hint,proto3" json:"hint,omitempty"`
+	Declarable    bool           `protobuf:"varint,20,opt,name=declarable,proto3" json:"declarable,omitempty"` // refused, but not if it is declared external
+	Peer          string         `protobuf:"bytes,21,opt,name=peer,proto3" json:"peer,omitempty"`              // sockets: where the other end is, as far as it is known
+	Uid           uint32         `protobuf:"varint,22,opt,name=uid,proto3" json:"uid,omitempty"`               // owner
+	Gid           uint32         `protobuf:"varint,23,opt,name=gid,proto3" json:"gid,omitempty"`
+	BirthNs       int64          `protobuf:"varint,24,opt,name=birth_ns,json=birthNs,proto3" json:"birth_ns,omitempty"` // since 1970; files, where the file system knows it
+	Journal       *JournalStream `protobuf:"bytes,26,opt,name=journal,proto3" json:"journal,omitempty"`                 // a stream to journald
+	Proxy         *Proxy         `protobuf:"bytes,25,opt,name=proxy,proto3" json:"proxy,omitempty"`                     // the source only stands in for another host's object
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2098,11 +2099,112 @@ func (x *OpenObject) GetBirthNs() int64 {
 	return 0
 }
 
+func (x *OpenObject) GetJournal() *JournalStream {
+	if x != nil {
+		return x.Journal
+	}
+	return nil
+}
+
 func (x *OpenObject) GetProxy() *Proxy {
 	if x != nil {
 		return x.Proxy
 	}
 	return nil
+}
+
+// JournalStream is what a program told journald at the beginning of a stream
+// (sd_journal_stream_fd(3)).
+type JournalStream struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Identifier       string                 `protobuf:"bytes,1,opt,name=identifier,proto3" json:"identifier,omitempty"`
+	Unit             string                 `protobuf:"bytes,2,opt,name=unit,proto3" json:"unit,omitempty"`
+	Priority         uint32                 `protobuf:"varint,3,opt,name=priority,proto3" json:"priority,omitempty"`                          // of lines that do not say it; 0 to 7
+	LevelPrefix      bool                   `protobuf:"varint,4,opt,name=level_prefix,json=levelPrefix,proto3" json:"level_prefix,omitempty"` // lines may begin with <PRIORITY>
+	ForwardToSyslog  bool                   `protobuf:"varint,5,opt,name=forward_to_syslog,json=forwardToSyslog,proto3" json:"forward_to_syslog,omitempty"`
+	ForwardToKmsg    bool                   `protobuf:"varint,6,opt,name=forward_to_kmsg,json=forwardToKmsg,proto3" json:"forward_to_kmsg,omitempty"`
+	ForwardToConsole bool                   `protobuf:"varint,7,opt,name=forward_to_console,json=forwardToConsole,proto3" json:"forward_to_console,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *JournalStream) Reset() {
+	*x = JournalStream{}
+	mi := &file_godwit_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JournalStream) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JournalStream) ProtoMessage() {}
+
+func (x *JournalStream) ProtoReflect() protoreflect.Message {
+	mi := &file_godwit_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JournalStream.ProtoReflect.Descriptor instead.
+func (*JournalStream) Descriptor() ([]byte, []int) {
+	return file_godwit_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *JournalStream) GetIdentifier() string {
+	if x != nil {
+		return x.Identifier
+	}
+	return ""
+}
+
+func (x *JournalStream) GetUnit() string {
+	if x != nil {
+		return x.Unit
+	}
+	return ""
+}
+
+func (x *JournalStream) GetPriority() uint32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
+}
+
+func (x *JournalStream) GetLevelPrefix() bool {
+	if x != nil {
+		return x.LevelPrefix
+	}
+	return false
+}
+
+func (x *JournalStream) GetForwardToSyslog() bool {
+	if x != nil {
+		return x.ForwardToSyslog
+	}
+	return false
+}
+
+func (x *JournalStream) GetForwardToKmsg() bool {
+	if x != nil {
+		return x.ForwardToKmsg
+	}
+	return false
+}
+
+func (x *JournalStream) GetForwardToConsole() bool {
+	if x != nil {
+		return x.ForwardToConsole
+	}
+	return false
 }
 
 // Resolution says what becomes of one key at the destination.
@@ -2128,7 +2230,7 @@ type Resolution struct {
 
 func (x *Resolution) Reset() {
 	*x = Resolution{}
-	mi := &file_godwit_proto_msgTypes[21]
+	mi := &file_godwit_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2140,7 +2242,7 @@ func (x *Resolution) String() string {
 func (*Resolution) ProtoMessage() {}
 
 func (x *Resolution) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[21]
+	mi := &file_godwit_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2153,7 +2255,7 @@ func (x *Resolution) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resolution.ProtoReflect.Descriptor instead.
 func (*Resolution) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{21}
+	return file_godwit_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Resolution) GetKey() string {
@@ -2266,7 +2368,7 @@ type FileState struct {
 
 func (x *FileState) Reset() {
 	*x = FileState{}
-	mi := &file_godwit_proto_msgTypes[22]
+	mi := &file_godwit_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2278,7 +2380,7 @@ func (x *FileState) String() string {
 func (*FileState) ProtoMessage() {}
 
 func (x *FileState) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[22]
+	mi := &file_godwit_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2291,7 +2393,7 @@ func (x *FileState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileState.ProtoReflect.Descriptor instead.
 func (*FileState) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{22}
+	return file_godwit_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *FileState) GetSize() uint64 {
@@ -2332,7 +2434,7 @@ type ResolveRequest struct {
 
 func (x *ResolveRequest) Reset() {
 	*x = ResolveRequest{}
-	mi := &file_godwit_proto_msgTypes[23]
+	mi := &file_godwit_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2344,7 +2446,7 @@ func (x *ResolveRequest) String() string {
 func (*ResolveRequest) ProtoMessage() {}
 
 func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[23]
+	mi := &file_godwit_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2357,7 +2459,7 @@ func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveRequest.ProtoReflect.Descriptor instead.
 func (*ResolveRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{23}
+	return file_godwit_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ResolveRequest) GetProtocol() uint32 {
@@ -2421,7 +2523,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_godwit_proto_msgTypes[24]
+	mi := &file_godwit_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2433,7 +2535,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[24]
+	mi := &file_godwit_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2446,7 +2548,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{24}
+	return file_godwit_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Entry) GetText() string {
@@ -2482,7 +2584,7 @@ type Presence struct {
 
 func (x *Presence) Reset() {
 	*x = Presence{}
-	mi := &file_godwit_proto_msgTypes[25]
+	mi := &file_godwit_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2494,7 +2596,7 @@ func (x *Presence) String() string {
 func (*Presence) ProtoMessage() {}
 
 func (x *Presence) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[25]
+	mi := &file_godwit_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2507,7 +2609,7 @@ func (x *Presence) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Presence.ProtoReflect.Descriptor instead.
 func (*Presence) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{25}
+	return file_godwit_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Presence) GetPath() string {
@@ -2544,7 +2646,7 @@ type ResolveReply struct {
 
 func (x *ResolveReply) Reset() {
 	*x = ResolveReply{}
-	mi := &file_godwit_proto_msgTypes[26]
+	mi := &file_godwit_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2556,7 +2658,7 @@ func (x *ResolveReply) String() string {
 func (*ResolveReply) ProtoMessage() {}
 
 func (x *ResolveReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[26]
+	mi := &file_godwit_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2569,7 +2671,7 @@ func (x *ResolveReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveReply.ProtoReflect.Descriptor instead.
 func (*ResolveReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{26}
+	return file_godwit_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ResolveReply) GetResolutions() []*Resolution {
@@ -2625,7 +2727,7 @@ type PreflightRequest struct {
 
 func (x *PreflightRequest) Reset() {
 	*x = PreflightRequest{}
-	mi := &file_godwit_proto_msgTypes[27]
+	mi := &file_godwit_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2637,7 +2739,7 @@ func (x *PreflightRequest) String() string {
 func (*PreflightRequest) ProtoMessage() {}
 
 func (x *PreflightRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[27]
+	mi := &file_godwit_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2650,7 +2752,7 @@ func (x *PreflightRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreflightRequest.ProtoReflect.Descriptor instead.
 func (*PreflightRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{27}
+	return file_godwit_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *PreflightRequest) GetProtocol() uint32 {
@@ -2721,7 +2823,7 @@ type PreflightReply struct {
 
 func (x *PreflightReply) Reset() {
 	*x = PreflightReply{}
-	mi := &file_godwit_proto_msgTypes[28]
+	mi := &file_godwit_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2733,7 +2835,7 @@ func (x *PreflightReply) String() string {
 func (*PreflightReply) ProtoMessage() {}
 
 func (x *PreflightReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[28]
+	mi := &file_godwit_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2746,7 +2848,7 @@ func (x *PreflightReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreflightReply.ProtoReflect.Descriptor instead.
 func (*PreflightReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{28}
+	return file_godwit_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *PreflightReply) GetRequirements() *Requirements {
@@ -2791,7 +2893,7 @@ type PrepareRequest struct {
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_godwit_proto_msgTypes[29]
+	mi := &file_godwit_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2803,7 +2905,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[29]
+	mi := &file_godwit_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2816,7 +2918,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{29}
+	return file_godwit_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *PrepareRequest) GetProtocol() uint32 {
@@ -2871,7 +2973,7 @@ type PrepareReply struct {
 
 func (x *PrepareReply) Reset() {
 	*x = PrepareReply{}
-	mi := &file_godwit_proto_msgTypes[30]
+	mi := &file_godwit_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2883,7 +2985,7 @@ func (x *PrepareReply) String() string {
 func (*PrepareReply) ProtoMessage() {}
 
 func (x *PrepareReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[30]
+	mi := &file_godwit_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2896,7 +2998,7 @@ func (x *PrepareReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareReply.ProtoReflect.Descriptor instead.
 func (*PrepareReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{30}
+	return file_godwit_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *PrepareReply) GetStream() string {
@@ -2929,7 +3031,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_godwit_proto_msgTypes[31]
+	mi := &file_godwit_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2941,7 +3043,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[31]
+	mi := &file_godwit_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2954,7 +3056,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{31}
+	return file_godwit_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *StartRequest) GetProtocol() uint32 {
@@ -3022,7 +3124,7 @@ type StartReply struct {
 
 func (x *StartReply) Reset() {
 	*x = StartReply{}
-	mi := &file_godwit_proto_msgTypes[32]
+	mi := &file_godwit_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3034,7 +3136,7 @@ func (x *StartReply) String() string {
 func (*StartReply) ProtoMessage() {}
 
 func (x *StartReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[32]
+	mi := &file_godwit_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3047,7 +3149,7 @@ func (x *StartReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartReply.ProtoReflect.Descriptor instead.
 func (*StartReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{32}
+	return file_godwit_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *StartReply) GetError() *Error {
@@ -3067,7 +3169,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_godwit_proto_msgTypes[33]
+	mi := &file_godwit_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3079,7 +3181,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[33]
+	mi := &file_godwit_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3092,7 +3194,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{33}
+	return file_godwit_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -3118,7 +3220,7 @@ type AbortReply struct {
 
 func (x *AbortReply) Reset() {
 	*x = AbortReply{}
-	mi := &file_godwit_proto_msgTypes[34]
+	mi := &file_godwit_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3130,7 +3232,7 @@ func (x *AbortReply) String() string {
 func (*AbortReply) ProtoMessage() {}
 
 func (x *AbortReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[34]
+	mi := &file_godwit_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3143,7 +3245,7 @@ func (x *AbortReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortReply.ProtoReflect.Descriptor instead.
 func (*AbortReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{34}
+	return file_godwit_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AbortReply) GetError() *Error {
@@ -3186,7 +3288,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_godwit_proto_msgTypes[35]
+	mi := &file_godwit_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3198,7 +3300,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[35]
+	mi := &file_godwit_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3211,7 +3313,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{35}
+	return file_godwit_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Record) GetId() string {
@@ -3386,7 +3488,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_godwit_proto_msgTypes[36]
+	mi := &file_godwit_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3398,7 +3500,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[36]
+	mi := &file_godwit_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3411,7 +3513,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{36}
+	return file_godwit_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Step) GetState() State {
@@ -3458,7 +3560,7 @@ type Report struct {
 
 func (x *Report) Reset() {
 	*x = Report{}
-	mi := &file_godwit_proto_msgTypes[37]
+	mi := &file_godwit_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3470,7 +3572,7 @@ func (x *Report) String() string {
 func (*Report) ProtoMessage() {}
 
 func (x *Report) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[37]
+	mi := &file_godwit_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3483,7 +3585,7 @@ func (x *Report) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Report.ProtoReflect.Descriptor instead.
 func (*Report) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{37}
+	return file_godwit_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Report) GetFrozenUs() uint64 {
@@ -3595,7 +3697,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_godwit_proto_msgTypes[38]
+	mi := &file_godwit_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3607,7 +3709,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[38]
+	mi := &file_godwit_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3620,7 +3722,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{38}
+	return file_godwit_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Progress) GetId() string {
@@ -3704,7 +3806,7 @@ type Item struct {
 
 func (x *Item) Reset() {
 	*x = Item{}
-	mi := &file_godwit_proto_msgTypes[39]
+	mi := &file_godwit_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3716,7 +3818,7 @@ func (x *Item) String() string {
 func (*Item) ProtoMessage() {}
 
 func (x *Item) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[39]
+	mi := &file_godwit_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3729,7 +3831,7 @@ func (x *Item) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Item.ProtoReflect.Descriptor instead.
 func (*Item) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{39}
+	return file_godwit_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Item) GetItem() isItem_Item {
@@ -3830,7 +3932,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_godwit_proto_msgTypes[40]
+	mi := &file_godwit_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3842,7 +3944,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[40]
+	mi := &file_godwit_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3855,7 +3957,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{40}
+	return file_godwit_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Hello) GetProtocol() uint32 {
@@ -3898,7 +4000,7 @@ type ImageEntry struct {
 
 func (x *ImageEntry) Reset() {
 	*x = ImageEntry{}
-	mi := &file_godwit_proto_msgTypes[41]
+	mi := &file_godwit_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3910,7 +4012,7 @@ func (x *ImageEntry) String() string {
 func (*ImageEntry) ProtoMessage() {}
 
 func (x *ImageEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[41]
+	mi := &file_godwit_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3923,7 +4025,7 @@ func (x *ImageEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageEntry.ProtoReflect.Descriptor instead.
 func (*ImageEntry) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{41}
+	return file_godwit_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ImageEntry) GetFile() string {
@@ -3963,7 +4065,7 @@ type ImagesDone struct {
 
 func (x *ImagesDone) Reset() {
 	*x = ImagesDone{}
-	mi := &file_godwit_proto_msgTypes[42]
+	mi := &file_godwit_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3975,7 +4077,7 @@ func (x *ImagesDone) String() string {
 func (*ImagesDone) ProtoMessage() {}
 
 func (x *ImagesDone) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[42]
+	mi := &file_godwit_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3988,7 +4090,7 @@ func (x *ImagesDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagesDone.ProtoReflect.Descriptor instead.
 func (*ImagesDone) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{42}
+	return file_godwit_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ImagesDone) GetEntries() uint64 {
@@ -4009,7 +4111,7 @@ type StreamEnd struct {
 
 func (x *StreamEnd) Reset() {
 	*x = StreamEnd{}
-	mi := &file_godwit_proto_msgTypes[43]
+	mi := &file_godwit_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4021,7 +4123,7 @@ func (x *StreamEnd) String() string {
 func (*StreamEnd) ProtoMessage() {}
 
 func (x *StreamEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[43]
+	mi := &file_godwit_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4034,7 +4136,7 @@ func (x *StreamEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamEnd.ProtoReflect.Descriptor instead.
 func (*StreamEnd) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{43}
+	return file_godwit_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *StreamEnd) GetDataBytes() uint64 {
@@ -4207,7 +4309,7 @@ const file_godwit_proto_rawDesc = "" +
 	"\x04comm\x18\x02 \x01(\tR\x04comm\x12\x10\n" +
 	"\x03fds\x18\x03 \x03(\x05R\x03fds\x12\x14\n" +
 	"\x05roles\x18\x04 \x03(\tR\x05roles\x12\x1b\n" +
-	"\tinner_pid\x18\x05 \x01(\x05R\binnerPid\"\xe2\x04\n" +
+	"\tinner_pid\x18\x05 \x01(\x05R\binnerPid\"\x9b\x05\n" +
 	"\n" +
 	"OpenObject\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
@@ -4236,8 +4338,19 @@ const file_godwit_proto_rawDesc = "" +
 	"\x04peer\x18\x15 \x01(\tR\x04peer\x12\x10\n" +
 	"\x03uid\x18\x16 \x01(\rR\x03uid\x12\x10\n" +
 	"\x03gid\x18\x17 \x01(\rR\x03gid\x12\x19\n" +
-	"\bbirth_ns\x18\x18 \x01(\x03R\abirthNs\x12+\n" +
-	"\x05proxy\x18\x19 \x01(\v2\x15.godwit.wire.v1.ProxyR\x05proxy\"\xa6\x03\n" +
+	"\bbirth_ns\x18\x18 \x01(\x03R\abirthNs\x127\n" +
+	"\ajournal\x18\x1a \x01(\v2\x1d.godwit.wire.v1.JournalStreamR\ajournal\x12+\n" +
+	"\x05proxy\x18\x19 \x01(\v2\x15.godwit.wire.v1.ProxyR\x05proxy\"\x84\x02\n" +
+	"\rJournalStream\x12\x1e\n" +
+	"\n" +
+	"identifier\x18\x01 \x01(\tR\n" +
+	"identifier\x12\x12\n" +
+	"\x04unit\x18\x02 \x01(\tR\x04unit\x12\x1a\n" +
+	"\bpriority\x18\x03 \x01(\rR\bpriority\x12!\n" +
+	"\flevel_prefix\x18\x04 \x01(\bR\vlevelPrefix\x12*\n" +
+	"\x11forward_to_syslog\x18\x05 \x01(\bR\x0fforwardToSyslog\x12&\n" +
+	"\x0fforward_to_kmsg\x18\x06 \x01(\bR\rforwardToKmsg\x12,\n" +
+	"\x12forward_to_console\x18\a \x01(\bR\x10forwardToConsole\"\xa6\x03\n" +
 	"\n" +
 	"Resolution\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x1a\n" +
@@ -4454,7 +4567,7 @@ func file_godwit_proto_rawDescGZIP() []byte {
 }
 
 var file_godwit_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
+var file_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
 var file_godwit_proto_goTypes = []any{
 	(Code)(0),                // 0: godwit.wire.v1.Code
 	(State)(0),               // 1: godwit.wire.v1.State
@@ -4480,29 +4593,30 @@ var file_godwit_proto_goTypes = []any{
 	(*ProxyState)(nil),       // 21: godwit.wire.v1.ProxyState
 	(*Holder)(nil),           // 22: godwit.wire.v1.Holder
 	(*OpenObject)(nil),       // 23: godwit.wire.v1.OpenObject
-	(*Resolution)(nil),       // 24: godwit.wire.v1.Resolution
-	(*FileState)(nil),        // 25: godwit.wire.v1.FileState
-	(*ResolveRequest)(nil),   // 26: godwit.wire.v1.ResolveRequest
-	(*Entry)(nil),            // 27: godwit.wire.v1.Entry
-	(*Presence)(nil),         // 28: godwit.wire.v1.Presence
-	(*ResolveReply)(nil),     // 29: godwit.wire.v1.ResolveReply
-	(*PreflightRequest)(nil), // 30: godwit.wire.v1.PreflightRequest
-	(*PreflightReply)(nil),   // 31: godwit.wire.v1.PreflightReply
-	(*PrepareRequest)(nil),   // 32: godwit.wire.v1.PrepareRequest
-	(*PrepareReply)(nil),     // 33: godwit.wire.v1.PrepareReply
-	(*StartRequest)(nil),     // 34: godwit.wire.v1.StartRequest
-	(*StartReply)(nil),       // 35: godwit.wire.v1.StartReply
-	(*AbortRequest)(nil),     // 36: godwit.wire.v1.AbortRequest
-	(*AbortReply)(nil),       // 37: godwit.wire.v1.AbortReply
-	(*Record)(nil),           // 38: godwit.wire.v1.Record
-	(*Step)(nil),             // 39: godwit.wire.v1.Step
-	(*Report)(nil),           // 40: godwit.wire.v1.Report
-	(*Progress)(nil),         // 41: godwit.wire.v1.Progress
-	(*Item)(nil),             // 42: godwit.wire.v1.Item
-	(*Hello)(nil),            // 43: godwit.wire.v1.Hello
-	(*ImageEntry)(nil),       // 44: godwit.wire.v1.ImageEntry
-	(*ImagesDone)(nil),       // 45: godwit.wire.v1.ImagesDone
-	(*StreamEnd)(nil),        // 46: godwit.wire.v1.StreamEnd
+	(*JournalStream)(nil),    // 24: godwit.wire.v1.JournalStream
+	(*Resolution)(nil),       // 25: godwit.wire.v1.Resolution
+	(*FileState)(nil),        // 26: godwit.wire.v1.FileState
+	(*ResolveRequest)(nil),   // 27: godwit.wire.v1.ResolveRequest
+	(*Entry)(nil),            // 28: godwit.wire.v1.Entry
+	(*Presence)(nil),         // 29: godwit.wire.v1.Presence
+	(*ResolveReply)(nil),     // 30: godwit.wire.v1.ResolveReply
+	(*PreflightRequest)(nil), // 31: godwit.wire.v1.PreflightRequest
+	(*PreflightReply)(nil),   // 32: godwit.wire.v1.PreflightReply
+	(*PrepareRequest)(nil),   // 33: godwit.wire.v1.PrepareRequest
+	(*PrepareReply)(nil),     // 34: godwit.wire.v1.PrepareReply
+	(*StartRequest)(nil),     // 35: godwit.wire.v1.StartRequest
+	(*StartReply)(nil),       // 36: godwit.wire.v1.StartReply
+	(*AbortRequest)(nil),     // 37: godwit.wire.v1.AbortRequest
+	(*AbortReply)(nil),       // 38: godwit.wire.v1.AbortReply
+	(*Record)(nil),           // 39: godwit.wire.v1.Record
+	(*Step)(nil),             // 40: godwit.wire.v1.Step
+	(*Report)(nil),           // 41: godwit.wire.v1.Report
+	(*Progress)(nil),         // 42: godwit.wire.v1.Progress
+	(*Item)(nil),             // 43: godwit.wire.v1.Item
+	(*Hello)(nil),            // 44: godwit.wire.v1.Hello
+	(*ImageEntry)(nil),       // 45: godwit.wire.v1.ImageEntry
+	(*ImagesDone)(nil),       // 46: godwit.wire.v1.ImagesDone
+	(*StreamEnd)(nil),        // 47: godwit.wire.v1.StreamEnd
 }
 var file_godwit_proto_depIdxs = []int32{
 	3,  // 0: godwit.wire.v1.Problem.object:type_name -> godwit.wire.v1.Object
@@ -4521,52 +4635,53 @@ var file_godwit_proto_depIdxs = []int32{
 	18, // 13: godwit.wire.v1.MigrateOptions.inherit:type_name -> godwit.wire.v1.Inherit
 	20, // 14: godwit.wire.v1.MigrateOptions.proxied:type_name -> godwit.wire.v1.Proxy
 	22, // 15: godwit.wire.v1.OpenObject.holders:type_name -> godwit.wire.v1.Holder
-	20, // 16: godwit.wire.v1.OpenObject.proxy:type_name -> godwit.wire.v1.Proxy
-	23, // 17: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
-	20, // 18: godwit.wire.v1.Resolution.proxy:type_name -> godwit.wire.v1.Proxy
-	25, // 19: godwit.wire.v1.Resolution.have:type_name -> godwit.wire.v1.FileState
-	23, // 20: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
-	19, // 21: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	17, // 22: godwit.wire.v1.ResolveRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	24, // 23: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
-	4,  // 24: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
-	27, // 25: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
-	28, // 26: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
-	5,  // 27: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
-	19, // 28: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	24, // 29: godwit.wire.v1.PreflightRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	17, // 30: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
-	10, // 31: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
-	5,  // 32: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
-	23, // 33: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
-	17, // 34: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	19, // 35: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	24, // 36: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	5,  // 37: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
-	19, // 38: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	24, // 39: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	27, // 40: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
-	5,  // 41: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
-	5,  // 42: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
-	1,  // 43: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
-	2,  // 44: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
-	19, // 45: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
-	5,  // 46: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
-	39, // 47: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
-	40, // 48: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
-	40, // 49: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
-	1,  // 50: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
-	1,  // 51: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
-	43, // 52: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
-	44, // 53: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
-	45, // 54: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
-	46, // 55: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
-	5,  // 56: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
-	57, // [57:57] is the sub-list for method output_type
-	57, // [57:57] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	24, // 16: godwit.wire.v1.OpenObject.journal:type_name -> godwit.wire.v1.JournalStream
+	20, // 17: godwit.wire.v1.OpenObject.proxy:type_name -> godwit.wire.v1.Proxy
+	23, // 18: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
+	20, // 19: godwit.wire.v1.Resolution.proxy:type_name -> godwit.wire.v1.Proxy
+	26, // 20: godwit.wire.v1.Resolution.have:type_name -> godwit.wire.v1.FileState
+	23, // 21: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
+	19, // 22: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	17, // 23: godwit.wire.v1.ResolveRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	25, // 24: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
+	4,  // 25: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
+	28, // 26: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
+	29, // 27: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
+	5,  // 28: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
+	19, // 29: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	25, // 30: godwit.wire.v1.PreflightRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	17, // 31: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
+	10, // 32: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
+	5,  // 33: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
+	23, // 34: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
+	17, // 35: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	19, // 36: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	25, // 37: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	5,  // 38: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
+	19, // 39: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	25, // 40: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	28, // 41: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
+	5,  // 42: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
+	5,  // 43: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
+	1,  // 44: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
+	2,  // 45: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
+	19, // 46: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
+	5,  // 47: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
+	40, // 48: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
+	41, // 49: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
+	41, // 50: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
+	1,  // 51: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
+	1,  // 52: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
+	44, // 53: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
+	45, // 54: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
+	46, // 55: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
+	47, // 56: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
+	5,  // 57: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
+	58, // [58:58] is the sub-list for method output_type
+	58, // [58:58] is the sub-list for method input_type
+	58, // [58:58] is the sub-list for extension type_name
+	58, // [58:58] is the sub-list for extension extendee
+	0,  // [0:58] is the sub-list for field type_name
 }
 
 func init() { file_godwit_proto_init() }
@@ -4574,7 +4689,7 @@ func file_godwit_proto_init() {
 	if File_godwit_proto != nil {
 		return
 	}
-	file_godwit_proto_msgTypes[39].OneofWrappers = []any{
+	file_godwit_proto_msgTypes[40].OneofWrappers = []any{
 		(*Item_Hello)(nil),
 		(*Item_Entry)(nil),
 		(*Item_Facts)(nil),
@@ -4587,7 +4702,7 @@ func file_godwit_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_godwit_proto_rawDesc), len(file_godwit_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   44,
+			NumMessages:   45,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -133,6 +133,7 @@ type object struct {
 	word         string // label
 	queued       uint64 // bytes in a pipe or fifo
 	peer         string // of a socket, for plans
+	peerIno      uint64 // of a unix socket whose other end is outside the tree
 	birth        int64  // ns, of what has a key, for plans; 0: not known
 	sha256       string // for plans, if it was asked for
 	ext          bool

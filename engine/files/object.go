@@ -166,7 +166,7 @@ func (d *Dumper) Objects() []plan.Object {
 func (o *object) object() plan.Object {
 	p := plan.Object{
 		Key: o.externalKey(), Kind: o.word, Link: o.link, Flags: uint32(o.flags), Offset: o.info.Pos, Mode: o.mode(), UID: o.stat.Uid, GID: o.stat.Gid,
-		Dev: uint64(o.stat.Dev), Ino: o.stat.Ino, Rdev: uint64(o.stat.Rdev), Queued: o.queued, Peer: o.peer,
+		Dev: uint64(o.stat.Dev), Ino: o.stat.Ino, Rdev: uint64(o.stat.Rdev), Queued: o.queued, Peer: o.peer, PeerIno: o.peerIno,
 		Holders: o.listHolders(), Reason: o.reason, Hint: o.hint, Declarable: o.declarable,
 	}
 	if p.Kind == "" { // it was gone before it could be looked at

@@ -342,6 +342,10 @@ func (t *unixTree) queue(o *object, st *unixState) error {
 // outer sees to a socket whose peer is outside the tree.
 func (t *unixTree) outer(o *object, st *unixState) error {
 	d, u, e := t.d, &st.diag, st.e
+	o.peerIno = uint64(u.peer)
+	if p, err := readUnixDiag(u.peer); err == nil {
+		o.peer = unixText(p.name)
+	}
 	if _, ok := d.apart[uint32(o.stat.Ino)]; !ok {
 		_, ok = d.apart[u.peer]
 		if !ok {
@@ -354,6 +358,14 @@ func (t *unixTree) outer(o *object, st *unixState) error {
 	return t.queue(o, st)
 }
 
+// unixText is a name as people write it: a path without NUL behind it.
+func unixText(name string) string {
+	if name != "" && name[0] != 0 {
+		return strings.TrimRight(name, "\x00")
+	}
+	return name
+}
+
 // named carries a datagram socket that is connected to a named one outside the
 // tree, if that is asked for: it is connected to that name again.
 func (t *unixTree) named(o *object, st *unixState) error {
@@ -362,11 +374,7 @@ func (t *unixTree) named(o *object, st *unixState) error {
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return err
 	}
-	name := p.name
-	if name != "" && name[0] != 0 {
-		name = strings.TrimRight(name, "\x00")
-	}
-	o.peer = name
+	name := unixText(p.name)
 	reachable := err == nil && isDgram(uint32(u.typ)) && name != "" && (name[0] == 0 || name[0] == '/')
 	switch {
 	case reachable && p.hasPeer:

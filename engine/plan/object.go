@@ -34,6 +34,7 @@ type Object struct {
 	SHA256  string   `json:"sha256,omitempty"`   // hexadecimal; regular files, if it was asked for
 	Queued  uint64   `json:"queued,omitempty"`   // bytes in a pipe or fifo
 	Peer    string   `json:"peer,omitempty"`     // of a socket: name or address of the other end
+	PeerIno uint64   `json:"-"`                  // of a unix socket: of the other end, outside the tree
 	Holders []Holder `json:"holders"`
 	Carry   string   `json:"carry"`
 	Reason  string   `json:"reason,omitempty"` // why it is refused
