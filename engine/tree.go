@@ -213,11 +213,12 @@ type frozen struct {
 	pid     int
 	timeout time.Duration
 
-	segments []int              // System V shared memory that was dumped
-	sockets  []files.SocketFile // of the dumped tree
-	moved    []files.Moved      // of the dumped tree
-	conns    *files.Connections // of the dumped tree
-	links    *files.Links       // names that the dump made
+	segments []int                 // System V shared memory that was dumped
+	sockets  []files.SocketFile    // of the dumped tree
+	moved    []files.Moved         // of the dumped tree
+	conns    *files.Connections    // of the dumped tree
+	links    *files.Links          // names that the dump made
+	lost     files.LostConnections // by a dump, if the tree runs on
 }
 
 // Pids implements Tree.
@@ -248,7 +249,7 @@ func (f *frozen) Dump(ctx context.Context, sink image.Sink) (DumpStats, error) {
 			}
 			continue
 		}
-		f.conns, f.links = s.Connections, s.Links
+		f.conns, f.links, f.lost = s.Connections, s.Links, s.Accepted
 		if err == nil {
 			f.segments, f.sockets, f.moved = s.Segments, s.Sockets, s.Moved
 		}
@@ -278,7 +279,14 @@ func (f *frozen) Hold() ([]Held, error) { return f.t.Hold() }
 
 func (f *frozen) Thaw() error {
 	defer f.conns.Close()
+	f.tellLost()
 	return errors.Join(f.endLinks(), f.t.Thaw())
+}
+
+func (f *frozen) tellLost() {
+	if f.lost > 0 {
+		f.e.log.Error("the tree runs on without what a dump took from it", "pid", f.pid, "error", f.lost)
+	}
 }
 
 // endLinks ends the names of a tree that runs on.
@@ -292,6 +300,7 @@ func (f *frozen) endLinks() error {
 
 func (f *frozen) ThawStopped() error {
 	defer f.conns.Close()
+	f.tellLost()
 	return errors.Join(f.endLinks(), f.t.ThawStopped())
 }
 

@@ -46,6 +46,8 @@ type Stats struct {
 	// Links are the names that were made for files without one; the caller
 	// removes or leaves them.
 	Links *files.Links
+	// Accepted are the connections that the tree lacks if it runs on after all.
+	Accepted files.LostConnections
 }
 
 // imgVersion is CRIU's CRTOOLS_IMAGES_V1_1: images with two magics.
@@ -149,6 +151,7 @@ func dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 	}
 	st.Connections = c.files.TakeConnections()
 	st.Links = c.files.TakeLinks()
+	st.Accepted = c.files.TakeAccepted()
 	return st, nil
 }
 

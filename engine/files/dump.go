@@ -238,22 +238,23 @@ type Dumper struct {
 	wantedTTYs map[string]bool // keys of Options.External; true: found
 	proxies    map[string]bool // keys of Options.Proxied; true: found
 
-	hashes  map[inodeID]string  // for plans
-	mntns   map[int]bool        // pid → lives in another mount namespace
-	root    func(string) string // where paths of the tree are found; nil: by mntns
-	others  *outsiders
-	holders map[inodeID]outsider // of shared memory with a name
-	netns   inodeID
-	fresh   map[sockType][][]byte // options of new sockets
-	joined  *[]procfs.MulticastGroup
-	packets map[uint32]packetDiag // by inode
-	waiting int                   // bytes of datagrams that travel
-	forgot  bool                  // notes of processes that have ended (peeked.go)
-	data    []Data
-	buf     []byte // for what is queued in sockets
-	refusal refuse.Refusal
-	lastID  uint32
-	done    bool
+	hashes   map[inodeID]string  // for plans
+	mntns    map[int]bool        // pid → lives in another mount namespace
+	root     func(string) string // where paths of the tree are found; nil: by mntns
+	others   *outsiders
+	holders  map[inodeID]outsider // of shared memory with a name
+	netns    inodeID
+	fresh    map[sockType][][]byte // options of new sockets
+	joined   *[]procfs.MulticastGroup
+	packets  map[uint32]packetDiag // by inode
+	waiting  int                   // bytes of datagrams that travel
+	accepted LostConnections       // that the tree lacks if it runs on
+	forgot   bool                  // notes of processes that have ended (peeked.go)
+	data     []Data
+	buf      []byte // for what is queued in sockets
+	refusal  refuse.Refusal
+	lastID   uint32
+	done     bool
 }
 
 // fdSlot is one descriptor of a table.
@@ -897,6 +898,9 @@ func (d *Dumper) Close() error {
 	}
 	d.TakeConnections().Close()
 	errs := []error{d.links.Remove()}
+	if n := d.TakeAccepted(); n > 0 {
+		errs = append(errs, n)
+	}
 	for _, x := range d.data {
 		if x.File != nil {
 			errs = append(errs, x.File.Close())

@@ -202,6 +202,7 @@ func dumpAll(t *testing.T, o Options, cs ...*child) *dumped {
 		t.Fatal(err)
 	}
 	out.problems = d.Refusal()
+	_ = d.TakeAccepted()
 	for _, x := range d.Data() {
 		b, err := io.ReadAll(io.NewSectionReader(x.File, 0, x.Size))
 		if err != nil {

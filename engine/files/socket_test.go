@@ -11,6 +11,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"godwit/engine/image"
 )
 
 func usock(typ int) int { return must1(unix.Socket(unix.AF_UNIX, typ, 0)) }
@@ -494,6 +496,23 @@ func TestUnixPendingKept(t *testing.T) {
 		if waits := len(u.pending) > 0; waits != bad {
 			t.Errorf("with another problem %v: the connection still waits: %v", bad, waits)
 		}
+	}
+}
+
+// A dump that fails after it has accepted what waited says what is lost by that.
+func TestUnixPendingLost(t *testing.T) {
+	c := start(t, "unix-pending")
+	full := errors.New("the disk is full")
+	d := NewDumper(nil, Options{Ends: true}, func(image.Entry) error { return full })
+	c.stop()
+	if err := d.AddProcess(c.proc(1)); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Finish(); !errors.Is(err, full) {
+		t.Errorf("the dump ended with %v, want %v", err, full)
+	}
+	if n, ok := errors.AsType[LostConnections](d.Close()); !ok || n != 1 {
+		t.Errorf("%d connections are told to be lost, want 1", n)
 	}
 }
 

@@ -272,8 +272,25 @@ func (d *Dumper) takePending(o *object) error {
 			return err
 		}
 		d.flights[x] = &flight{listener: o}
+		d.accepted++
 	}
 	return nil
+}
+
+// TakeAccepted gives the number of connections that were accepted for their data,
+// and which the tree lacks if it runs on after all.
+func (d *Dumper) TakeAccepted() LostConnections {
+	n := d.accepted
+	d.accepted = 0
+	return n
+}
+
+// LostConnections is how many connections waited to be accepted and are lost: no
+// socket can be put back where it waited.
+type LostConnections int
+
+func (n LostConnections) Error() string {
+	return fmt.Sprintf("connections of unix sockets that waited to be accepted, %d of them, were accepted for what was in them, and are lost to the tree, which runs on: their clients find them closed", int(n))
 }
 
 // RunsOn says that the tree is refused for other reasons, so that it will run on.
