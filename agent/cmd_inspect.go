@@ -6,13 +6,16 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/jedib0t/go-pretty/v6/table"
 	"github.com/spf13/cobra"
 
+	"godwit/configs/external"
 	"godwit/engine"
+	"godwit/engine/plan"
 	"godwit/wire"
 )
 
@@ -28,7 +31,10 @@ func cmdInspect() *cobra.Command {
 		Use:   "inspect -t PID",
 		Short: "Show what a running process tree holds and whether it can be dumped",
 		Long: `Looks at the tree of PID as a dump would, without touching it, and prints its
-processes, files, external files and ports.
+processes, every object that it has open, maps, runs or stands on, with who holds
+it, its key, its flags, its offset and how it is carried (in the image, by its path,
+external, or refused and why), and what a destination must have: files, external
+files and free ports.
 
 Exit codes: 0 it can be dumped; 1 failed; 2 usage; 4 it cannot be dumped, the
 list of what stands in the way is on stderr.`,
@@ -47,22 +53,25 @@ list of what stands in the way is on stderr.`,
 	}
 	fs := cmd.Flags()
 	fs.IntVarP(&f.tree, "tree", "t", 0, "pid of the tree's root")
-	fs.StringArrayVar(&f.external, "external", nil, "take this file as external: file[mnt_id:inode]; may be repeated")
+	fs.StringArrayVar(&f.external, "external", nil, "take this file as external: file[mnt_id:inode], tty[rdev:dev], pipe[inode], unix[inode]; may be repeated")
 	fs.StringVar(&f.output, "output", "text", "text or json")
 	return cmd
 }
 
 func runInspect(ctx context.Context, eng Engine, f inspectFlags, out io.Writer) error {
-	p, err := eng.Plan(ctx, f.tree, engine.DumpOptions{External: f.external, FileLocks: true, ExtUnixSk: true, TCPEstablished: true})
-	if err != nil {
-		return refusedExit(err)
+	p, refusal := eng.Plan(ctx, f.tree, engine.DumpOptions{External: f.external, FileLocks: true, ExtUnixSk: true, TCPEstablished: true})
+	if refusal != nil {
+		refusal = refusedExit(refusal)
+	}
+	if p == nil {
+		return refusal
 	}
 	if f.output == "json" {
 		enc := json.NewEncoder(out)
 		enc.SetIndent("", "  ")
-		return enc.Encode(p)
+		return errors.Join(refusal, enc.Encode(p))
 	}
-	return printPlan(out, p)
+	return errors.Join(refusal, printPlan(out, p))
 }
 
 // refusedExit gives a refusal its exit code; its text has the whole list.
@@ -93,6 +102,19 @@ func printPlan(out io.Writer, p *engine.Plan) error {
 		rows = append(rows, table.Row{t.Pid, t.VPid, t.PPid, len(t.VTids), sizeText(t.RSS), t.Comm})
 	}
 	section("Processes", table.Row{"pid", "inner pid", "parent", "threads", "memory", "command"}, rows)
+	rows = nil
+	for _, o := range p.Objects {
+		name := o.Path
+		if name == "" {
+			name = o.Link
+		}
+		how := o.Carry
+		if o.Reason != "" {
+			how += ": " + o.Reason
+		}
+		rows = append(rows, table.Row{objectHolders(o.Holders), o.Kind, o.Key, fmt.Sprintf("%#o", o.Flags), o.Offset, how, name})
+	}
+	section("Open, mapped or stood on", table.Row{"held by", "kind", "key", "flags", "offset", "carried", "object"}, rows)
 	rows = nil
 	for _, f := range p.Files {
 		rows = append(rows, table.Row{f.Kind, fileUse(f.Mapped, f.Writable, f.Create), sizeText(f.Size), holders(f.Pids), f.Path})
@@ -127,6 +149,28 @@ func fileUse(mapped, writable, create bool) string {
 		return "read"
 	}
 	return strings.Join(use, ", ")
+}
+
+// objectHolders lists pids with their descriptors and other roles, shortened.
+func objectHolders(hs []plan.Holder) string {
+	var out []string
+	for i, h := range hs {
+		if i == 3 {
+			out = append(out, fmt.Sprintf("and %d more", len(hs)-i))
+			break
+		}
+		s := fmt.Sprint(h.Pid)
+		for _, n := range h.FDs[:min(len(h.FDs), 4)] {
+			s += fmt.Sprintf(" %d", n)
+		}
+		for _, r := range h.Roles {
+			if !slices.Contains(external.Roles, r) {
+				s += " " + r
+			}
+		}
+		out = append(out, s)
+	}
+	return strings.Join(out, ", ")
 }
 
 // holders lists pids, shortened.

@@ -188,7 +188,11 @@ func Handle[Req, Resp proto.Message](s *Service, method string, fn func(context.
 			defer func() { <-slots }()
 			s.answer(r, method, newOf[Resp](), func(ctx context.Context) (proto.Message, error) {
 				req := newOf[Req]()
-				if err := proto.Unmarshal(r.Data(), req); err != nil {
+				body, err := unpack(r.Data(), r.Headers().Get(encodingHeader))
+				if err == nil {
+					err = proto.Unmarshal(body, req)
+				}
+				if err != nil {
 					return nil, wire.Errorf(wire.Code_CODE_INVALID, "read the request %s: %w", method, err)
 				}
 				resp, err := fn(ctx, req)
@@ -226,6 +230,7 @@ func (s *Service) answer(r micro.Request, method string, empty proto.Message, fn
 		s.setError(resp, wire.ErrorOf(err))
 	}
 	out, merr := proto.Marshal(resp)
+	out, encoding := pack(out, s.nc.MaxPayload())
 	if limit := s.nc.MaxPayload(); merr == nil && int64(len(out)) > limit {
 		merr = fmt.Errorf("the reply has %d bytes, the bus allows %d", len(out), limit)
 	}
@@ -236,8 +241,13 @@ func (s *Service) answer(r micro.Request, method string, empty proto.Message, fn
 		if out, merr = proto.Marshal(resp); merr != nil {
 			return
 		}
+		encoding = ""
 	}
-	if rerr := r.Respond(out); rerr != nil {
+	var opts []micro.RespondOpt
+	if encoding != "" {
+		opts = append(opts, micro.WithHeaders(micro.Headers{encodingHeader: {encoding}}))
+	}
+	if rerr := r.Respond(out, opts...); rerr != nil {
 		s.log.Warn("reply lost", "method", method, "error", rerr)
 	}
 	s.log.Debug("call answered", "method", method, "duration_ms", time.Since(start).Milliseconds(), "error", err)
@@ -323,7 +333,11 @@ func Call[Req, Resp proto.Message](ctx context.Context, nc *nats.Conn, host, met
 		return none, err
 	}
 	resp := newOf[Resp]()
-	if err := proto.Unmarshal(msg.Data, resp); err != nil {
+	data, err := unpack(msg.Data, msg.Header.Get(encodingHeader))
+	if err == nil {
+		err = proto.Unmarshal(data, resp)
+	}
+	if err != nil {
 		return none, wire.Errorf(wire.Code_CODE_INTERNAL, "call %s of agent %s: read the reply: %w", method, host, err)
 	}
 	if f := errorField(resp); f != nil && resp.ProtoReflect().Has(f) {
@@ -341,7 +355,10 @@ func Call[Req, Resp proto.Message](ctx context.Context, nc *nats.Conn, host, met
 func request(ctx context.Context, nc *nats.Conn, subject string, body []byte) (*nats.Msg, error) {
 	for {
 		msg := nats.NewMsg(subject)
-		msg.Data = body
+		var encoding string
+		if msg.Data, encoding = pack(body, nc.MaxPayload()); encoding != "" {
+			msg.Header.Set(encodingHeader, encoding)
+		}
 		if deadline, ok := ctx.Deadline(); ok {
 			msg.Header.Set(timeoutHeader, strconv.FormatInt(max(time.Until(deadline).Milliseconds(), 1), 10))
 		}

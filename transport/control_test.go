@@ -2,6 +2,8 @@ package transport
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -12,6 +14,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/nats-io/nats.go"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 
 	"godwit/transport/bus"
@@ -154,8 +157,12 @@ func TestCalls(t *testing.T) {
 		return nil, nil
 	})
 	handle("big", func(context.Context, *wire.PsRequest) (*wire.PsReply, error) {
-		return &wire.PsReply{Processes: []*wire.Process{{Command: strings.Repeat("x", 2<<20)}}}, nil
+		noise := make([]byte, 2<<20)
+		_, _ = rand.Read(noise) // never fails
+		return &wire.PsReply{Processes: []*wire.Process{{Command: hex.EncodeToString(noise)}}}, nil
 	})
+	long := &wire.PsReply{Processes: []*wire.Process{{Command: strings.Repeat("x", 2<<20)}}}
+	handle("long", func(context.Context, *wire.PsRequest) (*wire.PsReply, error) { return proto.CloneOf(long), nil })
 	tests := []struct {
 		name, host, method string
 		want               *wire.PsReply
@@ -169,6 +176,7 @@ func TestCalls(t *testing.T) {
 		{"panic", "alpha", "panic", nil, wire.Code_CODE_INTERNAL, nil, "alpha: the agent's handler of panic broke: broken"},
 		{"nil reply", "alpha", "nothing", &wire.PsReply{}, 0, nil, ""},
 		{"timeout", "alpha", "wait", nil, wire.Code_CODE_UNAVAILABLE, ErrNoAnswer, "agent alpha gave no answer in time to wait"},
+		{"reply that is packed", "alpha", "long", long, 0, nil, ""},
 		{"reply too big", "alpha", "big", nil, wire.Code_CODE_INTERNAL, nil, "the bus allows 1048576"},
 		{"no agent", "beta", "ps", nil, wire.Code_CODE_UNAVAILABLE, ErrNoAgent, "agent beta does not answer: is it running and connected to the bus?"},
 		{"bad host", "be.ta", "ps", nil, wire.Code_CODE_INVALID, nil, "be.ta"},
