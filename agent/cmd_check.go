@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"github.com/jedib0t/go-pretty/v6/table"
@@ -35,6 +36,10 @@ list; 2 usage.`,
 				return err
 			}
 			probes := engine.Probe()
+			if slices.Contains(f.features, "list") {
+				_, err := io.WriteString(cmd.OutOrStdout(), strings.Join(featureNames(probes), "\n")+"\n")
+				return err
+			}
 			if len(f.features) > 0 {
 				err := askFeatures(f.features, probes)
 				if err == nil && output == "text" {
@@ -47,7 +52,7 @@ list; 2 usage.`,
 	}
 	fs := cmd.Flags()
 	fs.StringVar(&output, "output", "text", "text or json")
-	fs.StringArrayVar(&f.features, "feature", nil, "only whether this is there; may be repeated")
+	fs.StringArrayVar(&f.features, "feature", nil, "only whether this is there; may be repeated; list prints all names")
 	fs.BoolVar(&f.all, "all", false, "fail if anything is missing, not only what all trees need")
 	fs.BoolVar(&f.extra, "extra", false, "the same as --all: nothing experimental is used")
 	foreignFlags(fs, "experimental", "ms")

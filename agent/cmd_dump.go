@@ -108,6 +108,9 @@ func (f *localFlags) run(cmd *cobra.Command, do func(hclog.Logger) error) error 
 	if err := f.needRights(cmd.Name()); err != nil {
 		return localError(err)
 	}
+	if err := f.closeHanded(); err != nil {
+		return localError(err)
+	}
 	log, closeLog, err := f.logger(cmd.ErrOrStderr())
 	if err != nil {
 		return localError(err)

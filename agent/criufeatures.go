@@ -21,11 +21,22 @@ var criuFeatures = map[string]string{
 	"tcp_half_closed":       "TCP_REPAIR",
 	"get_rseq_conf":         "clone3_set_tid", // that probe reads one
 
-	"aio_remap": "", "apparmor_stacking": "", "autofs": "", "breakpoints": "", "can_map_vdso": "", "cgroupns": "", "compat_cr": "",
-	"external_net_ns": "", "has_ipt_legacy": "", "ipv6_freebind": "", "link_nsid": "", "loginuid": "",
-	"mem_dirty_track": "", "membarrier_get_registrations": "", "move_mount_set_group": "", "net_diag_raw": "", "newifindex": "",
-	"network_lock_iptables": "", "nsid": "", "openat2": "", "overlayfs_maps": "",
-	"pidfd_store": "", "seccomp_filters": "", "sk_ns": "", "sk_unix_file": "", "timens": "", "tun": "",
+	"seccomp_filters": "seccomp_filters",
+	"timens":          "time_namespaces",
+	"openat2":         "openat2",
+	"sk_ns":           "SIOCGSKNS",
+	"tun":             "tun",
+	"aio_remap":       "aio",
+	"loginuid":        "loginuid",
+
+	"membarrier_get_registrations": "membarrier_get_registrations",
+	"network_lock_iptables":        "nftables", // whose rules are the same
+
+	"apparmor_stacking": "", "autofs": "", "breakpoints": "", "can_map_vdso": "", "cgroupns": "", "compat_cr": "",
+	"external_net_ns": "", "has_ipt_legacy": "", "ipv6_freebind": "", "link_nsid": "",
+	"mem_dirty_track": "", "move_mount_set_group": "", "net_diag_raw": "", "newifindex": "",
+	"nsid": "", "overlayfs_maps": "",
+	"pidfd_store": "", "sk_unix_file": "",
 	"uffd": "", "uffd-noncoop": "", "userns": "", "vma_madv": "",
 }
 

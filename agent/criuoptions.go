@@ -65,6 +65,7 @@ var foreignReasons = map[string]string{
 	"ps-socket":   "there is no page server: godwit migrate moves memory over NATS",
 	"tls":         "there is no page server: the connections to NATS have TLS of their own",
 	"lazy-pages":  "memory is always complete before a tree runs",
+	"libdir":      "there are no plugins",
 	"stream":      "images are streamed over NATS (godwit migrate), not to criu-image-streamer",
 }
 

@@ -30,6 +30,7 @@ type localFlags struct {
 	config    configFlags
 
 	logPid       bool
+	closeFDs     []int
 	unprivileged bool
 }
 
@@ -46,6 +47,8 @@ func (f *localFlags) add(cmd *cobra.Command) {
 	// What follows asks for what is done in any case.
 	fs.BoolVarP(&f.shellJob, "shell-job", "j", false, "a tree on a terminal that is not part of it, as a job of a shell: restored, it is in the session of the command, on its standard input")
 	fs.BoolVar(&f.logPid, "log-pid", false, "write what concerns one process also to a file of its own, the name of the log file with .PID behind it")
+	fs.IntSliceVar(&f.closeFDs, "close", nil, "close this open descriptor before anything else; may be repeated")
+	foreignFlags(fs, "libdir,L")
 	fs.BoolVar(&f.unprivileged, "unprivileged", false, "work without being root, as far as the rights of the caller go: own processes, with CAP_CHECKPOINT_RESTORE")
 	if cmd.Name() != "restore" {
 		fs.BoolVar(&f.fiemap, "ghost-fiemap", false, "accepted: holes of deleted files are found without reading them anyway")
@@ -210,6 +213,19 @@ func (f *localFlags) needRights(what string) error {
 	}
 	if err != nil {
 		return fmt.Errorf("%s --unprivileged: %w", what, err)
+	}
+	return nil
+}
+
+// closeHanded closes descriptors that this command was started with.
+func (f *localFlags) closeHanded() error {
+	for _, fd := range f.closeFDs {
+		if err := handedIn(fd); err != nil {
+			return fmt.Errorf("--close: %w", err)
+		}
+		if err := unix.Close(fd); err != nil {
+			return fmt.Errorf("--close %d: %w", fd, err)
+		}
 	}
 	return nil
 }

@@ -59,6 +59,32 @@ func Probe() []Feature {
 			return os.NewSyscallError("prctl", err)
 		}},
 		{"TCP_REPAIR", "TCP connections; trees that hold some are refused without", false, probeTCPRepair},
+		{"seccomp_filters", "programs with seccomp filters; refused without", false, probeSeccomp},
+		{"time_namespaces", "clocks that go on on another host (--time-namespace)", false, func() error {
+			_, err := os.Stat("/proc/self/ns/time_for_children")
+			return err
+		}},
+		{"openat2", "opening files inside the root of a tree", false, probeOpenat2},
+		{"SIOCGSKNS", "telling in which network namespace a socket is; trees with sockets are refused without", false, probeSocketNamespace},
+		{"membarrier_get_registrations", "registrations for membarrier (Linux 6.3)", false, func() error {
+			_, _, errno := unix.RawSyscall(unix.SYS_MEMBARRIER, membarrierGetRegistrations, 0, 0)
+			if errno != 0 {
+				return os.NewSyscallError("membarrier", errno)
+			}
+			return nil
+		}},
+		{"tun", "TUN and TAP devices; trees that hold some are refused without", false, func() error {
+			f, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
+			if err != nil {
+				return err
+			}
+			return f.Close()
+		}},
+		{"aio", "memory-mapped rings of io_setup; trees that hold some are refused without", false, probeAIO},
+		{"loginuid", "the user who logged in", false, func() error {
+			_, err := os.ReadFile("/proc/self/loginuid")
+			return err
+		}},
 		{"nftables", "keeping TCP connections that lead out of a tree between dump and restore (--network-lock nftables)", false, netlock.Probe},
 	}
 	out := make([]Feature, 0, len(list))
@@ -125,6 +151,49 @@ func probeScan() error {
 	}
 	_, _, err = sys.PagemapScan(int(f.Fd()), 0x1000, 0x2000, 0, 0, sys.PageIsPresent, 0, make([]sys.PageRegion, 1))
 	return errors.Join(err, f.Close())
+}
+
+// membarrierGetRegistrations is MEMBARRIER_CMD_GET_REGISTRATIONS
+// (include/uapi/linux/membarrier.h).
+const membarrierGetRegistrations = 1 << 9
+
+// probeSeccomp asks for a filter at no address: only a kernel that has filters looks there.
+func probeSeccomp() error {
+	err := unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, 0, 0, 0)
+	if errors.Is(err, unix.EFAULT) || errors.Is(err, unix.EACCES) {
+		return nil
+	}
+	return errors.Join(os.NewSyscallError("prctl PR_SET_SECCOMP", err), unix.EINVAL)
+}
+
+func probeOpenat2() error {
+	fd, err := unix.Openat2(unix.AT_FDCWD, "/", &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT})
+	if err != nil {
+		return os.NewSyscallError("openat2", err)
+	}
+	return os.NewSyscallError("close", unix.Close(fd))
+}
+
+func probeSocketNamespace() error {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return os.NewSyscallError("socket", err)
+	}
+	defer func() { _ = unix.Close(fd) }()
+	its, err := unix.IoctlRetInt(fd, unix.SIOCGSKNS)
+	if err != nil {
+		return os.NewSyscallError("ioctl SIOCGSKNS", err)
+	}
+	return os.NewSyscallError("close", unix.Close(its))
+}
+
+// probeAIO destroys a ring that does not exist.
+func probeAIO() error {
+	_, _, errno := unix.RawSyscall(unix.SYS_IO_DESTROY, 0, 0, 0)
+	if errno == unix.EINVAL || errno == 0 {
+		return nil
+	}
+	return os.NewSyscallError("io_destroy", errno)
 }
 
 func probeTCPRepair() error {

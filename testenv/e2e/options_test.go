@@ -155,6 +155,15 @@ func TestStatusOptions(t *testing.T) {
 			t.Errorf("%v: the status descriptor was told %q (%v)", args, b, err)
 		}
 	}
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = null.Close() }()
+	o := agentCmd(ctx, t, h, []*os.File{null}, "dump", "-t", fmt.Sprint(r.Pid), "-D", newDir(t), "-R", "--close", "3", "--status-fd", "3")
+	if o.code != 1 || !strings.Contains(o.stderr, "descriptor 3 is not open") {
+		t.Errorf("a descriptor that is closed first: exit code %d, %q", o.code, o.stderr)
+	}
 	img := newDir(t)
 	told("dump", "-t", fmt.Sprint(r.Pid), "-D", img, "--status-fd", "3", "--pidfile", "root", "-o", "dump.log", "-v4", "--log-pid")
 	if err := h.WaitGone(ctx, r.Pid); err != nil {
@@ -172,7 +181,7 @@ func TestStatusOptions(t *testing.T) {
 	script := `import os, sys
 stat = open("/proc/" + sys.argv[1] + "/stat").read()
 sys.exit(7 if int(stat[stat.rindex(")") + 2:].split()[1]) == os.getpid() else 8)`
-	o := agentCmd(ctx, t, h, nil, "restore", "-D", img, "--exec-cmd", "--", "python3", "-c", script, fmt.Sprint(r.Pid))
+	o = agentCmd(ctx, t, h, nil, "restore", "-D", img, "--exec-cmd", "--", "python3", "-c", script, fmt.Sprint(r.Pid))
 	if o.code != 7 {
 		t.Errorf("the command of --exec-cmd ended with %d: %s", o.code, o.stderr)
 	}
@@ -181,8 +190,9 @@ sys.exit(7 if int(stat[stat.rindex(")") + 2:].split()[1]) == os.getpid() else 8)
 	// Stopped until it is told to go on.
 	img = dump(ctx, t, h, r.Pid)
 	restore(ctx, t, h, img, r.Pid, nil, "--leave-stopped")
-	if out, err := h.Run(ctx, "sh", "-ec", fmt.Sprintf("grep State /proc/%[1]d/status; kill -CONT %[1]d", r.Pid)); err != nil || !strings.Contains(out, "(stopped)") {
-		t.Errorf("with --leave-stopped it is %q (%v)", out, err)
+	// The signal is there before it is let go; a moment later it has stopped.
+	if _, err := h.Run(ctx, "sh", "-c", fmt.Sprintf("until grep -q 'State.*(stopped)' /proc/%[1]d/status; do sleep 0.01; done; kill -CONT %[1]d", r.Pid)); err != nil {
+		t.Errorf("with --leave-stopped it does not stop: %v", err)
 	}
 	goes(ctx, t, r, 5)
 	stop(ctx, t, r)
