@@ -114,7 +114,8 @@ static void all_wait(unsigned want, const char *what) {
 		got = 0;
 		for (int i = 0; i < n; i++) {
 			CHECK(e[i].data.u64 >> 32 == 0x12345678, "%s: data of an event is %lx", what, e[i].data.u64);
-			got |= 1u << (e[i].data.u64 & 0xffff);
+			unsigned kind = e[i].data.u64 & 0xffff;
+			if (kind != PROC_MOUNTS) got |= 1u << kind; // others mount something now and then
 		}
 		if (got == want && n >= 0) return;
 		if (!want && n >= 0) break;
