@@ -148,12 +148,11 @@ func TestProxied(t *testing.T) {
 
 func TestProxiedRefused(t *testing.T) {
 	c := start(t, "pipes")
-	var key string
-	for _, fd := range c.fds {
-		if link, err := procfs.FdLink(c.pid(), fd); err == nil && strings.HasPrefix(link, "pipe:") {
-			key = strings.Replace(link, ":", "", 1)
-		}
+	link, err := procfs.FdLink(c.pid(), c.fds["r"])
+	if err != nil {
+		t.Fatal(err)
 	}
+	key := strings.Replace(link, ":", "", 1)
 	for want, keys := range map[string]map[string]bool{
 		"both ends":                     {key: false},
 		"no process of the tree has a":  {"pipe[1]": false},

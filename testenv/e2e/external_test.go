@@ -645,3 +645,44 @@ func TestFilePolicy(t *testing.T) {
 		}
 	}
 }
+
+// TestExternalHidden: a null device of a mount that the tree does not see needs no
+// word; a file on a mount that is attached nowhere is found to need one, and a log that
+// was only inherited and goes on growing, or a file that others change, lands as told.
+func TestExternalHidden(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	f, alpha, beta := newFleet(ctx, t)
+	if _, err := alpha.Run(ctx, "sh", "-c", "mkdir /run/dev /run/dir && mount -t tmpfs dev /run/dev && mknod -m 666 /run/dev/null c 1 3 && mount -t tmpfs dir /run/dir && echo text >/run/dir/file && mkdir /run/busy && echo 12345678901 >/run/busy/state"); err != nil {
+		t.Fatal(err)
+	}
+	open := func(path string, flags int) *os.File {
+		fd, err := unix.Open(alpha.Path(path), flags|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		file := os.NewFile(uintptr(fd), path)
+		t.Cleanup(func() { _ = file.Close() })
+		return file
+	}
+	null, hidden, busy := open("/run/dev/null", unix.O_RDWR), open("/run/dir/file", unix.O_RDONLY), open("/run/busy/state", unix.O_RDONLY)
+	if _, err := alpha.Run(ctx, "umount", "-l", "/run/dev", "/run/dir"); err != nil {
+		t.Fatal(err)
+	}
+	prefix := filepath.Join(newDir(t), "counter")
+	r, err := workloads.LaunchWith(ctx, alpha, prefix, []*os.File{null, hidden, busy}, programs.Selfcheck, "counter", prefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.WaitFile(ctx, "ready"); err != nil {
+		t.Fatal(err)
+	}
+	writeTo(t, beta, "/run/busy/state", "123")
+	refusedMigration(ctx, t, f, r, "beta", nil, "fd 4 ", "it is on a mount that is nowhere any more", "declare the file external")
+	writeTo(t, beta, "/run/instead", "text\n")
+	there := []string{"--external", "fd:4=path:/run/instead"}
+	refusedMigration(ctx, t, f, r, "beta", there, "/run/busy/state", "has 3 bytes here, expected at least 12")
+	migrate(ctx, t, f, r, beta, append(there, "--external", "path:/run/busy/*=image,size=any")...)
+	wantLink(t, beta, r.Pid, "fd/4", "/run/instead")
+	wantLink(t, beta, r.Pid, "fd/5", "/run/busy/state")
+	stop(ctx, t, r)
+}
