@@ -300,6 +300,45 @@ func TestCarryTree(t *testing.T) {
 	}
 }
 
+// TestCarryNoRoom: a file system that fills up while a file comes ends the
+// restore with the reason, and nothing is left.
+func TestCarryNoRoom(t *testing.T) {
+	needRoot(t)
+	base := filepath.Join(t.TempDir(), "srv")
+	p := start(t, fmt.Sprintf(`
+import os, signal
+os.makedirs(%[1]q + "/in")
+f = open(%[1]q + "/in/large", "w+b"); f.write(os.urandom(3 << 20)); f.flush()
+print("up", flush=True)
+signal.pause()
+`, base))
+	e := engine.New(nil)
+	dir := filepath.Join(t.TempDir(), "images")
+	p.leave(e, dir, engine.DumpOptions{Elsewhere: true, Carry: []engine.Carry{{Dir: base}}})
+	if err := os.RemoveAll(base); err != nil {
+		t.Fatal(err)
+	}
+	room := filepath.Dir(base)
+	if err := unix.Mount("tmpfs", room, "tmpfs", 0, "size=1m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(room, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	s, err := restoreDir(t, e, dir, engine.RestoreOptions{Carry: []engine.Place{{Path: base, Dir: true}}})
+	if err == nil {
+		_ = s.Discard()
+	}
+	if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), base+"/in/large: the file system here is full") {
+		t.Errorf("the restore says %v", err)
+	}
+	if es, err := os.ReadDir(room); err != nil || len(es) > 0 {
+		t.Errorf("a failed restore leaves %v (%v)", es, err)
+	}
+}
+
 // listing is what is in a directory, with what tells files apart.
 func listing(t *testing.T, dir string) (out []string) {
 	t.Helper()

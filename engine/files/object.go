@@ -118,7 +118,7 @@ func (o *object) label() string {
 		return "tty"
 	case kindPipe:
 		return "pipe"
-	case nil, kindFifo, kindGhost, kindRegular, kindDevice:
+	case nil, kindFifo, kindCarried, kindGhost, kindRegular, kindDevice:
 		if name, ok := strings.CutPrefix(o.link, "anon_inode:"); ok {
 			return strings.Trim(name, "[]")
 		}

@@ -30,6 +30,8 @@ func Support() []plan.Support {
 		plan.Support{Kind: "unix sockets of which the peer is outside the tree", With: "--external unix[inode]",
 			Note: "the restore puts a socket that is handed in (--inherit-fd fd[N]:socket:[inode]) in their place, or they hang up"},
 		plan.Support{Kind: "connections of unix sockets from outside the tree that wait to be accepted", With: "--skip-in-flight", Note: "are left behind, and end"},
+		plan.Support{Kind: "files that a destination lacks, or has in another state", With: "an entry with resolver carry (--external 'path:/srv/app/**=carry')",
+			Note: "in migrations; content, owner, mode, extended attributes and times travel, of a directory all that is in it but devices and other mounts; newer files are replaced with carry,overwrite only, and nothing is removed"},
 		plan.Support{Kind: "file locks and leases", With: "--file-locks"},
 		plan.Support{Kind: "the terminal that the tree was started on", With: "--shell-job, or --external tty[rdev:dev]",
 			Note: "the restore puts its own terminal, or one that is handed in, in its place"},
