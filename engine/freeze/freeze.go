@@ -35,6 +35,8 @@ type Thread struct {
 	Resend bool
 	// stop is the signal of the group stop that the thread takes part in, 0 for none.
 	stop unix.Signal
+	// filtered: it is under seccomp; waits: a signal waits for it and does something.
+	filtered, waits bool
 }
 
 // Proc is one process of a frozen tree.
@@ -463,6 +465,35 @@ func (s *seizer) identify() error {
 			}
 		}
 	}
+	return s.calls()
+}
+
+// calls sees to the system calls in which threads were stopped.
+func (s *seizer) calls() error {
+	var unnamed []*ptrace.Continued
+	of := map[*ptrace.Continued]*Thread{}
+	for _, p := range s.order {
+		for _, th := range p.Threads {
+			if th.Regs.ContinuesUnnamed() || th.Regs.AboutToContinue() && th.atSyscall() {
+				c := &ptrace.Continued{Pid: p.Pid, Tid: th.Tid, Regs: &th.Regs}
+				unnamed, of[c] = append(unnamed, c), th
+			}
+		}
+	}
+	err := ptrace.NameContinued(unnamed)
+	for c, th := range of {
+		th.Resend = th.Resend || c.Stopped
+	}
+	if err != nil {
+		return err
+	}
+	for _, p := range s.order {
+		for _, th := range p.Threads {
+			if err := th.again(); err != nil {
+				return fmt.Errorf("pid %d (%s): %w", p.Pid, p.Comm, err)
+			}
+		}
+	}
 	return nil
 }
 
@@ -544,14 +575,14 @@ func (th *Thread) identify(p *Proc) error {
 			return fmt.Errorf("suspend seccomp of task %d (the agent itself must not be under seccomp): %w", th.Tid, err)
 		}
 	}
-	if th.Regs.ContinuesUnnamed() || th.Regs.AboutToContinue() && th.atSyscall() {
-		stopped, err := ptrace.NameContinued(p.Pid, th.Tid, &th.Regs)
-		th.Resend = th.Resend || stopped
-		if err != nil {
-			return err
-		}
-	}
-	if st.Seccomp != 0 && th.Regs.Continues() {
+	th.filtered, th.waits = st.Seccomp != 0, effective(&st) != 0
+	return nil
+}
+
+// again makes the call of a thread that the stop made fail, or which the kernel
+// would go on with in a way that it may not, a call that is yet to be made.
+func (th *Thread) again() error {
+	if th.filtered && th.Regs.Continues() {
 		// The kernel would go on with the call as restart_syscall, which a
 		// filter need not allow.
 		th.Regs.RestartInNewTask()
@@ -560,7 +591,7 @@ func (th *Thread) identify(p *Proc) error {
 	// The stop itself makes some calls fail with EINTR, which the program
 	// should not see; a signal that waits for it is a reason of its own.
 	// So is a stop signal that came before us.
-	if effective(&st) == 0 && th.stop == 0 && th.Regs.HideInterrupt() {
+	if !th.waits && th.stop == 0 && th.Regs.HideInterrupt() {
 		return ptrace.SetRegs(th.Tid, &th.Regs)
 	}
 	return nil

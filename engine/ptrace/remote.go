@@ -114,10 +114,22 @@ func (r *Remote) Slow(nr uintptr, args ...uint64) (int64, error) {
 // resumeUntil resumes the target until a stop that is wanted, passing over
 // those that tracing itself causes.
 func (r *Remote) resumeUntil(resume func(tid, sig int) error, want string, ok func(Stop) bool) error {
+	if err := r.resume(resume); err != nil {
+		return err
+	}
+	return r.until(resume, want, ok)
+}
+
+func (r *Remote) resume(resume func(tid, sig int) error) error {
+	if err := resume(r.Tid, 0); err != nil {
+		return fmt.Errorf("resume task %d: %w", r.Tid, gone(err))
+	}
+	return nil
+}
+
+// until is resumeUntil for a target that has been resumed.
+func (r *Remote) until(resume func(tid, sig int) error, want string, ok func(Stop) bool) error {
 	for {
-		if err := resume(r.Tid, 0); err != nil {
-			return fmt.Errorf("resume task %d: %w", r.Tid, gone(err))
-		}
 		s, err := Wait(r.Tid)
 		switch {
 		case err != nil && ok(s):
@@ -147,6 +159,9 @@ func (r *Remote) resumeUntil(resume func(tid, sig int) error, want string, ok fu
 			r.Stopped = true // cannot be blocked; withheld until the holder sends it again
 		default:
 			return &StopError{Want: want, Got: s}
+		}
+		if err := r.resume(resume); err != nil {
+			return err
 		}
 	}
 }

@@ -90,6 +90,8 @@ func TestMigrate(t *testing.T) {
 		{"tcpconn", func(p string) []string { return []string{programs.Selfcheck, "tcpconn", p} }},
 		{"unixrights", func(p string) []string { return []string{programs.Selfcheck, "unixrights", p} }},
 		{"unixoob", func(p string) []string { return []string{programs.Selfcheck, "unixoob", p} }},
+		{"aioring", func(p string) []string { return []string{programs.Selfcheck, "aioring", p} }},
+		{"sigtrap", func(p string) []string { return []string{programs.Selfcheck, "sigtrap", p} }},
 		{"guards", func(p string) []string { return []string{programs.Selfcheck, "guards", p} }},
 		{"posixshm", func(p string) []string { return []string{programs.Selfcheck, "posixshm", p} }},
 		{"sysvshm", func(p string) []string { return []string{programs.Selfcheck, "sysvshm", p} }},
