@@ -304,14 +304,15 @@ func (ps *proxies) close() {
 	var all []*proxy
 	for _, m := range []map[string]*proxy{ps.homes, ps.trees} {
 		for _, p := range m {
-			if !p.relay.Over() {
-				p.log.Warn("the agent ends, and with it a proxy that is in use", "peer", p.relay.Stats().Peer)
-			}
 			all = append(all, p)
 		}
 	}
 	ps.mu.Unlock()
 	for _, p := range all {
+		if !p.relay.Over() {
+			p.log.Warn("the agent ends, and with it a proxy that is in use", "peer", p.relay.Stats().Peer)
+			p.relay.Farewell()
+		}
 		p.drop()
 	}
 	if ps.bus != nil {

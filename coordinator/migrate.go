@@ -192,7 +192,7 @@ func (m *migration) preflight(ctx context.Context, seen **wire.Requirements) (la
 	if ctx.Err() != nil {
 		return false, context.Cause(ctx)
 	}
-	if err := m.describe(ctx, found.root, found.req, *seen == nil); err != nil {
+	if err := m.describe(ctx, found, *seen == nil); err != nil {
 		return false, err
 	}
 	srcErr = together(srcErr, found.lacks())
@@ -212,7 +212,8 @@ func (m *migration) preflight(ctx context.Context, seen **wire.Requirements) (la
 }
 
 // describe notes in the record what the tree is.
-func (m *migration) describe(ctx context.Context, root *wire.Process, req *wire.Requirements, say bool) error {
+func (m *migration) describe(ctx context.Context, found *survey, say bool) error {
+	root, req := found.root, found.req
 	if root == nil && req == nil {
 		return nil
 	}
@@ -220,6 +221,10 @@ func (m *migration) describe(ctx context.Context, root *wire.Process, req *wire.
 		if r.State != wire.State_STATE_PREFLIGHT {
 			return aborted(r, nil)
 		}
+		if r.Options == nil {
+			r.Options = &wire.MigrateOptions{}
+		}
+		r.Options.Proxied = declaring(r.Options, found.resolutions).Proxied
 		r.Comm, r.Command = root.GetComm(), root.GetCommand()
 		r.Tasks, r.MemoryBytes, r.Threads = uint32(len(req.GetTasks())), req.GetMemoryBytes(), 0
 		for _, t := range req.GetTasks() {

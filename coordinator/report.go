@@ -209,6 +209,11 @@ func printReport(w io.Writer, r *wire.Record, total time.Duration) error {
 		}
 		line("transferred", "%s", s)
 	}
+	if wire.Committed(r.State) {
+		for _, p := range r.Options.GetProxied() {
+			line("still needed", "%s, for the bytes of %s (godwit ps %s --proxies)", p.Home, printable(p.Object), p.Home)
+		}
+	}
 	if src.GetPeakRssBytes() != 0 || dst.GetPeakRssBytes() != 0 {
 		line("agents used", "%s on %s, %s on %s", formatBytes(src.GetPeakRssBytes()), r.Source, formatBytes(dst.GetPeakRssBytes()), r.Destination)
 	}

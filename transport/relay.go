@@ -168,6 +168,17 @@ func (r *Relay) Leave() {
 	}
 }
 
+// Farewell tells the other end that this one ends for good. Leave has to follow.
+func (r *Relay) Farewell() {
+	r.mu.Lock()
+	tell := r.active && r.opened && !r.over()
+	peer, h := r.peer, wire.RelayHeader{Type: wire.RelayGone, Flags: wire.RelayFin, Epoch: r.epoch}
+	r.mu.Unlock()
+	if tell {
+		_ = r.cfg.Send(peer, r.cfg.ID, !r.cfg.Home, h.Frame(nil)) // else it is found out by asking
+	}
+}
+
 // Chunk is how much one Put takes at most, bytes.
 func (r *Relay) Chunk() int { return r.cfg.Chunk }
 
@@ -574,7 +585,7 @@ func (r *Relay) lost(h wire.RelayHeader) {
 		r.goneSince = now
 	}
 	r.ackDue = true
-	if r.gone >= relayGoneTimes && now.Sub(r.goneSince) >= relayGoneFor {
+	if h.Flags&wire.RelayFin != 0 || r.gone >= relayGoneTimes && now.Sub(r.goneSince) >= relayGoneFor {
 		r.err = fmt.Errorf("%s: %w", r.peer, ErrRelayGone)
 		r.broadcast()
 	}
@@ -674,8 +685,10 @@ func (b *RelayBus) Chunk() int {
 	return min(wire.MaxRelayPayload, int(b.nc.MaxPayload())-wire.RelayHeaderLen)
 }
 
-// Close ends the listening.
-func (b *RelayBus) Close() error { return b.sub.Unsubscribe() }
+// Close ends the listening; what was sent before is on its way.
+func (b *RelayBus) Close() error {
+	return errors.Join(b.sub.Unsubscribe(), b.nc.FlushTimeout(2*time.Second))
+}
 
 func relaySubject(host, id string, home bool) string {
 	if home {

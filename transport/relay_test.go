@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"hash"
 	"io"
@@ -241,5 +242,20 @@ func TestRelayWindow(t *testing.T) {
 	}
 	if got := home.Stats().Waiting; got > 10000 || got == 0 {
 		t.Errorf("%d bytes wait at home, at most 10000 may", got)
+	}
+}
+
+// TestRelayFarewell: an agent that is stopped says so, and is believed at once.
+func TestRelayFarewell(t *testing.T) {
+	n := newRelayNet(0)
+	home, tree := n.home(0), n.tree("beta", 1, 0)
+	defer tree.Leave()
+	never := make(chan struct{})
+	home.Room(never)
+	tree.Room(never)
+	home.Farewell()
+	home.Leave()
+	if !tree.PeerShut(never) || !errors.Is(tree.Err(), ErrRelayGone) {
+		t.Errorf("error %v, want ErrRelayGone", tree.Err())
 	}
 }

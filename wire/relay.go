@@ -48,7 +48,7 @@ const (
 	RelayData RelayType = 2
 	// RelayState tells the counts, at least every two seconds.
 	RelayState RelayType = 3
-	// RelayGone: nobody at this host knows of the relay.
+	// RelayGone: nobody at this host knows of the relay; with RelayFin: any more.
 	RelayGone RelayType = 4
 )
 

@@ -29,6 +29,8 @@ func Support() []plan.Support {
 		plan.Support{Kind: "unix datagram sockets that are connected to a named one outside the tree", With: "--ext-unix-sk", Note: "are connected to that name again"},
 		plan.Support{Kind: "unix sockets of which the peer is outside the tree", With: "--external unix[inode]",
 			Note: "the restore puts a socket that is handed in (--inherit-fd fd[N]:socket:[inode]) in their place, or they hang up"},
+		plan.Support{Kind: "pipes, and connections of stream unix sockets, that lead out of the tree", With: "godwit migrate --external KEY=proxy",
+			Note: "their bytes go on flowing over the bus, in both directions, for as long as the agents of both hosts run; pipes in packet mode, those of which the tree has both ends, and descriptors in flight are refused"},
 		plan.Support{Kind: "connections of unix sockets from outside the tree that wait to be accepted", With: "--skip-in-flight", Note: "are left behind, and end"},
 		plan.Support{Kind: "files that a destination lacks, or has in another state", With: "an entry with resolver carry (--external 'path:/srv/app/**=carry')",
 			Note: "in migrations; content, owner, mode, extended attributes and times travel, of a directory all that is in it but devices and other mounts; newer files are replaced with carry,overwrite only, and nothing is removed"},
