@@ -292,7 +292,7 @@ func (c *connection) endIn(fd int) error {
 	if err := c.injectFin(); err != nil {
 		return fmt.Errorf("end the stream from %s: %w", addrPort(c.e.GetDstAddr(), c.e.GetDstPort(), ""), err)
 	}
-	for end := time.Now().Add(2 * time.Second); ; {
+	for end := time.Now().Add(20 * time.Second); ; {
 		info, err := sys.GetTCPInfo(fd)
 		if err != nil {
 			return err

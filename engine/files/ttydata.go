@@ -61,7 +61,7 @@ const (
 	// before it (tty_buffer_set_limit in drivers/tty/pty.c: 8192, and one more).
 	maxQueue = 64 << 10
 	// ttyPatience is how long the kernel may take to hand bytes on.
-	ttyPatience = 2 * time.Second
+	ttyPatience = 10 * time.Second
 )
 
 // errTTYBusy says that a pair cannot be dumped at this moment.
@@ -132,7 +132,7 @@ func (p *ptyPair) read() (*ttyQueues, error) {
 // given time for that.
 func (p *ptyPair) settled() (int, error) {
 	n, err := waiting(p.s)
-	for quiet, start := 0, time.Now(); err == nil && n > 0 && quiet < 4 && time.Since(start) < ttyPatience; quiet++ {
+	for quiet, start := 0, time.Now(); err == nil && n > 0 && quiet < 12 && time.Since(start) < ttyPatience; quiet++ {
 		time.Sleep(500 * time.Microsecond)
 		before := n
 		if n, err = waiting(p.s); n != before {
@@ -491,7 +491,7 @@ func portion(done int) int {
 
 // awaitFull waits, not for ever, until n_tty has taken what it holds.
 func awaitFull(reader int) error {
-	for start := time.Now(); time.Since(start) < ttyPatience/10; time.Sleep(20 * time.Microsecond) {
+	for start := time.Now(); time.Since(start) < ttyPatience/50; time.Sleep(20 * time.Microsecond) {
 		if n, err := waiting(reader); err != nil || n >= ttyBuffer-1 {
 			return err
 		}

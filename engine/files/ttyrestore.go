@@ -436,7 +436,7 @@ func (r *Restorer) openMaster(path string, index uint32, otherwise bool) (*os.Fi
 }
 
 // ttyTaken is how long a restore waits for the number of a terminal.
-const ttyTaken = 300 * time.Millisecond
+const ttyTaken = 3 * time.Second
 
 func terminalTaken(path string) string {
 	return fmt.Sprintf("%s is in use here, and the tree needs a terminal of that number", path)

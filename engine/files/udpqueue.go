@@ -256,7 +256,7 @@ func memoryOf(fd int) (uint32, error) {
 // much that is. To look at the queue would not do: a second look passes over what has
 // no content (net/core/datagram.c __skb_try_recv_from_queue).
 func arrived(fd int, was uint32) (uint32, error) {
-	for until := time.Now().Add(2 * time.Second); ; time.Sleep(100 * time.Microsecond) {
+	for until := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Microsecond) {
 		n, err := memoryOf(fd)
 		if err != nil {
 			return 0, err

@@ -126,7 +126,7 @@ func (p *Proc) passStop(tid int) error {
 }
 
 // withdrawPatience is how long a thread may take to be told of a signal.
-const withdrawPatience = 5 * time.Second
+const withdrawPatience = 20 * time.Second
 
 func ignoreGone(err error) error {
 	if errors.Is(err, unix.ESRCH) {
@@ -169,7 +169,7 @@ func (l *Leftover) Thaw() error {
 }
 
 // killPatience is how long a killed process may take to be gone.
-const killPatience = 10 * time.Second
+const killPatience = 30 * time.Second
 
 // Kill ends the tree; none of it runs again.
 func (l *Leftover) Kill() error {

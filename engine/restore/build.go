@@ -388,7 +388,7 @@ func (t *Tree) clone(r *ptrace.Remote, flags, exitSignal uint64, tid int) (*ptra
 }
 
 // reapWait is how long a restore waits for a dead holder of a pid to be reaped.
-const reapWait = 2 * time.Second
+const reapWait = 10 * time.Second
 
 // living tells whether a task with that id exists and has not exited.
 func living(tid int) bool {

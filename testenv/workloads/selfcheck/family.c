@@ -45,7 +45,7 @@ static void family_check(void) {
 	CHECK(sub == 1, "no subreaper any more");
 	if (++turn % 200) return;
 	for (int i = 0; i < MEMBERS; i++) {
-		CHECK(kin[i].beats != last[i], "member %d stands still", i);
+		CHECK(moved(&kin[i].beats, last[i]), "member %d stands still", i);
 		last[i] = kin[i].beats;
 	}
 }

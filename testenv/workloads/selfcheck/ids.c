@@ -182,7 +182,7 @@ static void board_check(int n, const char *what) {
 	static uint64_t last[MAXPROC];
 	if (++turn % 500) return;
 	for (int i = 0; i < n; i++) {
-		CHECK(board->s[i].beats != last[i], "%s %d (pid %d) stands still", what, i, board->s[i].pid);
+		CHECK(moved(&board->s[i].beats, last[i]), "%s %d (pid %d) stands still", what, i, board->s[i].pid);
 		last[i] = board->s[i].beats;
 	}
 }
