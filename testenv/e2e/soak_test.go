@@ -86,7 +86,8 @@ func TestSoak(t *testing.T) {
 		switch {
 		case what == 0 && s.moved:
 			end(i)
-		case what == 1 && !slices.Contains(s.options, "--link-remap"):
+		// Waiting connections that hold data are only carried by a dump that ends the tree.
+		case what == 1 && !slices.Contains(s.options, "--link-remap") && s.name != "unixpending":
 			dir := newDir(t)
 			mustAgent(ctx, t, h, nil, append([]string{"dump", "-t", strconv.Itoa(s.run.Pid), "-D", dir, "-R"}, s.options...)...)
 			goes(ctx, t, s.run, 5)
