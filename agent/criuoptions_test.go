@@ -67,3 +67,39 @@ func TestCheckProfile(t *testing.T) {
 		}
 	}
 }
+
+// TestCRIUOptions: every option that scripts for CRIU use is known to all commands
+// that take CRIU's options, with its short form, and refused by none.
+func TestCRIUOptions(t *testing.T) {
+	names := strings.Fields(`tree,t images-dir,D work-dir,W log-file,o verbosity pidfile restore-detached,d restore-sibling,S
+		leave-running,R leave-stopped,s shell-job,j file-locks,l tcp-established tcp-close skip-in-flight ext-unix-sk,x link-remap
+		ghost-limit evasive-devices manage-cgroups cgroup-root external inherit-fd root,r timeout action-script freeze-cgroup
+		weak-sysctls file-validation skip-file-rwx-check pre-dump-mode track-mem prev-images-dir auto-dedup force-irmap lsm-profile
+		empty-ns join-ns,J unprivileged network-lock mntns-compat-mode display-stats config no-default-config cgroup-props
+		cgroup-props-file cgroup-dump-controller cgroup-yard exec-cmd log-pid status-fd skip-mnt veth-pair ext-mount-map,M
+		irmap-scan-path ghost-fiemap close`)
+	seen := 0
+	for _, cmd := range newRoot(os.Stdout, os.Stderr).Commands() {
+		if !exitsAsCRIU(cmd) {
+			continue
+		}
+		seen++
+		for _, n := range names {
+			name, short, _ := strings.Cut(n, ",")
+			f := cmd.Flags().Lookup(name)
+			if f == nil {
+				t.Errorf("%s does not know --%s", cmd.Name(), name)
+				continue
+			}
+			if _, refused := asForeign(f); refused {
+				t.Errorf("%s refuses --%s", cmd.Name(), name)
+			}
+			if f.Shorthand != short {
+				t.Errorf("%s has -%s for --%s, want -%s", cmd.Name(), f.Shorthand, name, short)
+			}
+		}
+	}
+	if seen != 3 {
+		t.Errorf("%d commands have CRIU's options", seen)
+	}
+}

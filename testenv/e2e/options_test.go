@@ -92,7 +92,7 @@ func TestFreezeCgroup(t *testing.T) {
 const parent = `
 import os, subprocess, sys
 subprocess.run(sys.argv[2:], check=True)
-pid = int(sys.argv[1])
+pid = int(open(sys.argv[1]).read())
 stat = open(f"/proc/{pid}/stat").read()
 ppid = int(stat[stat.rindex(")") + 2:].split()[1])
 if ppid != os.getpid():
@@ -113,7 +113,7 @@ func TestRestoreSibling(t *testing.T) {
 			r := selfcheck(ctx, t, h, newDir(t), command)
 			for range 3 {
 				img := dump(ctx, t, h, r.Pid, options...)
-				args := append([]string{"-c", parent, fmt.Sprint(r.Pid), binaries.Agent, "restore", "-D", img, "-dS", "--pidfile", "pid"}, options...)
+				args := append([]string{"-c", parent, filepath.Join(img, "pid"), binaries.Agent, "restore", "-D", img, "-dS", "--pidfile", "pid"}, options...)
 				if out, err := h.Run(ctx, "python3", args...); err != nil {
 					t.Fatalf("%v\n%s", err, out)
 				}
@@ -125,6 +125,20 @@ func TestRestoreSibling(t *testing.T) {
 			stop(ctx, t, r)
 		})
 	}
+	t.Run("container", func(t *testing.T) {
+		ctx := deadline(t, 2*time.Minute)
+		r := contained(ctx, t, h, newDir(t), "container")
+		for range 3 {
+			img := dump(ctx, t, h, r.Pid)
+			pidfile := filepath.Join(img, "pid")
+			if out, err := h.Run(ctx, "python3", "-c", parent, pidfile, binaries.Agent, "restore", "-D", img, "-dS", "--pidfile", "pid"); err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			readPid(t, r, pidfile)
+			goes(ctx, t, r, 5)
+		}
+		stop(ctx, t, r)
+	})
 	t.Run("taken", func(t *testing.T) {
 		ctx := deadline(t, 2*time.Minute)
 		r := selfcheck(ctx, t, h, newDir(t), "pidfd")
