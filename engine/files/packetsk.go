@@ -15,9 +15,10 @@ import (
 )
 
 // kindPacket carries packet sockets. Interfaces are found again by their names;
-// packets that wait do not travel, as those of UDP do not.
+// packets that wait do not travel: only the first could be seen, and whoever sends
+// one again sends it to all.
 var kindPacket = &kind{
-	name: "packet socket", typ: fdinfo.FdTypes_PACKETSK,
+	name: "packet socket", note: "packets that wait are lost, as when a capture falls behind", typ: fdinfo.FdTypes_PACKETSK,
 	takes: func(_ *Dumper, o *object) bool { return o.family() == unix.AF_PACKET },
 	dump:  dumpPacket,
 	check: checkPacket,
