@@ -33,6 +33,7 @@ func Support() []plan.Support {
 		{Kind: "a user namespace of the tree's own", Note: "together with a pid namespace of its own, and made in the agent's; its other namespaces are its own, too, or the host's"},
 		{Kind: "a mount namespace of the tree's own", Note: "mounts of file systems that the host has too are bound from there, by their paths; proc, sysfs, tmpfs (with up to 48 MiB in it), devpts, mqueue and overlay are mounted anew"},
 		{Kind: "a network namespace of the tree's own", Note: "with loopback, veth pairs and bridges, addresses, routes, rules and settings; the other end of a veth pair is named at the restore (--external veth[INNER]:OUTER@BRIDGE); other devices, firewalls, queueing disciplines and neighbours set by hand are refused; --external net[INODE]:NAME and --join-ns use one that is there"},
+		{Kind: "programs in a frozen control group", With: "--freeze-cgroup", Note: "the group is thawed when all tasks are stopped, and frozen again if they run on; without it refused"},
 		{Kind: "control groups, of versions 1 and 2", With: "--manage-cgroups", Note: "where each task is, and what is set in the group of the root and below; without it the tree comes into the groups of whoever restores it"},
 		{Kind: "System V semaphores and message queues of the host", Note: "stay where they are; a migration of their users is refused; what a process holds with SEM_UNDO is refused once the tree is frozen, because only the process can tell"},
 	}
