@@ -135,17 +135,6 @@ func (ps *provisions) matching(objects []*wire.OpenObject) []*provision {
 	return out
 }
 
-// ready says whether somebody provides a file for a key now, and which.
-func (ps *provisions) ready(objects []*wire.OpenObject) (name string, ok bool) {
-	ps.mu.Lock()
-	defer ps.mu.Unlock()
-	found := ps.matching(objects)
-	if len(found) != 1 {
-		return "", false
-	}
-	return found[0].name(), true
-}
-
 // take gives a migration the file that is provided for a key, as a duplicate of
 // its own. A release or use of the provision must follow.
 func (ps *provisions) take(migration, key string, objects []*wire.OpenObject) (*provision, *os.File, error) {

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 
@@ -19,8 +18,9 @@ func servesNull(o *wire.OpenObject, _ external.Entry) error {
 	if r := standsOn(o); r != "" {
 		return fmt.Errorf("/dev/null cannot be the %s of a process", r)
 	}
-	if o.Kind == "directory" {
-		return errors.New("/dev/null cannot stand for a directory")
+	switch o.Kind {
+	case "directory", "tty": // a terminal has a size, modes and a session
+		return fmt.Errorf("/dev/null cannot stand for a %s", o.Kind)
 	}
 	return nil
 }

@@ -555,10 +555,6 @@ func openTTY(r *Restorer, x *description) error {
 		if in.Forward {
 			return r.forward(x, in)
 		}
-		if isNull(in.File) {
-			x.file, err = reopen(in.File, reopenFlags(int(flags), false))
-			break
-		}
 		x.file, err = reopenTTY(in.File, flags)
 	case tty.TtyType_VT, tty.TtyType_CONSOLE, tty.TtyType_SERIAL:
 		return r.openLine(x, s)

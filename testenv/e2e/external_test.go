@@ -686,3 +686,76 @@ func TestExternalHidden(t *testing.T) {
 	wantLink(t, beta, r.Pid, "fd/5", "/run/busy/state")
 	stop(ctx, t, r)
 }
+
+// socketPair is two connected unix sockets.
+func socketPair(t *testing.T, typ int) (ours, theirs *os.File) {
+	t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, typ|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours, theirs = os.NewFile(uintptr(fds[0]), "socket"), os.NewFile(uintptr(fds[1]), "socket")
+	t.Cleanup(func() { _, _ = ours.Close(), theirs.Close() })
+	return ours, theirs
+}
+
+// TestExternalNameless: a pipe from, and a socket to, a process outside the tree are
+// replaced by the null device and by a socket that is handed in.
+func TestExternalNameless(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	f, alpha, beta := newFleet(ctx, t)
+	prefix := filepath.Join(newDir(t), "counter")
+	script := `
+import os, socket, subprocess, sys
+r, w = os.pipe()
+a, b = socket.socketpair()
+p = subprocess.Popen(sys.argv[2:], pass_fds=(r, b.fileno()))
+with open(sys.argv[1] + ".new", "w") as f: f.write("%d %d %d\n" % (p.pid, r, b.fileno()))
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+b.close()
+p.wait()
+`
+	if _, err := alpha.Start(ctx, hosts.Spec{Args: []string{"/usr/bin/python3", "-c", script, prefix + ".fds", programs.Selfcheck, "counter", prefix},
+		Env: []string{"PATH=" + os.Getenv("PATH")}}); err != nil {
+		t.Fatal(err)
+	}
+	r := &workloads.Run{Host: alpha, Prefix: prefix}
+	var pipe, sock int
+	for {
+		b, err := os.ReadFile(prefix + ".fds")
+		if err == nil {
+			if _, err := fmt.Sscan(string(b), &r.Pid, &pipe, &sock); err != nil {
+				t.Fatal(err)
+			}
+			break
+		}
+		if ctx.Err() != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	if err := r.WaitFile(ctx, "ready"); err != nil {
+		t.Fatal(err)
+	}
+	refusedMigration(ctx, t, f, r, "beta", nil, fmt.Sprintf("fd %d pipe:[", pipe), fmt.Sprintf("fd %d socket:[", sock))
+	args := []string{"--external", fmt.Sprintf("fd:%d=null", pipe), "--external", "kind:unix=provide"}
+	_, wrong := socketPair(t, unix.SOCK_DGRAM)
+	p := startProvide(ctx, t, beta, []*os.File{wrong}, "kind:unix-stream", "--fd", "3")
+	refusedMigration(ctx, t, f, r, "beta", args, "is a unix-dgram, expected a unix-stream")
+	if err := p.cmd.Process.Signal(unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	p.ends(1)
+	ours, theirs := socketPair(t, unix.SOCK_STREAM)
+	p = startProvide(ctx, t, beta, []*os.File{theirs}, fmt.Sprintf("fd:%d", sock), "--fd", "3")
+	if err := theirs.Close(); err != nil {
+		t.Fatal(err)
+	}
+	migrate(ctx, t, f, r, beta, args...)
+	p.ends(0)
+	wantLink(t, beta, r.Pid, fmt.Sprintf("fd/%d", pipe), "/dev/null")
+	if _, err := ours.WriteString("there"); err != nil { // it is held by the tree alone
+		t.Errorf("the socket that was handed in is not held: %v", err)
+	}
+	stop(ctx, t, r)
+}
