@@ -31,7 +31,7 @@ func TestFreezeCgroup(t *testing.T) {
 				return out
 			}
 			mnt := fmt.Sprintf("/run/freezer%d", version)
-			dir := fmt.Sprintf("%s/gw-%s", mnt, filepath.Base(base))
+			dir := fmt.Sprintf("%s/gwf-%s", mnt, filepath.Base(base))
 			freeze, thaw, state := "echo 1 >"+dir+"/cgroup.freeze", "echo 0 >"+dir+"/cgroup.freeze", dir+"/cgroup.freeze"
 			if version == 1 {
 				if b, err := os.ReadFile("/proc/cgroups"); err != nil || !strings.Contains(string(b), "freezer") || sh("grep -c :freezer: /proc/self/cgroup || true") == "0\n" {
