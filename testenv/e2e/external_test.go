@@ -104,6 +104,7 @@ func noFDs(ctx context.Context, t *testing.T, f *fleet.Fleet, h *hosts.Host, par
 // tree to run on untouched.
 func refusedMigration(ctx context.Context, t *testing.T, f *fleet.Fleet, r *workloads.Run, to string, args []string, want ...string) {
 	t.Helper()
+	goes(ctx, t, r, 5) // what it opens to say that it is ready is closed by then
 	before := traces(t, r.Host, r.Pid)
 	n := count(t, r)
 	m, res, err := f.Migrate(ctx, r.Host.Name(), r.Pid, to, args...)
