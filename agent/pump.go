@@ -53,11 +53,13 @@ func newPump(relay *transport.Relay, files []*os.File, far bool) (*pump, error) 
 			}
 		} else {
 			again, err := openFile(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), acc|unix.O_NONBLOCK)
-			if err != nil {
+			switch {
+			case err == nil:
+				_ = f.Close()
+				f = again
+			case !errors.Is(err, unix.ENXIO): // nobody reads it, so that no write blocks
 				return nil, err
 			}
-			_ = f.Close()
-			f = again
 		}
 		if acc != unix.O_WRONLY {
 			p.in = f
