@@ -31,6 +31,8 @@ import (
 //	fifos                                     TestFifos, TestFifoBusy; e2e TestExternalFiles
 //	pipes                                     TestExternalPipe
 //	files in /proc                            TestPaths
+//	cwd, private mapping with dirty pages,
+//	  shared mapping                          e2e TestExternalMapped
 
 func init() {
 	scenes["edges"] = func(dir string) fds {

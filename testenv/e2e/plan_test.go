@@ -1,0 +1,376 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"godwit/testenv/fleet"
+	"godwit/testenv/hosts"
+)
+
+// threeScript waits for lines in a fifo and tells for each how three descriptions
+// of one file stand, and with whom they are shared: the child has two of them, and
+// another one that it opened itself.
+const threeScript = `
+import ctypes, fcntl, os, signal, sys
+fifo, three = sys.argv[1:]
+kcmp = lambda p, q, a, b: int(ctypes.CDLL(None).syscall(312, p, q, 0, a, b) == 0)
+f = os.open(fifo, os.O_RDWR)
+assert f == 3, f
+os.dup2(os.open(__file__, os.O_RDONLY), 5)
+for n, flags in (10, os.O_RDONLY), (11, os.O_WRONLY | os.O_APPEND), (12, os.O_RDWR):
+    fd = os.open(three, flags)
+    os.dup2(fd, n)
+    os.close(fd)
+os.lseek(12, 100, os.SEEK_SET)
+r, w = os.pipe()
+me, child = os.getpid(), os.fork()
+if child == 0:
+    os.close(12)
+    os.dup2(os.open(three, os.O_RDONLY), 5)
+    os.write(w, b"x")
+    os.close(r)
+    os.close(w)
+    while True:
+        signal.pause()
+os.close(w)
+os.read(r, 2)
+os.close(r)
+n, rest = 0, b""
+while True:
+    rest += os.read(3, 4096)
+    while b"\n" in rest:
+        line, rest = rest.split(b"\n", 1)
+        n += 1
+        if line == b"write":
+            os.write(11, b"more")
+        if line == b"read":
+            line += b" " + os.pread(12, 4, os.lseek(12, 0, os.SEEK_CUR))
+        fds = ["%o@%d" % (fcntl.fcntl(x, fcntl.F_GETFL) & 0o7777, os.lseek(x, 0, os.SEEK_CUR)) for x in (10, 11, 12)]
+        same = [kcmp(me, child, 10, 10), kcmp(me, child, 11, 11), kcmp(me, me, 10, 11), kcmp(me, me, 10, 12), kcmp(me, me, 11, 12), kcmp(me, child, 10, 5)]
+        print(n, line.decode(), *fds, *same, flush=True)
+`
+
+// three is such a script.
+type three struct {
+	t    *testing.T
+	pid  int
+	out  string
+	said string
+	n    int
+}
+
+func startThree(ctx context.Context, t *testing.T, h *hosts.Host, dir string) *three {
+	t.Helper()
+	if _, err := h.Run(ctx, "mkfifo", "/tmp/fifo"); err != nil {
+		t.Fatal(err)
+	}
+	writeTo(t, h, "/tmp/three", strings.Repeat("abcd", 50))
+	path := filepath.Join(dir, "three.py")
+	if err := os.WriteFile(path, []byte(threeScript), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	s := &three{t: t, out: filepath.Join(dir, "out")}
+	var err error
+	if s.pid, err = h.Start(ctx, hosts.Spec{Args: []string{"/usr/bin/python3", path, "/tmp/fifo", "/tmp/three"}, Stdout: s.out}); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// says sends a line and waits for what the script tells of it; end is the offset of
+// the description that appends.
+func (s *three) says(ctx context.Context, fifo *os.File, line, tells string, end int) {
+	s.t.Helper()
+	if _, err := fifo.WriteString(line + "\n"); err != nil {
+		s.t.Fatal(err)
+	}
+	s.n++
+	if tells != "" {
+		line += " " + tells
+	}
+	s.said += fmt.Sprintf("%d %s %o@0 %o@%d %o@100 1 1 0 0 0 0\n", s.n, line, unix.O_RDONLY, unix.O_WRONLY|unix.O_APPEND, end, unix.O_RDWR)
+	waitText(ctx, s.t, s.out, s.said)
+}
+
+func openFifo(t *testing.T, h *hosts.Host, path string) *os.File {
+	t.Helper()
+	f, err := os.OpenFile(h.Path(path), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = f.Close() })
+	return f
+}
+
+// TestExternalPython is the example of the report that external files come from: a
+// script in Python on a fifo, and three descriptions of one file, of which one
+// handed descriptor is the mapping.
+func TestExternalPython(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	h := newHosts(t, "alpha").Host("alpha")
+	s := startThree(ctx, t, h, newDir(t))
+	fifo := openFifo(t, h, "/tmp/fifo")
+	s.says(ctx, fifo, "before", "", 0)
+	s.says(ctx, fifo, "write", "", 204)
+	fifoKey, threeKey := key(t, h, s.pid, 3), key(t, h, s.pid, 10)
+	shown := mustAgent(ctx, t, h, nil, "inspect", "-t", fmt.Sprint(s.pid), "--external", threeKey, "--output", "json")
+	var doc struct{ Objects []planned }
+	if err := json.Unmarshal([]byte(shown.stdout), &doc); err != nil {
+		t.Fatalf("%v: %s", err, shown.stdout)
+	}
+	carried := map[string]string{}
+	for _, o := range doc.Objects {
+		carried[o.Key] = o.Kind + " " + o.Carry
+	}
+	if carried[fifoKey] != "fifo path" || carried[threeKey] != "regular external" {
+		t.Errorf("inspect: the fifo is %q, the file %q", carried[fifoKey], carried[threeKey])
+	}
+	shown = mustAgent(ctx, t, h, nil, "inspect", "-t", fmt.Sprint(s.pid))
+	for _, want := range []string{fifoKey, threeKey, "exe", "cwd", "/tmp/three"} {
+		if !strings.Contains(shown.stdout, want) {
+			t.Errorf("inspect does not show %s:\n%s", want, shown.stdout)
+		}
+	}
+	img := dump(ctx, t, h, s.pid, "--external", fifoKey, "--external", threeKey)
+	if _, err := h.Run(ctx, "sh", "-c", "mv /tmp/three /tmp/gone; rm /tmp/fifo; mkfifo /tmp/other"); err != nil {
+		t.Fatal(err)
+	}
+	writeTo(t, h, "/tmp/four", strings.Repeat("wxyz", 60))
+	four, err := os.Open(h.Path("/tmp/four"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = four.Close() }()
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = null.Close() }()
+	fifo = openFifo(t, h, "/tmp/other")
+	restore(ctx, t, h, img, s.pid, []*os.File{null, fifo, four}, "--inherit-fd", "fd[4]:"+fifoKey, "--inherit-fd", "fd[5]:"+threeKey)
+	s.says(ctx, fifo, "after", "", 204)
+	s.says(ctx, fifo, "read", "wxyz", 204)
+	s.says(ctx, fifo, "write", "", 244)
+	if b, err := os.ReadFile(h.Path("/tmp/four")); err != nil || string(b) != strings.Repeat("wxyz", 60)+"more" {
+		t.Errorf("the handed file holds %q, %v", b, err)
+	}
+}
+
+// planned is what godwit plan says of one object.
+type planned struct {
+	Key, Kind, Path, Link, Carry, Resolver, Argument, Origin, Presence, Reason string
+	Flags                                                                      uint32
+	Offset                                                                     int64
+	BuildID                                                                    string `json:"build_id"`
+	SHA256                                                                     string
+	Differences                                                                []string
+	Holders                                                                    []struct {
+		PID   int
+		FDs   []int
+		Roles []string
+	}
+}
+
+func planOf(ctx context.Context, t *testing.T, f *fleet.Fleet, code, pid int, args ...string) (objects []planned, text string) {
+	t.Helper()
+	res, err := f.Run(ctx, append([]string{"plan", fmt.Sprintf("alpha:%d", pid), "beta", "--output", "json"}, args...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var doc struct{ Objects []planned }
+	if err := json.Unmarshal([]byte(res.Stdout), &doc); err != nil || res.Code != code {
+		t.Fatalf("exit code %d, want %d, %v: %s%s", res.Code, code, err, res.Stdout, res.Stderr)
+	}
+	return doc.Objects, res.Stderr
+}
+
+// TestPlan shows what there is, refuses what is asked for in vain, and moves the
+// tree by selectors.
+func TestPlan(t *testing.T) {
+	ctx := deadline(t, 4*time.Minute)
+	f, alpha, beta := newFleet(ctx, t)
+	s := startThree(ctx, t, alpha, newDir(t))
+	fifo := openFifo(t, alpha, "/tmp/fifo")
+	s.says(ctx, fifo, "before", "", 0)
+
+	objects, said := planOf(ctx, t, f, 4, s.pid)
+	for _, want := range []string{"/tmp/three: the regular does not exist here", "/tmp/fifo: the fifo does not exist here"} {
+		if !strings.Contains(said, want) {
+			t.Errorf("the refusal does not say %q: %s", want, said)
+		}
+	}
+	var descriptions []string
+	for _, o := range objects {
+		fds := 0
+		for _, h := range o.Holders {
+			fds += len(h.FDs)
+		}
+		switch {
+		case o.Path == "/tmp/three":
+			descriptions = append(descriptions, fmt.Sprintf("%o@%d %d %s %s", o.Flags&0o7777, o.Offset, fds, o.Presence, o.Carry))
+		case o.Link == "/dev/null" && (o.Presence != "same" || o.Carry != "path" || len(o.Holders[0].Roles) == 0):
+			t.Errorf("stdin or stderr: %+v", o)
+		case strings.HasPrefix(filepath.Base(o.Path), "libc.so") && (o.Presence != "same" || o.BuildID == ""):
+			t.Errorf("the C library: %+v", o)
+		case o.Path == "/tmp/fifo" && (o.Presence != "missing" || o.Kind != "fifo" || o.Key != key(t, alpha, s.pid, 3)):
+			t.Errorf("the fifo: %+v", o)
+		}
+	}
+	slices.Sort(descriptions)
+	if want := []string{"0@0 2 missing path", "0@0 2 missing path", "2001@0 2 missing path", "2@100 1 missing path"}; !slices.Equal(descriptions, want) {
+		t.Errorf("descriptions of the file: %q, want %q", descriptions, want)
+	}
+
+	for _, c := range []struct {
+		entries []string
+		want    []string
+	}{
+		{[]string{"fd:5=path:/tmp/x"}, []string{"several processes have a descriptor 5", fmt.Sprintf("fd:%d:5", s.pid)}},
+		{[]string{"file[1:2]=path:/tmp/x"}, []string{"nothing that the tree holds matches file[1:2]", "nearest: file["}},
+		{[]string{"path:/tmp/thre=path:/tmp/x"}, []string{"nearest: path:/tmp/three"}},
+		{[]string{"fd:10=path:/tmp/x", "path:/tmp/three=path:/tmp/y"}, []string{"two entries say different things of it", "/tmp/three"}},
+		{[]string{"fd:10"}, []string{"it was declared external, and no rule of this host says what stands for it", "fd 10", "/tmp/three", "godwit-agent provide"}},
+	} {
+		var args []string
+		for _, e := range c.entries {
+			args = append(args, "--external", e)
+		}
+		_, said := planOf(ctx, t, f, 4, s.pid, args...)
+		_, res, err := f.Migrate(ctx, "alpha", s.pid, "beta", args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, w := range c.want {
+			if !strings.Contains(said, w) || res.Code != 4 || !strings.Contains(res.Stderr, w) {
+				t.Errorf("%q: exit code %d, want 4 and %q: the plan said %s, the migration %s", c.entries, res.Code, w, said, res.Stderr)
+			}
+		}
+	}
+	s.says(ctx, fifo, "still", "", 0)
+
+	if _, err := beta.Run(ctx, "mkfifo", "/tmp/in"); err != nil {
+		t.Fatal(err)
+	}
+	writeTo(t, beta, "/tmp/three", strings.Repeat("wxyz", 60))
+	args := []string{"--external", "path:/tmp/thr*=path:{dir}/{base}", "--external", fmt.Sprintf("fd:%d:3=path:/tmp/in", s.pid)}
+	objects, _ = planOf(ctx, t, f, 0, s.pid, append(args, "--hash")...)
+	for _, o := range objects {
+		if o.Path == "/tmp/three" && (o.Carry != "external" || o.Resolver != "path" || o.Argument != "/tmp/three" || o.Origin != "--external" || o.Presence != "differs" || o.SHA256 == "") {
+			t.Errorf("the file: %+v", o)
+		}
+	}
+	if _, res, err := f.Migrate(ctx, "alpha", s.pid, "beta", args...); err != nil || res.Code != 0 {
+		t.Fatalf("migrate: exit code %d, %v: %s%s", res.Code, err, res.Stdout, res.Stderr)
+	}
+	fifo = openFifo(t, beta, "/tmp/in")
+	s.says(ctx, fifo, "after", "", 0)
+	s.says(ctx, fifo, "read", "wxyz", 0)
+	s.says(ctx, fifo, "write", "", 244)
+}
+
+// mappedScript tells what it sees in mappings of a file, one private with a page of
+// its own and one shared, and in its working directory.
+const mappedScript = `
+import mmap, os, sys
+fifo, path, place = sys.argv[1:]
+f = os.open(fifo, os.O_RDWR)
+assert f == 3, f
+fd = os.open(path, os.O_RDWR)
+shared, private = mmap.mmap(fd, 8192), mmap.mmap(fd, 8192, access=mmap.ACCESS_COPY)
+os.close(fd)
+private[0:5] = b"dirty"
+os.chdir(place)
+rest = b""
+while True:
+    rest += os.read(3, 4096)
+    while b"\n" in rest:
+        line, rest = rest.split(b"\n", 1)
+        if line == b"write":
+            shared[4096:4101] = b"wrote"
+        see = [private[0:5], private[4096:4101], shared[0:5], shared[4096:4101]]
+        print(line.decode(), *(x.decode() for x in see), *sorted(os.listdir(".")), flush=True)
+`
+
+// TestExternalMapped hands in another file for one that is mapped, and another
+// directory for the working directory: pages of a private mapping's own travel, all
+// else is that of the other file.
+func TestExternalMapped(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	h := newHosts(t, "alpha").Host("alpha")
+	dir := newDir(t)
+	script, out := filepath.Join(dir, "mapped.py"), filepath.Join(dir, "out")
+	if err := os.WriteFile(script, []byte(mappedScript), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	page := func(s string) string { return s + strings.Repeat(".", 4096-len(s)) }
+	writeTo(t, h, "/tmp/file", page("first")+page("later"))
+	writeTo(t, h, "/tmp/here/old", "")
+	writeTo(t, h, "/tmp/there/new", "")
+	writeTo(t, h, "/tmp/copy", page("FIRST")+page("LATER"))
+	if _, err := h.Run(ctx, "mkfifo", "/tmp/fifo"); err != nil {
+		t.Fatal(err)
+	}
+	pid, err := h.Start(ctx, hosts.Spec{Args: []string{"/usr/bin/python3", script, "/tmp/fifo", "/tmp/file", "/tmp/here"}, Stdout: out})
+	if err != nil {
+		t.Fatal(err)
+	}
+	fifo := openFifo(t, h, "/tmp/fifo")
+	said := ""
+	says := func(line, sees string) {
+		t.Helper()
+		if _, err := fifo.WriteString(line + "\n"); err != nil {
+			t.Fatal(err)
+		}
+		said += line + " " + sees + "\n"
+		waitText(ctx, t, out, said)
+	}
+	says("before", "dirty later first later old")
+	shown := mustAgent(ctx, t, h, nil, "inspect", "-t", fmt.Sprint(pid), "--output", "json", "--external", key(t, h, pid, 3))
+	var doc struct{ Objects []planned }
+	if err := json.Unmarshal([]byte(shown.stdout), &doc); err != nil {
+		t.Fatalf("%v: %s", err, shown.stdout)
+	}
+	keys, roles := map[string]string{}, map[string]bool{}
+	for _, o := range doc.Objects {
+		keys[o.Path] = o.Key
+		for _, h := range o.Holders {
+			for _, r := range h.Roles {
+				roles[o.Path+" "+r] = true
+			}
+		}
+	}
+	for _, want := range []string{"/tmp/file mapping", "/tmp/here cwd", "/ root"} {
+		if !roles[want] {
+			t.Errorf("nothing is listed as %s: %v", want, roles)
+		}
+	}
+	img := dump(ctx, t, h, pid, "--external", keys["/tmp/fifo"], "--external", keys["/tmp/file"], "--external", keys["/tmp/here"])
+	files := []*os.File{fifo}
+	for _, path := range []string{"/tmp/copy", "/tmp/there"} {
+		f, err := os.Open(h.Path(path))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = f.Close() }()
+		files = append(files, f)
+	}
+	if _, err := h.Run(ctx, "rm", "-r", "/tmp/file", "/tmp/here"); err != nil {
+		t.Fatal(err)
+	}
+	restore(ctx, t, h, img, pid, files, "--inherit-fd", "fd[3]:"+keys["/tmp/fifo"], "--inherit-fd", "fd[4]:"+keys["/tmp/file"], "--inherit-fd", "fd[5]:"+keys["/tmp/here"])
+	says("after", "dirty LATER FIRST LATER new")
+	says("write", "dirty wrote FIRST wrote new")
+	if b, err := os.ReadFile(h.Path("/tmp/copy")); err != nil || string(b[4096:4101]) != "wrote" || string(b[:5]) != "FIRST" {
+		t.Errorf("the handed file: %v", err)
+	}
+}
