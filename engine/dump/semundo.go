@@ -121,7 +121,7 @@ func (c *collector) held(b *ptrace.Borrowed, p *process, set procfs.SysVObject) 
 			return n, err
 		}
 	}
-	return 0, fmt.Errorf("System V semaphores %d: %w", set.ID, errMoves)
+	return 0, fmt.Errorf("semaphores %d of System V: %w", set.ID, errMoves)
 }
 
 // users are the processes that changed the semaphores of a set last.

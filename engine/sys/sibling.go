@@ -83,12 +83,12 @@ func NewSibling(flags uint64, pid int, exe, null, channel *os.File) (_ *Sibling,
 //go:noinline
 func (c *sibling) clone(args *cloneArgs) (uintptr, unix.Errno) {
 	all, old := ^uint64(0), uint64(0)
-	unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&all)), uintptr(unsafe.Pointer(&old)), 8, 0, 0)
+	_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&all)), uintptr(unsafe.Pointer(&old)), 8, 0, 0)
 	pid, _, errno := unix.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(args)), unsafe.Sizeof(*args), 0)
 	if errno == 0 && pid == 0 {
 		c.become()
 	}
-	unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&old)), 0, 8, 0, 0)
+	_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&old)), 0, 8, 0, 0)
 	return pid, errno
 }
 
@@ -97,20 +97,20 @@ func (c *sibling) clone(args *cloneArgs) (uintptr, unix.Errno) {
 //go:norace
 //go:nosplit
 func (c *sibling) become() {
-	unix.RawSyscall(unix.SYS_CLOSE, c.ours, 0, 0)
+	_, _, _ = unix.RawSyscall(unix.SYS_CLOSE, c.ours, 0, 0)
 	n, _, _ := unix.RawSyscall(unix.SYS_READ, c.gate, uintptr(unsafe.Pointer(&c.b)), 1)
 	if n == 1 {
-		unix.RawSyscall(unix.SYS_DUP3, c.null, 0, 0)
-		unix.RawSyscall(unix.SYS_DUP3, c.null, 1, 0)
-		unix.RawSyscall(unix.SYS_DUP3, c.null, 2, 0)
-		unix.RawSyscall(unix.SYS_DUP3, c.channel, 3, 0)
-		unix.RawSyscall(unix.SYS_CHDIR, uintptr(unsafe.Pointer(c.dir)), 0, 0)
-		unix.RawSyscall(unix.SYS_CLOSE_RANGE, 4, 15, 0)
-		unix.RawSyscall6(unix.SYS_EXECVEAT, c.exe, uintptr(unsafe.Pointer(c.empty)), uintptr(unsafe.Pointer(c.argv)),
+		_, _, _ = unix.RawSyscall(unix.SYS_DUP3, c.null, 0, 0)
+		_, _, _ = unix.RawSyscall(unix.SYS_DUP3, c.null, 1, 0)
+		_, _, _ = unix.RawSyscall(unix.SYS_DUP3, c.null, 2, 0)
+		_, _, _ = unix.RawSyscall(unix.SYS_DUP3, c.channel, 3, 0)
+		_, _, _ = unix.RawSyscall(unix.SYS_CHDIR, uintptr(unsafe.Pointer(c.dir)), 0, 0)
+		_, _, _ = unix.RawSyscall(unix.SYS_CLOSE_RANGE, 4, 15, 0)
+		_, _, _ = unix.RawSyscall6(unix.SYS_EXECVEAT, c.exe, uintptr(unsafe.Pointer(c.empty)), uintptr(unsafe.Pointer(c.argv)),
 			uintptr(unsafe.Pointer(c.envv)), unix.AT_EMPTY_PATH, 0)
 	}
 	for {
-		unix.RawSyscall(unix.SYS_EXIT_GROUP, 1, 0, 0)
+		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 1, 0, 0)
 	}
 }
 
