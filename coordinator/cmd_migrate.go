@@ -78,7 +78,7 @@ inherit or provide, what "godwit-agent provide" keeps ready there; journal, a st
 to its journald; null; proxy, the bytes go on flowing from and to the source; image,
 as without any entry. Without a resolver the destination's [[external]] rules decide,
 or what it was provided with. Options: forward, size=same|grow-ok|any|truncate,
-mode=same|any, content=same|any, overwrite, limit=SIZE.
+mode=same|any, content=any, overwrite, limit=SIZE.
 `
 
 // completeMove completes SOURCE:PID DESTINATION.

@@ -68,7 +68,7 @@ type Options struct {
 	Forward   bool   // the description as it is in place of a reopened one
 	Size      string // Same, GrowOK, Any or Truncate: how it may differ from the recorded one
 	Mode      string // Same or Any: permissions
-	Content   string // Same or Any
+	Content   string // Any: a mapped program or library may be another one
 	Overwrite bool   // also what is newer at the destination
 	Limit     uint64 // bytes
 }
@@ -86,7 +86,7 @@ var forms = map[string]form{
 	Provide:  {argument: true, options: []string{"forward", "size", "mode", "content"}},
 	Path:     {argument: true, needed: true, isPath: true, options: []string{"forward", "size", "mode", "content"}},
 	Create:   {argument: true, isPath: true, options: []string{"overwrite", "size"}},
-	Carry:    {argument: true, isPath: true, options: []string{"overwrite", "limit", "size", "mode", "content"}},
+	Carry:    {argument: true, isPath: true, options: []string{"overwrite", "limit"}},
 	Journal:  {argument: true},
 	Null:     {},
 	Proxy:    {},
@@ -111,7 +111,7 @@ func Resolvers() []string {
 var optionValues = map[string][]string{
 	"size":    {Same, GrowOK, Any, Truncate},
 	"mode":    {Same, Any},
-	"content": {Same, Any},
+	"content": {Any},
 }
 
 // Parse reads an entry.

@@ -21,8 +21,8 @@ func TestParse(t *testing.T) {
 		{"kind:fifo=create", Entry{Resolver: Create}, ""},
 		{"file[2a:1f3]=provide", Entry{Resolver: Provide}, ""},
 		{"path:/d/**=carry,overwrite,limit=64MiB", Entry{Resolver: Carry, Options: Options{Overwrite: true, Limit: 64 << 20}}, "path:/d/**=carry,overwrite,limit=67108864"},
-		{"fd:3=path:/x,mode=any,forward,size=grow-ok,content=same", Entry{Resolver: Path, Argument: "/x", Options: Options{Forward: true, Size: GrowOK, Mode: Any, Content: Same}},
-			"fd:3=path:/x,forward,size=grow-ok,mode=any,content=same"},
+		{"fd:3=path:/x,mode=any,forward,size=grow-ok,content=any", Entry{Resolver: Path, Argument: "/x", Options: Options{Forward: true, Size: GrowOK, Mode: Any, Content: Any}},
+			"fd:3=path:/x,forward,size=grow-ok,mode=any,content=any"},
 		{`path:/a\=b=path:/c\,d\\e=f`, Entry{Resolver: Path, Argument: `/c,d\e=f`}, ""},
 		{"pipe:[12]=proxy", Entry{Resolver: Proxy}, ""},
 	} {
