@@ -82,8 +82,8 @@ func TestStandAlone(t *testing.T) {
 
 // notAlone are commands of selfcheck that want arguments, a partner, a terminal or a dump.
 var notAlone = []string{
-	"container", "execed", "external", "hold", "manyfds", "netns", "sharing", "shelljob", "sigsender", "sigtarget", "tcpclose", "tcpflight", "tcpout", "tcppeer",
-	"unixbusy", "unixlogger", "unixpeer", "unixserver",
+	"container", "execed", "external", "hold", "manyfds", "netns", "numbered", "proxyfeed", "proxywork", "rehomed", "sharing", "shelljob", "sigsender",
+	"sigtarget", "tcpclose", "tcpflight", "tcpout", "tcppeer", "unixbusy", "unixlogger", "unixpeer", "unixserver", "userns",
 }
 
 func TestCheckRecords(t *testing.T) {
