@@ -21,7 +21,8 @@ var Failpoints = []string{
 	"source.frozen",
 	"source.copying",      // the record says FinalCopying
 	"source.dumped",       // all of the tree was read
-	"source.held",         // it stays frozen without the agent, and is in the journal
+	"source.noted",        // it is in the journal
+	"source.held",         // it stays frozen without the agent
 	"destination.built",   // the tree stands
 	"source.sent",         // all of it has been applied
 	"destination.staged",  // the record says so

@@ -208,8 +208,8 @@ func (t *fakeTree) dump(ctx context.Context, sink image.Sink) error {
 	return t.e.w.at(ctx, "dump-end")
 }
 
-func (t *fakeTree) Hold() ([]engine.Held, error) {
-	return nil, t.e.w.at(context.Background(), "hold")
+func (t *fakeTree) Hold(note func([]engine.Held) error) error {
+	return errors.Join(note(nil), t.e.w.at(context.Background(), "hold"))
 }
 
 func (t *fakeTree) Thaw() error {

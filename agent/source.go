@@ -301,11 +301,15 @@ func (s *source) freeze() error {
 // for the agent that takes its place. Before the destination has all of the tree
 // it cannot run there, and the death of this process may let it run on here.
 func (s *source) secure() error {
-	held, err := s.tree.Hold()
+	err := s.tree.Hold(func(held []engine.Held) error {
+		err := s.note(entry{Pid: int(s.req.Pid), Tree: held, FrozenUnixUs: s.frozenAt.UnixMicro()})
+		s.point("noted")
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("hold the tree of pid %d: %w", s.req.Pid, err)
 	}
-	return s.note(entry{Pid: int(s.req.Pid), Tree: held, FrozenUnixUs: s.frozenAt.UnixMicro()})
+	return nil
 }
 
 // because is the reason why the work was ended, if it was: what failed then is

@@ -286,9 +286,9 @@ type Tree interface {
 	// it cannot be carried is it let go and frozen again, before anything is
 	// written. It may be called once.
 	Dump(ctx context.Context, sink image.Sink) (DumpStats, error)
-	// Hold, after Dump, keeps the tree stopped even if this process dies. What it
-	// returns is enough for another process to take the tree up (NewLeftover).
-	Hold() ([]Held, error)
+	// Hold, after Dump, keeps the tree stopped even if this process dies. note gets,
+	// before that, what another process needs to take the tree up (NewLeftover).
+	Hold(note func([]Held) error) error
 	// Thaw lets the tree run on as if nothing had happened.
 	Thaw() error
 	// ThawStopped is Thaw that leaves every process stopped by SIGSTOP.

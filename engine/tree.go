@@ -275,7 +275,7 @@ func (f *frozen) again(ctx context.Context, pause time.Duration) error {
 	return nil
 }
 
-func (f *frozen) Hold() ([]Held, error) { return f.t.Hold() }
+func (f *frozen) Hold(note func([]Held) error) error { return f.t.Hold(note) }
 
 func (f *frozen) Thaw() error {
 	defer f.conns.Close()

@@ -25,32 +25,45 @@ type Held struct {
 // run: a SIGSTOP waits for each process, and stops it as soon as nobody traces it
 // any more. Thaw takes the signal back without the program noticing; what is
 // left by a tracer that died is for Leftover.
+//
+// note is told of the processes before any signal is sent, so that none is
+// stopped of which nobody knows; if it fails, nothing is held.
 // Preconditions: nothing will be executed in the tree any more.
-func (t *Tree) Hold() (held []Held, err error) {
+func (t *Tree) Hold(note func([]Held) error) error {
 	if t.released {
-		return nil, errors.New("the tree was let go already")
+		return errors.New("the tree was let go already")
 	}
+	var held []Held
 	for _, p := range t.Procs {
 		if p.Zombie {
 			continue
 		}
 		st, err := procfs.ReadStat(p.Pid)
 		if err != nil {
-			return nil, fmt.Errorf("read state of pid %d (%s): %w", p.Pid, p.Comm, err)
+			return fmt.Errorf("read state of pid %d (%s): %w", p.Pid, p.Comm, err)
 		}
 		held = append(held, Held{Pid: p.Pid, Start: st.StartTime, Own: p.Stop != 0})
-		if p.held || p.Stop != 0 {
-			continue
-		}
-		if p.continues, err = waitsToContinue(p); err != nil {
-			return nil, err
-		}
-		if err := unix.Kill(p.Pid, unix.SIGSTOP); err != nil && !errors.Is(err, unix.ESRCH) {
-			return nil, fmt.Errorf("hold pid %d (%s): %w", p.Pid, p.Comm, err)
-		}
-		p.held = true
 	}
-	return held, nil
+	if err := note(held); err != nil {
+		return err
+	}
+	for _, p := range t.Procs {
+		if err := p.hold(); err != nil {
+			return fmt.Errorf("hold pid %d (%s): %w", p.Pid, p.Comm, err)
+		}
+	}
+	return nil
+}
+
+func (p *Proc) hold() (err error) {
+	if p.Zombie || p.held || p.Stop != 0 {
+		return nil
+	}
+	if p.continues, err = waitsToContinue(p); err != nil {
+		return err
+	}
+	p.held = true
+	return ignoreGone(unix.Kill(p.Pid, unix.SIGSTOP))
 }
 
 // waitsToContinue says whether a SIGCONT waits for a process, which a SIGSTOP
@@ -153,12 +166,19 @@ func (h Held) lives() bool {
 	return err == nil && st.StartTime == h.Start && st.State != 'Z' && st.State != 'X'
 }
 
+// stops says whether a process is stopped or about to be: its tracer may have died
+// before it sent the signal.
+func (h Held) stops() bool {
+	st, err := procfs.ReadStatus(h.Pid)
+	return err == nil && (st.State == 'T' || (st.SigPnd|st.ShdPnd)&(1<<(unix.SIGSTOP-1)) != 0)
+}
+
 // Thaw lets the tree run on. Its parents have seen the stop, as a shell sees that
 // of a job.
 func (l *Leftover) Thaw() error {
 	var errs []error
 	for _, h := range l.procs {
-		if h.Own || !h.lives() {
+		if h.Own || !h.lives() || !h.stops() {
 			continue
 		}
 		if err := ignoreGone(unix.Kill(h.Pid, unix.SIGCONT)); err != nil {

@@ -73,8 +73,8 @@ func hold(t *testing.T, pid int) (*freeze.Tree, []freeze.Held) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	held, err := tree.Hold()
-	if err != nil {
+	var held []freeze.Held
+	if err := tree.Hold(func(list []freeze.Held) error { held = list; return nil }); err != nil {
 		t.Fatal(err)
 	}
 	if len(held) != 2 {
@@ -118,7 +118,7 @@ func TestHoldKeepsPendingContinue(t *testing.T) {
 	if err := cmd.Process.Signal(unix.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := tree.Hold(); err != nil {
+	if err := tree.Hold(func([]freeze.Held) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	if err := tree.Thaw(); err != nil {
