@@ -11,18 +11,25 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+
+	"godwit/engine"
+	"godwit/engine/procfs"
 )
 
-// Stages at which action scripts are called, in this order. CRIU has more; those
-// are about networks and namespaces that a dump locks or a restore sets up, which
-// does not happen here, so they are not called.
+// Stages at which action scripts are called, in this order. Those about a network are
+// for a tree with a network namespace of its own, those about namespaces for one
+// with any.
 const (
-	stagePreDump     = "pre-dump"     // nothing was looked at yet
-	stagePostDump    = "post-dump"    // the images are complete, the tree is frozen
-	stagePreRestore  = "pre-restore"  // nothing was made yet
-	stagePostRestore = "post-restore" // the tree stands, nothing of it has run
-	stagePreResume   = "pre-resume"   // right after post-restore
-	stagePostResume  = "post-resume"  // the tree runs
+	stagePreDump       = "pre-dump"     // nothing was looked at yet
+	stageNetworkLock   = "network-lock" // the tree is frozen
+	stagePostDump      = "post-dump"    // the images are complete, the tree is frozen
+	stagePreRestore    = "pre-restore"  // nothing was made yet
+	stageSetup         = engine.StageSetup
+	stagePostSetup     = engine.StagePostSetup
+	stagePostRestore   = "post-restore"   // the tree stands, nothing of it has run
+	stageNetworkUnlock = "network-unlock" // then, or when a dumped tree is about to run on
+	stagePreResume     = "pre-resume"     // right after that
+	stagePostResume    = "post-resume"    // the tree runs
 )
 
 // scriptGrace is how long output of a script that was told to end is waited for.
@@ -60,4 +67,24 @@ func (s actionScripts) run(ctx context.Context, stage string, pid int) error {
 		s.log.Debug("action script called", "stage", stage, "script", script, "duration_ms", time.Since(start).Milliseconds())
 	}
 	return nil
+}
+
+// network calls the scripts for a stage of a network if the tree of pid has one of
+// its own.
+func (s actionScripts) network(ctx context.Context, stage string, pid int) error {
+	if len(s.list) == 0 {
+		return nil
+	}
+	ours, err := os.Readlink("/proc/self/ns/net")
+	if err != nil {
+		return err
+	}
+	its, err := os.Readlink(procfs.Path(pid, "ns", "net"))
+	if procfs.Gone(err) {
+		return nil // what comes next tells so
+	}
+	if err != nil || its == ours {
+		return err
+	}
+	return s.run(ctx, stage, pid)
 }

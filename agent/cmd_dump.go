@@ -201,7 +201,10 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 	if err != nil {
 		return err
 	}
-	stats, err := tree.Dump(ctx, sink)
+	var stats engine.DumpStats
+	if err = f.actions().network(ctx, stageNetworkLock, f.tree); err == nil {
+		stats, err = tree.Dump(ctx, sink)
+	}
 	var commit, frozen time.Duration
 	defer func() {
 		if err == nil {
@@ -228,6 +231,7 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 	}
 	if err != nil {
 		err = fmt.Errorf("dump pid %d, which runs on: %w", f.tree, err)
+		f.unlockNetwork(ctx, log)
 		if terr := tree.Thaw(); terr != nil {
 			err = fmt.Errorf("dump pid %d: %w; and the tree could not be let go, look at it: %w", f.tree, err, terr)
 		}
@@ -235,6 +239,9 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 	}
 	log.Info("dumped", "pid", f.tree, "dir", f.imagesDir, "processes", stats.Processes, "threads", stats.Threads,
 		"pages", stats.Pages, "bytes", stats.Bytes, "freeze_ms", stats.FreezeDur.Milliseconds(), "dump_ms", stats.DumpDur.Milliseconds())
+	if f.leaveRunning || f.leaveStopped {
+		f.unlockNetwork(ctx, log)
+	}
 	if f.leaveRunning && !early {
 		thawErr = tree.Thaw()
 	}
@@ -254,6 +261,13 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 		return fmt.Errorf("dump pid %d: the images are complete, but the tree could not be killed and must not run beside a restored one: %w", f.tree, err)
 	}
 	return nil
+}
+
+// unlockNetwork tells the action scripts that the tree is about to run on.
+func (f *dumpFlags) unlockNetwork(ctx context.Context, log hclog.Logger) {
+	if err := f.actions().network(context.WithoutCancel(ctx), stageNetworkUnlock, f.tree); err != nil {
+		log.Error("the network may still be locked", "error", err)
+	}
 }
 
 // written tells that the images are complete.

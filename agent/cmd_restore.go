@@ -110,6 +110,9 @@ func runRestore(ctx context.Context, eng Engine, f restoreFlags, log hclog.Logge
 	if opts.Files, err = f.files.restore(); err != nil {
 		return err
 	}
+	if len(f.scripts) > 0 {
+		opts.Stage = func(stage string, pid int) error { return f.actions().run(ctx, stage, pid) }
+	}
 	switch f.pidNamespace {
 	case "same", "":
 	case "new":
@@ -230,11 +233,15 @@ func startRestored(ctx context.Context, tree engine.Standing, f restoreFlags) er
 			return fmt.Errorf("write the pid file: %w", err)
 		}
 	}
-	err := ctx.Err()
-	for _, stage := range []string{stagePostRestore, stagePreResume} {
-		if err == nil {
-			err = f.actions().run(ctx, stage, tree.Root())
-		}
+	scripts, err := f.actions(), ctx.Err()
+	if err == nil {
+		err = scripts.run(ctx, stagePostRestore, tree.Root())
+	}
+	if err == nil {
+		err = scripts.network(ctx, stageNetworkUnlock, tree.Root())
+	}
+	if err == nil {
+		err = scripts.run(ctx, stagePreResume, tree.Root())
 	}
 	if err == nil {
 		if f.leaveStopped {

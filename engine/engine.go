@@ -127,6 +127,9 @@ type RestoreOptions struct {
 	EmptyNet bool
 	// WeakSysctls passes over settings that this kernel does not have.
 	WeakSysctls bool
+	// Stage is called with the root of a tree with namespaces of its own at StageSetup
+	// and StagePostSetup; an error ends the restore. It may be nil.
+	Stage func(stage string, pid int) error
 	// TCPEstablished makes TCP connections again; without it images with
 	// connections are refused.
 	TCPEstablished bool
@@ -166,6 +169,12 @@ type RestoreOptions struct {
 
 // Clocks says what becomes of CLOCK_MONOTONIC and CLOCK_BOOTTIME of a tree.
 type Clocks = restore.Clocks
+
+// Stages of a restore (RestoreOptions.Stage).
+const (
+	StageSetup     = restore.StageSetup
+	StagePostSetup = restore.StagePostSetup
+)
 
 // Choices of Clocks.
 const (

@@ -37,10 +37,12 @@ type Options struct {
 	NewPidNamespace bool
 	FileLocks       bool
 	Namespaces      NamespaceOptions
-	Cgroups         cgroup.Options
-	Files           plan.FileRestoreOptions
-	Carry           []plan.Place // where files that travelled may be placed
-	TimeNamespace   Clocks
+	// Stage is called at StageSetup and StagePostSetup; it may be nil.
+	Stage         func(stage string, pid int) error
+	Cgroups       cgroup.Options
+	Files         plan.FileRestoreOptions
+	Carry         []plan.Place // where files that travelled may be placed
+	TimeNamespace Clocks
 	// ShellJob lands sessions whose leader is not in the tree in that of this
 	// process, and puts Terminal in the place of one that was outside the tree.
 	ShellJob bool

@@ -40,6 +40,20 @@ func PidTaken(pid int) *TakenError {
 	return e
 }
 
+// Stages at which Options.Stage is called.
+const (
+	StageSetup     = "setup-namespaces"      // the namespaces are there, and empty
+	StagePostSetup = "post-setup-namespaces" // they have what they had
+)
+
+// stage tells the caller of a stage if the tree has namespaces of its own.
+func (t *Tree) stage(name string) error {
+	if t.o.Stage == nil || t.model.own.Own == 0 {
+		return nil
+	}
+	return t.o.Stage(name, t.root)
+}
+
 // rootProcess makes the root.
 func (t *Tree) rootProcess(set *image.Set) error {
 	root := t.model.procs[0]
@@ -55,11 +69,17 @@ func (t *Tree) rootProcess(set *image.Set) error {
 	t.root = r.Tid
 	root.leader().remote = r
 	o := t.o.Namespaces
+	if err := t.stage(StageSetup); err != nil {
+		return err
+	}
 	t.rootDir, err = ns.Restore(set, t.model.own, ns.RestoreOptions{
 		Pid: t.root, Root: o.Root, External: o.Mounts, Veth: o.Veth, WeakSysctls: o.WeakSysctls, EmptyNet: o.EmptyNet, Joined: t.joined,
 		Run: func(calls ...*ptrace.Call) error { return r.Run(calls...) },
 	})
 	if err != nil {
+		return err
+	}
+	if err := t.stage(StagePostSetup); err != nil {
 		return err
 	}
 	if t.newPid() || t.rootDir != nil {
