@@ -44,7 +44,7 @@ func Support() []plan.Support {
 			Note: "all that can be read; nobody can tell of IP_MULTICAST_IF given by index alone, a sticky IPV6_PKTINFO, anycast groups, leased flow labels, SO_BUSY_POLL_BUDGET and programs of SO_ATTACH_REUSEPORT_CBPF and _EBPF"},
 		plan.Support{Kind: "datagrams and answers to pings that wait at UDP, UDP-Lite and ping sockets", Note: "with their senders; those from link-local addresses of IPv6, and those behind an error that was not reported yet, are lost"},
 		plan.Support{Kind: "packets that wait at raw sockets", Note: "those of ICMP, echo replies of ICMPv6, and of protocols that the kernel itself has no use for; others (UDP, TCP, IGMP, tunnels) are lost"},
-		plan.Support{Kind: "interfaces of TUN/TAP descriptors", Note: "one that is not there is made again with its settings, addresses and routes; one that is there is attached to"},
+		plan.Support{Kind: "interfaces of TUN/TAP descriptors", Note: "one that is not there is made again with its settings, addresses and routes; one that is there is attached to; packets that wait to be read are lost"},
 		plan.Support{Kind: "eBPF programs on sockets, classic filters on TCP connections", Refused: true, Note: "detach them"},
 		plan.Support{Kind: "numbered transmit timestamps and sends without copying (SOF_TIMESTAMPING_OPT_ID, SO_ZEROCOPY), UDP_ENCAP", Refused: true, Note: "let the program close the socket"},
 		plan.Support{Kind: "datagrams of UDP that are held back (UDP_CORK, MSG_MORE)", Refused: true, Note: "let the program send them"},
