@@ -32,6 +32,9 @@ func TestObjectsOfUser(t *testing.T) {
 			args := append([]string{"setpriv", "--reuid", "1234", "--regid", "2345", "--clear-groups", "--inh-caps=-all", "--",
 				programs.Selfcheck, c, prefix}, o.args...)
 			r, err := workloads.Start(ctx, h, prefix, args...)
+			if err == nil {
+				err = r.Goes(ctx, 5) // a child of it may say so a moment later
+			}
 			if err != nil && forbidden(err.Error()) {
 				t.Logf("not for an ordinary user: %v", err)
 				return

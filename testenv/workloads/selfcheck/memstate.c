@@ -181,7 +181,8 @@ COMMAND(mmstate) {
 			state_turns[i]++;
 		}
 	}
-	while (!state_turns[STATES - 1]) nap_ms(1);
+	for (int i = 0; i < STATES; i++)
+		for (; !state_turns[i]; nap_ms(1)) expect_alive(state_pids[i]);
 	loop(mmstate_check);
 	for (int i = 0; i < STATES; i++) end_child(state_pids[i]);
 }
