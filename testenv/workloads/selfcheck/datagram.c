@@ -305,7 +305,8 @@ static void raw_check(void) {
 	for (int i = 0;; i++) {
 		CHECK(SYS(sendto(rhdr, d, sizeof d, 0, (struct sockaddr *)&to, len)) == sizeof d, "send with a header");
 		so_expect(rplain, "head", "a datagram with a header of its own");
-		ssize_t got = recv(rudp, b, sizeof b, MSG_DONTWAIT);
+		ssize_t got;
+		while ((got = recv(rudp, b, sizeof b, MSG_DONTWAIT)) >= 28 && memcmp(b + 22, &to.sin_port, 2) != 0) {} // of others on this host
 		CHECK(got < 0 || (got == sizeof d && b[8] == 9 && memcmp(b + 28, "head", 4) == 0), "a raw socket for UDP gets another datagram");
 		CHECK(got > 0 || i < 10, "a raw socket for UDP gets nothing");
 		if (got > 0) break;
