@@ -58,7 +58,7 @@ func NameContinued(tasks []*Continued) (err error) {
 		}
 	}()
 	for _, step := range []func(*Continued) error{
-		func(c *Continued) error { return c.r.resume(sys.PtraceSyscall) },
+		func(c *Continued) error { return c.r.resume(sys.PtraceSyscall, 0) },
 		(*Continued).enter,
 		(*Continued).look,
 		(*Continued).leave,
@@ -80,7 +80,7 @@ func (c *Continued) enter() error {
 	if err := c.r.until(sys.PtraceSyscall, "entry to an interrupted system call", func(s Stop) bool { return s.Sysc }); err != nil {
 		return err
 	}
-	return c.r.resume(sys.PtraceSyscall)
+	return c.r.resume(sys.PtraceSyscall, 0)
 }
 
 // look waits until the place where a task waits tells of its call, or the call ends.
@@ -130,7 +130,7 @@ func (c *Continued) stop() error {
 	if err := sys.PtraceInterrupt(c.Tid); err != nil {
 		return fmt.Errorf("interrupt task %d: %w", c.Tid, gone(err))
 	}
-	return c.r.resume(sys.PtraceCont)
+	return c.r.resume(sys.PtraceCont, 0)
 }
 
 // finish takes the registers of a task when it has stopped.

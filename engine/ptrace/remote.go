@@ -114,14 +114,14 @@ func (r *Remote) Slow(nr uintptr, args ...uint64) (int64, error) {
 // resumeUntil resumes the target until a stop that is wanted, passing over
 // those that tracing itself causes.
 func (r *Remote) resumeUntil(resume func(tid, sig int) error, want string, ok func(Stop) bool) error {
-	if err := r.resume(resume); err != nil {
+	if err := r.resume(resume, 0); err != nil {
 		return err
 	}
 	return r.until(resume, want, ok)
 }
 
-func (r *Remote) resume(resume func(tid, sig int) error) error {
-	if err := resume(r.Tid, 0); err != nil {
+func (r *Remote) resume(resume func(tid, sig int) error, signal int) error {
+	if err := resume(r.Tid, signal); err != nil {
 		return fmt.Errorf("resume task %d: %w", r.Tid, gone(err))
 	}
 	return nil
@@ -131,6 +131,7 @@ func (r *Remote) resume(resume func(tid, sig int) error) error {
 func (r *Remote) until(resume func(tid, sig int) error, want string, ok func(Stop) bool) error {
 	for {
 		s, err := Wait(r.Tid)
+		signal := 0
 		switch {
 		case err != nil && ok(s):
 			return nil // it was told to stop, and that is what is wanted
@@ -157,13 +158,33 @@ func (r *Remote) until(resume func(tid, sig int) error, want string, ok func(Sto
 			// A left-over interrupt, or a group stop: SIGCONT and SIGSTOP from outside.
 		case s.Event == 0 && s.Signal == unix.SIGSTOP:
 			r.Stopped = true // cannot be blocked; withheld until the holder sends it again
+		case r.faulted(s):
+			signal = int(s.Signal)
 		default:
 			return &StopError{Want: want, Got: s}
 		}
-		if err := r.resume(resume); err != nil {
+		if err := r.resume(resume, signal); err != nil {
 			return err
 		}
 	}
+}
+
+// faulted says whether a signal is one of an instruction of the program's own, which
+// waited when the target was stopped. Although it is blocked, it comes before the
+// breakpoint of ours (dequeue_synchronous_signal, kernel/signal.c); resumed with
+// it, the target queues it again, behind that.
+func (r *Remote) faulted(s Stop) bool {
+	switch s.Signal {
+	case unix.SIGSEGV, unix.SIGBUS, unix.SIGILL, unix.SIGFPE, unix.SIGSYS:
+	default:
+		return false
+	}
+	if s.Event != 0 || s.Sysc {
+		return false
+	}
+	// A fault of what is executed for us would have unblocked it.
+	mask, err := sys.PtraceGetSigMask(r.Tid)
+	return err == nil && mask&(1<<(s.Signal-1)) != 0
 }
 
 func gone(err error) error {
