@@ -202,10 +202,7 @@ func survivors(tree []engine.Held) []engine.Held {
 		return err != nil || (st.SigPnd|st.ShdPnd)&(1<<8) != 0 // SIGKILL
 	}
 	for end := time.Now().Add(endPatience); ; time.Sleep(5 * time.Millisecond) {
-		left := slices.DeleteFunc(slices.Clone(tree), func(h engine.Held) bool {
-			st, err := procfs.ReadStat(h.Pid)
-			return err != nil || st.StartTime != h.Start || st.State == 'Z' || st.State == 'X'
-		})
+		left := slices.DeleteFunc(slices.Clone(tree), func(h engine.Held) bool { return !h.Lives() })
 		if !slices.ContainsFunc(left, dying) || time.Now().After(end) {
 			return left
 		}

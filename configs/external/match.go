@@ -281,7 +281,7 @@ func closest(want string, have []string, most int) []string {
 	have = slices.Compact(have)
 	dist := make(map[string]int, len(have))
 	for _, h := range have {
-		dist[h] = distance(want, h)
+		dist[h] = Distance(want, h)
 	}
 	slices.SortStableFunc(have, func(a, b string) int { return dist[a] - dist[b] })
 	return have[:min(most, len(have))]
@@ -290,14 +290,14 @@ func closest(want string, have []string, most int) []string {
 // didYouMean suggests a name that is not far from what was given.
 func didYouMean(given string, names []string) string {
 	near := closest(given, names, 1)
-	if len(near) == 0 || distance(given, near[0]) > len(near[0])/3+1 {
+	if len(near) == 0 || Distance(given, near[0]) > len(near[0])/3+1 {
 		return ""
 	}
 	return "; did you mean " + near[0] + "?"
 }
 
-// distance is Levenshtein's, of the first 128 bytes.
-func distance(a, b string) int {
+// Distance is Levenshtein's, of the first 128 bytes.
+func Distance(a, b string) int {
 	a, b = a[:min(len(a), 128)], b[:min(len(b), 128)]
 	row := make([]int, len(b)+1)
 	for j := range row {

@@ -155,13 +155,14 @@ type Leftover struct{ procs []Held }
 // NewLeftover takes up a tree that Hold told of, in a process that may have been
 // started later. Processes that are no more are left out.
 func NewLeftover(held []Held) *Leftover {
-	return &Leftover{procs: slices.DeleteFunc(slices.Clone(held), func(h Held) bool { return !h.lives() })}
+	return &Leftover{procs: slices.DeleteFunc(slices.Clone(held), func(h Held) bool { return !h.Lives() })}
 }
 
 // Processes counts those that are left.
 func (l *Leftover) Processes() int { return len(l.procs) }
 
-func (h Held) lives() bool {
+// Lives says whether the process is still there, and no zombie.
+func (h Held) Lives() bool {
 	st, err := procfs.ReadStat(h.Pid)
 	return err == nil && st.StartTime == h.Start && st.State != 'Z' && st.State != 'X'
 }
@@ -178,7 +179,7 @@ func (h Held) stops() bool {
 func (l *Leftover) Thaw() error {
 	var errs []error
 	for _, h := range l.procs {
-		if h.Own || !h.lives() || !h.stops() {
+		if h.Own || !h.Lives() || !h.stops() {
 			continue
 		}
 		if err := ignoreGone(unix.Kill(h.Pid, unix.SIGCONT)); err != nil {
@@ -195,14 +196,14 @@ const killPatience = 30 * time.Second
 func (l *Leftover) Kill() error {
 	var errs []error
 	for _, h := range l.procs {
-		if !h.lives() {
+		if !h.Lives() {
 			continue
 		}
 		if err := ignoreGone(unix.Kill(h.Pid, unix.SIGKILL)); err != nil {
 			errs = append(errs, fmt.Errorf("kill pid %d: %w", h.Pid, err))
 		}
 	}
-	for end := time.Now().Add(killPatience); slices.ContainsFunc(l.procs, Held.lives); {
+	for end := time.Now().Add(killPatience); slices.ContainsFunc(l.procs, Held.Lives); {
 		if time.Now().After(end) {
 			errs = append(errs, fmt.Errorf("some of the processes are there after %s although they were killed", killPatience))
 			break
