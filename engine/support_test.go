@@ -139,7 +139,7 @@ func sources(t *testing.T, pkg string) map[string]*ast.File {
 // type of receiver recv refuses something. Those of a method named refuse… are of the
 // files that call it, too.
 func refusals(t *testing.T, pkg, recv string) map[string][]string {
-	// refuse(object, reason, hint), or lacks, and refuse(process, path, reason, hint).
+	// refuse(object, reason, hint), or lacks, or passes, and refuse(process, path, reason, hint).
 	at := map[string]int{"d": 1, "c": 2}[recv]
 	reasons, users := map[string][]string{}, map[string][]string{} // by file or method
 	kindFile := kindFiles(t)
@@ -171,7 +171,7 @@ func refusals(t *testing.T, pkg, recv string) map[string][]string {
 				switch called := sel.Sel.Name; {
 				case isRefusal(called) && called != user:
 					users[called] = append(users[called], user)
-				case (called == "refuse" || called == "lacks") && len(call.Args) > at:
+				case (slices.Contains([]string{"refuse", "lacks", "passes"}, called)) && len(call.Args) > at:
 					if r := reason(call.Args[at]); strings.Trim(r, "… ") != "" {
 						reasons[user] = append(reasons[user], r)
 						total++

@@ -234,6 +234,10 @@ func (f *frozen) Pids() []int {
 // be carried is taken for lasting.
 const freezeTries = 4
 
+// passingPatience is for how long it is frozen again and again if that ends by
+// itself as soon as the program goes on, as a connection that it has not accepted.
+const passingPatience = 3 * time.Second
+
 // Dump freezes the tree again, a little later, if it was caught with something
 // that cannot be carried and that the plan, moments before, did not see: a vfork
 // in progress, a file open for an instant.
@@ -242,9 +246,10 @@ func (f *frozen) Dump(ctx context.Context, sink image.Sink) (DumpStats, error) {
 	for try := 1; ; try++ {
 		s, err := dump.Dump(ctx, f.e.log, f.t, f.o, sink)
 		var r *Refusal
-		if errors.As(err, &r) && try < freezeTries {
+		if errors.As(err, &r) && (try < freezeTries || r.Passing() && time.Since(start) < passingPatience) {
 			f.e.log.Debug("frozen at a bad moment, trying again", "pid", f.pid, "try", try, "error", err)
-			if aerr := f.again(ctx, time.Duration(try)*7*time.Millisecond); aerr != nil {
+			// The longer the program runs meanwhile, the more surely it has got on.
+			if aerr := f.again(ctx, min(time.Duration(try*try)*7*time.Millisecond, passingPatience/10)); aerr != nil {
 				return DumpStats{}, errors.Join(err, aerr)
 			}
 			continue

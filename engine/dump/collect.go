@@ -253,6 +253,12 @@ func last(ids []int) int {
 	return ids[len(ids)-1]
 }
 
+// ended tells whether a process is no more, whose links the kernel then forbids to read.
+func ended(pid int) bool {
+	st, err := procfs.ReadStat(pid)
+	return err != nil || st.Ended()
+}
+
 // collect reads the processes; running says that they may change meanwhile.
 func (c *collector) collect(procs []*process, running bool) error {
 	c.procs, c.running = procs, running
@@ -296,7 +302,7 @@ func (c *collector) collectInside(running bool) error {
 			continue
 		}
 		err := c.process(p)
-		if running && procfs.Gone(err) && p != procs[0] {
+		if running && p != procs[0] && (procfs.Gone(err) || err != nil && ended(p.pid)) {
 			c.log.Debug("process ended during preflight", "pid", p.pid)
 			continue
 		}

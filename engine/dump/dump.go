@@ -56,7 +56,17 @@ const imgVersion = 2
 // Preflight looks at a running tree and says what it needs. With everything that
 // cannot be carried, as a *refuse.Refusal, comes the plan for the rest. Nothing
 // of the tree is touched.
-func Preflight(ctx context.Context, log hclog.Logger, pid int, o Options) (_ *plan.Plan, err error) {
+func Preflight(ctx context.Context, log hclog.Logger, pid int, o Options) (*plan.Plan, error) {
+	for until := time.Now().Add(quietWait); ; time.Sleep(2 * time.Millisecond) {
+		p, err := preflight(ctx, log, pid, o)
+		// A process that executes another program has nothing of the old one any more.
+		if err == nil || !procfs.Gone(err) || ended(pid) || time.Now().After(until) || ctx.Err() != nil {
+			return p, err
+		}
+	}
+}
+
+func preflight(ctx context.Context, log hclog.Logger, pid int, o Options) (_ *plan.Plan, err error) {
 	procs, err := findQuiet(ctx, pid)
 	if err != nil {
 		return nil, err

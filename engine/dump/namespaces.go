@@ -72,7 +72,7 @@ func (c *collector) namespaces(p *process) error {
 		}
 	}
 	for _, name := range []string{"pid", "time"} {
-		its, err := os.Readlink(procfs.Path(p.pid, "ns", name))
+		its, err := procfs.Readlink(procfs.Path(p.pid), "ns/"+name)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // not configured in this kernel
 		}
@@ -80,7 +80,7 @@ func (c *collector) namespaces(p *process) error {
 			return err
 		}
 		// The link is empty as long as a new pid namespace has no first process.
-		children, err := os.Readlink(procfs.Path(p.pid, "ns", name+"_for_children"))
+		children, err := procfs.Readlink(procfs.Path(p.pid), "ns/"+name+"_for_children")
 		if err == nil && children == its {
 			continue
 		}

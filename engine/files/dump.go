@@ -562,6 +562,14 @@ func (d *Dumper) refuse(o *object, reason, hint string) {
 	}
 }
 
+// passes is refuse for what passes as soon as the program goes on.
+func (d *Dumper) passes(o *object, reason, hint string) {
+	if !o.refused {
+		d.refuse(o, reason, hint)
+		d.refusal.Problems[len(d.refusal.Problems)-1].Passing = true
+	}
+}
+
 // Finish looks at everything that was added, emits the entries, and checks what
 // needs the whole tree: both ends of pipes and connections, targets of epoll,
 // keys that match nothing. What cannot be carried is in Refusal afterwards; the

@@ -57,7 +57,7 @@ func finishEventpolls(d *Dumper, os []*object) error {
 
 func (d *Dumper) dumpTargets(o *object) error {
 	if o.inFlight && len(o.info.Epoll) > 0 {
-		d.refuse(o, "it is in flight in a unix socket and watches files", "retry when the program has received it")
+		d.passes(o, "it is in flight in a unix socket and watches files", "retry when the program has received it")
 		return nil
 	}
 	e := o.entries[0].GetEpfd()

@@ -190,7 +190,7 @@ func (d *Dumper) dumpTCP(o *object, fd int, e *sk_inet.InetSkEntry) error {
 			// (net/ipv4/tcp.c tcp_get_info).
 			e.Backlog = proto.Uint32(info.Sacked)
 			if info.Unacked > 0 && !d.opts.SkipInFlight {
-				d.refuse(o, fmt.Sprintf("%d connections wait to be accepted", info.Unacked), "retry when the program has accepted them, or leave them behind with --skip-in-flight")
+				d.passes(o, fmt.Sprintf("%d connections wait to be accepted", info.Unacked), "retry when the program has accepted them, or leave them behind with --skip-in-flight")
 			}
 		}
 	case info != nil && (d.opts.TCPEstablished || d.opts.TCPClose) && e.GetProto() == unix.IPPROTO_TCP && connected(uint32(info.State)):

@@ -68,7 +68,7 @@ func (d *Dumper) noteLocks(o *object, h holder, locks []procfs.Lock) {
 			d.problem(o, fmt.Sprintf("it is locked (%s %s)", l.Kind, l.Type), "give --file-locks to carry file locks, or let the program release it")
 			continue
 		case kind == lockLease && l.Mode != "ACTIVE":
-			d.refuse(o, "its lease is being broken by somebody who opens the file", "retry when the program has given the lease up")
+			d.passes(o, "its lease is being broken by somebody who opens the file", "retry when the program has given the lease up")
 			continue
 		case !known || !typed:
 			d.refuse(o, fmt.Sprintf("its lock of kind %s %s %s is not carried", l.Kind, l.Mode, l.Type), "let the program release it")

@@ -65,7 +65,7 @@ func dumpNamespace(d *Dumper, o *object) error {
 	k := nsKindOf(o.link)
 	lives := false
 	for pid := range d.inside {
-		link, err := os.Readlink(procfs.Path(pid, "ns", k.name))
+		link, err := procfs.Readlink(procfs.Path(pid), "ns/"+k.name)
 		if lives = err == nil && link == o.link; lives {
 			break
 		}

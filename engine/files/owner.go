@@ -37,7 +37,7 @@ func (d *Dumper) dumpOwner(o *object) (*fown.FownEntry, error) {
 	}
 	if o.inFlight {
 		// It is set by a process that has the description.
-		d.refuse(o, "it is in flight in a unix socket and sends signals", "retry when the program has received it")
+		d.passes(o, "it is in flight in a unix socket and sends signals", "retry when the program has received it")
 		return e, nil
 	}
 	pid, state := d.innerPid(ow)

@@ -130,7 +130,7 @@ func (d *Dumper) rootOf(o *object) string {
 	other, ok := d.mntns[pid]
 	if !ok {
 		a, errA := os.Readlink("/proc/self/ns/mnt")
-		b, errB := os.Readlink(procfs.Path(pid, "ns", "mnt"))
+		b, errB := procfs.Readlink(procfs.Path(pid), "ns/mnt")
 		other = errA == nil && errB == nil && a != b
 		d.mntns[pid] = other
 	}

@@ -127,7 +127,7 @@ func (d *Dumper) remember(o *object, fd int, seen []peekedMessage) (_ []peekedMe
 	old := note.Messages
 	out, ok := recall(old, seen)
 	if !ok {
-		d.refuse(o, "several empty datagrams wait at its head, which an earlier dump has seen, and the kernel shows only one of them", "retry when the program has received them")
+		d.passes(o, "several empty datagrams wait at its head, which an earlier dump has seen, and the kernel shows only one of them", "retry when the program has received them")
 		return old, nil, nil
 	}
 	next := peekedQueue{Pid: o.first().proc.Pid}
@@ -251,7 +251,7 @@ func (d *Dumper) withHiddenUnix(o *object, fd int, ms []peeked) ([]peeked, error
 		}
 		m := old[-1-k]
 		if m.Rights {
-			d.refuse(o, "an empty datagram with descriptors waits in it, which an earlier dump has seen and the kernel shows no more", "retry when the program has received it")
+			d.passes(o, "an empty datagram with descriptors waits in it, which an earlier dump has seen and the kernel shows no more", "retry when the program has received it")
 		}
 		all = append(all, peeked{message: message{from: string(m.From), cred: m.Cred}})
 	}

@@ -119,7 +119,7 @@ func (t *unixTree) proxied(o *object, st *unixState) error {
 	st.facts.External = true
 	st.e.Peer = noPeer
 	if fl := d.flights[o]; fl != nil && slices.ContainsFunc(fl.messages, func(m message) bool { return len(m.rights) > 0 || m.oob }) {
-		d.refuse(o, "descriptors or a byte out of band wait in it, which a proxy cannot carry", "retry when the program has received them")
+		d.passes(o, "descriptors or a byte out of band wait in it, which a proxy cannot carry", "retry when the program has received them")
 		return nil
 	}
 	if !d.opts.Proxied[key] {

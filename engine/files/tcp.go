@@ -137,7 +137,7 @@ func (d *Dumper) dumpShutdown(o *object, fd int, e *sk_inet.InetSkEntry) error {
 		return os.NewSyscallError("poll", err)
 	}
 	if p[0].Revents&unix.POLLERR != 0 {
-		d.refuse(o, "the TCP connection has failed, and the program has not been told yet", "retry when it has closed it")
+		d.passes(o, "the TCP connection has failed, and the program has not been told yet", "retry when it has closed it")
 		return nil
 	}
 	state := e.GetState()
@@ -181,7 +181,7 @@ func (d *Dumper) dumpEnded(o *object, fd int, e *sk_inet.InetSkEntry, events int
 		return os.NewSyscallError("ioctl TIOCINQ", err)
 	}
 	if e.GetProto() != unix.IPPROTO_TCP || events&unix.POLLERR != 0 || n > 0 {
-		d.refuse(o, "the TCP connection has ended, but the program has not closed it yet", "retry when it has")
+		d.passes(o, "the TCP connection has ended, but the program has not closed it yet", "retry when it has")
 		return nil
 	}
 	e.Shutdown = sk_opts.SkShutdown_BOTH.Enum()
@@ -352,7 +352,7 @@ func (d *Dumper) dumpStreams(list []*object) (err error) {
 			return nil
 		}
 		if errors.Is(err, errUrgent) {
-			d.refuse(o, fmt.Sprintf("the TCP connection cannot be read: %v", err), "retry when the program has received it")
+			d.passes(o, fmt.Sprintf("the TCP connection cannot be read: %v", err), "retry when the program has received it")
 			return nil
 		}
 		if err != nil {

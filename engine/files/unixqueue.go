@@ -201,7 +201,7 @@ func (d *Dumper) addInFlight(carrier *object, n int) (*object, error) {
 		d.holding++
 	}
 	if keep && len(o.info.Locks) > 0 {
-		d.refuse(o, "it is locked, and in flight in a unix socket", "retry when the program has received it")
+		d.passes(o, "it is locked, and in flight in a unix socket", "retry when the program has received it")
 	}
 	return have, nil
 }

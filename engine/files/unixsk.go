@@ -224,7 +224,7 @@ func (t *unixTree) pending(o *object, st *unixState) {
 			foreign++
 			continue
 		case (c == nil || unsent(c) > 0) && !t.d.opts.Ends:
-			t.d.refuse(o, "a connection that has brought data already waits to be accepted", "retry when the program has accepted it, or let the tree end with the dump")
+			t.d.passes(o, "a connection that has brought data already waits to be accepted", "retry when the program has accepted it, or let the tree end with the dump")
 			return
 		case c == nil:
 			continue // a preflight: it will be accepted for the dump
@@ -238,7 +238,7 @@ func (t *unixTree) pending(o *object, st *unixState) {
 	}
 	switch {
 	case foreign > 0 && !t.d.opts.SkipInFlight:
-		t.d.refuse(o, fmt.Sprintf("%d connections from outside the tree wait to be accepted", foreign), "retry when the program has accepted them, or give --skip-in-flight to leave them out")
+		t.d.passes(o, fmt.Sprintf("%d connections from outside the tree wait to be accepted", foreign), "retry when the program has accepted them, or give --skip-in-flight to leave them out")
 	case foreign > 0:
 		t.d.log.Warn("connections from outside the tree that wait to be accepted are left out", "listener", o.link, "connections", foreign)
 	}
@@ -263,7 +263,7 @@ func (t *unixTree) finish(o *object, st *unixState) error {
 	}
 	if isDgram(uint32(u.typ)) {
 		if bad, err := hasError(int(o.file.Fd())); err != nil || bad {
-			d.refuse(o, "an error of the connection, whose peer is connected elsewhere, has not been reported yet", "retry when the program has seen it")
+			d.passes(o, "an error of the connection, whose peer is connected elsewhere, has not been reported yet", "retry when the program has seen it")
 			return err
 		}
 	}
@@ -319,18 +319,18 @@ func (t *unixTree) queue(o *object, st *unixState) error {
 	switch fl.trouble {
 	case noTrouble:
 	case packetsAndError:
-		t.d.refuse(o, "packets, and an error of the connection, whose peer is closed, wait to be received", "retry when the program has received them, or let the tree end with the dump")
+		t.d.passes(o, "packets, and an error of the connection, whose peer is closed, wait to be received", "retry when the program has received them, or let the tree end with the dump")
 		return nil
 	case readMark:
-		t.d.refuse(o, "it is at the mark of a byte out of band that was read", "retry when the program has read on")
+		t.d.passes(o, "it is at the mark of a byte out of band that was read", "retry when the program has read on")
 		return nil
 	case lostOOB:
-		t.d.refuse(o, "the place of its byte out of band cannot be told", "retry when the program has read it")
+		t.d.passes(o, "the place of its byte out of band cannot be told", "retry when the program has read it")
 		return nil
 	}
 	for _, m := range fl.messages {
 		if len(m.data) == 0 && len(m.rights) > 0 && st.e.GetType() == unix.SOCK_STREAM {
-			t.d.refuse(o, "descriptors without data are in its queue", "retry when the program has received them")
+			t.d.passes(o, "descriptors without data are in its queue", "retry when the program has received them")
 			return nil
 		}
 	}

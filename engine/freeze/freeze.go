@@ -129,7 +129,7 @@ func freeze(ctx context.Context, pid int, timeout time.Duration, group string) (
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("not all tasks stopped within %s", timeout))
 	defer cancel()
 	err := t.Tracer.Do(func() (err error) {
-		s := &seizer{ctx: ctx, known: map[int]bool{}, told: map[int]bool{}, procs: map[int]*Proc{}}
+		s := &seizer{ctx: ctx, known: map[int]bool{}, told: map[int]bool{}, seized: map[int][]int{}, procs: map[int]*Proc{}}
 		if group != "" {
 			t.group, err = s.group(pid, group)
 		}
@@ -153,8 +153,10 @@ type seizer struct {
 	ctx   context.Context
 	known map[int]bool // tids that are stopped
 	told  map[int]bool // tids that are seized and were told to stop
-	procs map[int]*Proc
-	order []*Proc
+	// seized are the tids that were seized, by pid.
+	seized map[int][]int
+	procs  map[int]*Proc
+	order  []*Proc
 }
 
 // group seizes what is in a control group while that stands still, and thaws it:
@@ -294,7 +296,7 @@ func (s *seizer) process(pid int) (found int, err error) {
 		return 0, fmt.Errorf("list threads of pid %d: %w", pid, err)
 	}
 	if st.State == 'Z' || st.State == 'X' {
-		if len(tids) > 1 {
+		if !st.Ended() {
 			// So it is for a moment when another thread executes a program, and when all end.
 			return 0, &passingError{fmt.Errorf("pid %d (%s): its first thread has exited while others run, which cannot be rebuilt", pid, st.Comm)}
 		}
@@ -346,7 +348,7 @@ func (s *seizer) seize(p *Proc, tid int) (bool, error) {
 	if err := context.Cause(s.ctx); err != nil {
 		return false, err
 	}
-	if err := sys.PtraceSeize(tid, sys.PtraceOptionTraceSysGood); err != nil {
+	if err := s.attach(p, tid); err != nil {
 		st, serr := procfs.ReadTaskStatus(p.Pid, tid)
 		switch {
 		case errors.Is(err, unix.ESRCH), procfs.Gone(serr):
@@ -372,6 +374,44 @@ func (s *seizer) seize(p *Proc, tid int) (bool, error) {
 	return true, nil
 }
 
+// attach seizes a thread. The kernel lets nobody attach to a process of which a
+// thread executes a program, and that thread waits until the others have been
+// reaped, by us those that are ours.
+func (s *seizer) attach(p *Proc, tid int) error {
+	attached, done := make(chan struct{}), make(chan struct{})
+	helper := time.AfterFunc(vforkPatience, func() {
+		defer close(done)
+		for {
+			s.bury(p)
+			select {
+			case <-attached:
+				return
+			case <-time.After(time.Millisecond):
+			}
+		}
+	})
+	err := sys.PtraceSeize(tid, sys.PtraceOptionTraceSysGood)
+	if !helper.Stop() {
+		close(attached)
+		<-done
+	}
+	if err == nil {
+		s.seized[p.Pid] = append(s.seized[p.Pid], tid)
+	}
+	return err
+}
+
+// bury reaps the threads of a process that have ended since they were seized; true
+// if there were any.
+func (s *seizer) bury(p *Proc) bool {
+	before := len(s.seized[p.Pid])
+	s.seized[p.Pid] = slices.DeleteFunc(s.seized[p.Pid], func(tid int) bool {
+		ended, err := sys.Reap(tid)
+		return ended || errors.Is(err, unix.ECHILD)
+	})
+	return len(s.seized[p.Pid]) < before
+}
+
 // awaitStop waits until a thread that was told to stop has stopped; stop is the
 // signal of the group stop that it takes part in, 0 for none.
 func (s *seizer) awaitStop(p *Proc, tid int) (stop unix.Signal, alive bool, err error) {
@@ -395,6 +435,9 @@ func (s *seizer) awaitStop(p *Proc, tid int) (stop unix.Signal, alive bool, err 
 				// Nobody is told of a first thread that has ended before all others
 				// are reaped, of which some are ours.
 				return 0, false, &passingError{fmt.Errorf("task %d of pid %d (%s) is ending", tid, p.Pid, p.Comm)}
+			}
+			if time.Since(told) > vforkPatience && s.bury(p) {
+				return 0, false, &passingError{fmt.Errorf("task %d of pid %d (%s) executes a program, which has ended other threads", tid, p.Pid, p.Comm)}
 			}
 			time.Sleep(pause)
 			pause = min(pause*2, 2*time.Millisecond)

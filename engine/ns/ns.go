@@ -64,7 +64,7 @@ type Links map[Set]string
 func ReadLinks(pid, tid int) (Links, error) {
 	l := Links{}
 	for _, k := range kinds {
-		s, err := os.Readlink(procfs.TaskPath(pid, tid, "ns", k.name))
+		s, err := procfs.Readlink(procfs.TaskPath(pid, tid), "ns/"+k.name)
 		if errors.Is(err, fs.ErrNotExist) {
 			if _, serr := os.Stat(procfs.TaskPath(pid, tid)); serr != nil {
 				return nil, serr

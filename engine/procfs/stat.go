@@ -68,6 +68,11 @@ type Stat struct {
 // Zombie reports whether the task has exited and waits to be reaped.
 func (s *Stat) Zombie() bool { return s.State == 'Z' }
 
+// Ended tells whether the whole process has ended and waits to be reaped. A first
+// thread is a zombie, too, while others run, and while one of them executes a
+// program and takes its place; it is counted among the threads until then.
+func (s *Stat) Ended() bool { return s.State == 'Z' && s.NumThreads == 1 }
+
 // ParseStat parses a stat file.
 func ParseStat(b []byte) (Stat, error) {
 	var s Stat

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"sort"
 	"strconv"
@@ -46,7 +47,19 @@ func Tids(pid int) ([]int, error) { return numbers(Path(pid, "task")) }
 func Fds(pid int) ([]int, error) { return numbers(Path(pid, "fd")) }
 
 // FdLink reads the link /proc/PID/fd/FD: a path or a text such as "pipe:[12]".
-func FdLink(pid, fd int) (string, error) { return os.Readlink(Path(pid, "fd", itoa(fd))) }
+func FdLink(pid, fd int) (string, error) { return Readlink(Path(pid), "fd/"+itoa(fd)) }
+
+// Readlink reads a link in the directory of a task, such as "ns/mnt". Of a task
+// that has ended it is fs.ErrNotExist, where the kernel says EACCES.
+func Readlink(task, link string) (string, error) {
+	s, err := os.Readlink(task + "/" + link)
+	if errors.Is(err, fs.ErrPermission) {
+		if _, serr := os.Stat(task); serr != nil {
+			return "", serr
+		}
+	}
+	return s, err
+}
 
 // Comm reads the name of a process's leading thread.
 func Comm(pid int) (string, error) { return comm(Path(pid, "comm")) }

@@ -5,6 +5,7 @@ package refuse
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -18,6 +19,8 @@ type Problem struct {
 	Key   string // external key in CRIU's form, if it could have one
 	// Declarable: it does not stand in the way if the key is declared external.
 	Declarable bool
+	// Passing: it ends by itself as soon as the program does what it is about to do.
+	Passing bool
 	Reason     string // why it cannot be carried
 	Hint       string // what to do about it, may be empty
 }
@@ -67,6 +70,11 @@ func (r *Refusal) Err() error {
 		return nil
 	}
 	return r
+}
+
+// Passing tells whether nothing but problems that pass stand in the way.
+func (r *Refusal) Passing() bool {
+	return !slices.ContainsFunc(r.Problems, func(p Problem) bool { return !p.Passing })
 }
 
 func (r *Refusal) Error() string {

@@ -155,6 +155,14 @@ func PtraceRseqConfig(tid int) (RseqConfig, error) {
 	return c, err
 }
 
+// Reap reaps a child or tracee of any thread of this process, if it has ended; a
+// stop of it that waits to be told is left alone.
+func Reap(tid int) (bool, error) {
+	var info unix.Siginfo
+	err := unix.Waitid(unix.P_PID, tid, &info, unix.WEXITED|unix.WNOHANG|unix.WALL, nil)
+	return err == nil && info.Signo != 0, os.NewSyscallError("waitid", err)
+}
+
 // Wait4 waits for one task of the calling thread's children and tracees.
 // It returns pid 0 if options has WNOHANG and nothing has happened.
 func Wait4(pid, options int) (int, unix.WaitStatus, error) {

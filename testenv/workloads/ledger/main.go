@@ -24,6 +24,7 @@ import (
 	"os/signal"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -34,6 +35,8 @@ import (
 var (
 	prefix  string
 	records atomic.Uint64
+	// handing is held while an entry is handed to the worker, and from the end on.
+	handing sync.Mutex
 )
 
 func verdict(suffix, text string) {
@@ -95,6 +98,7 @@ func main() {
 	for {
 		select {
 		case <-term:
+			handing.Lock()
 			_ = conn.Close()
 			var ws syscall.WaitStatus
 			if _, err := syscall.Wait4(child, &ws, 0, nil); err != nil || ws.ExitStatus() != 0 {
@@ -190,12 +194,14 @@ func serve(pc net.PacketConn, conn *os.File) {
 			case err != nil || seq > count:
 				answer = fmt.Sprintf("gap %d", count)
 			case seq == count:
+				handing.Lock()
 				if _, err := conn.Write(binary.BigEndian.AppendUint64(nil, seq)); err != nil {
 					fail("hand on entry %d: %v", seq, err)
 				}
 				if _, err := io.ReadFull(conn, sum[:]); err != nil {
 					fail("digest of entry %d: %v", seq, err)
 				}
+				handing.Unlock()
 				count++
 				fallthrough
 			default:
