@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"time"
@@ -59,8 +60,10 @@ const imgVersion = 2
 func Preflight(ctx context.Context, log hclog.Logger, pid int, o Options) (*plan.Plan, error) {
 	for until := time.Now().Add(quietWait); ; time.Sleep(2 * time.Millisecond) {
 		p, err := preflight(ctx, log, pid, o)
-		// A process that executes another program has nothing of the old one any more.
-		if err == nil || !procfs.Gone(err) || ended(pid) || time.Now().After(until) || ctx.Err() != nil {
+		// A process that executes another program has nothing of the old one any more,
+		// and while threads end the kernel forbids to read their links.
+		passing := procfs.Gone(err) && !ended(pid) || errors.Is(err, fs.ErrPermission)
+		if !passing || time.Now().After(until) || ctx.Err() != nil {
 			return p, err
 		}
 	}

@@ -21,8 +21,8 @@ type Problem struct {
 	Declarable bool
 	// Passing: it ends by itself as soon as the program does what it is about to do.
 	Passing bool
-	Reason     string // why it cannot be carried
-	Hint       string // what to do about it, may be empty
+	Reason  string // why it cannot be carried
+	Hint    string // what to do about it, may be empty
 }
 
 func (p Problem) String() string {
