@@ -117,6 +117,7 @@ func (a *Agent) Serve(svc *transport.Service) error {
 		func() error { return transport.Handle(svc, "resolve", a.Resolve) },
 		func() error { return transport.Handle(svc, "prepare", a.Prepare) },
 		func() error { return transport.Handle(svc, "start", a.Start) },
+		func() error { return transport.Handle(svc, "resize", a.Resize) },
 		func() error { return transport.Handle(svc, "abort", a.Abort) },
 	)
 }

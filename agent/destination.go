@@ -158,11 +158,15 @@ func (d *destination) begin() error {
 }
 
 func (d *destination) options() engine.RestoreOptions {
-	return engine.RestoreOptions{
+	o := engine.RestoreOptions{
 		Files:   engine.FileRestoreOptions{Policy: policy(d.req.Resolutions), Proxied: d.held.far},
 		Inherit: d.held.files, NewPidNamespace: d.req.Options.GetPidNamespaceNew(), Host: d.a.cfg.Host,
 		FileLocks: true, ExtUnixSk: true, TCPEstablished: true, Carry: places(d.req.Resolutions),
 	}
+	if d.held.terminal != nil {
+		o.ShellJob, o.Lead, o.Terminal = true, true, d.held.terminal
+	}
+	return o
 }
 
 // receive builds the tree from the stream and brings the record to Staged.

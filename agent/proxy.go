@@ -197,6 +197,9 @@ func (p *proxy) attend(side string) {
 			p.log.Info("the other end is heard again", "end", side, "peer", st.Peer)
 		}
 		stalled = silent
+		if p.relay.Err() != nil {
+			over = true // nobody asks any more
+		}
 		if st.Over {
 			p.ended.Do(func() {
 				if err := p.relay.Err(); err != nil {

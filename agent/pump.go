@@ -141,6 +141,17 @@ func (p *pump) close() {
 	}
 }
 
+// resize gives the terminal that the pump is behind another size.
+func (p *pump) resize(size *unix.Winsize) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	// Not after close, when the number may be another file's.
+	if p.out == nil || p.halted == nil {
+		return os.ErrClosed
+	}
+	return os.NewSyscallError("ioctl TIOCSWINSZ", unix.IoctlSetWinsize(int(p.out.Fd()), unix.TIOCSWINSZ, size))
+}
+
 // poll waits until f is ready for events, or broken, or wake was rung (0).
 func poll(f *os.File, events int16, wake *os.File) (int16, error) {
 	for {

@@ -67,7 +67,7 @@ func (a *Agent) Resolve(ctx context.Context, req *wire.ResolveRequest) (*wire.Re
 // lacks is what prepare would refuse. What is held for it is let go at once.
 func (a *Agent) lacks(ctx context.Context, req *wire.ResolveRequest, resolutions []*wire.Resolution) ([]*wire.Problem, error) {
 	prep := &wire.PrepareRequest{Id: req.Id, Source: req.Source, Requirements: req.Requirements, Resolutions: resolutions,
-		Options: &wire.MigrateOptions{PidNamespaceNew: req.Options.GetPidNamespaceNew()}}
+		Options: &wire.MigrateOptions{PidNamespaceNew: req.Options.GetPidNamespaceNew(), Attach: req.Options.GetAttach()}}
 	h, err := a.hold(ctx, prep)
 	if err == nil {
 		d := &destination{session: &session{a: a}, req: prep, held: h}

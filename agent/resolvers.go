@@ -77,6 +77,8 @@ type holdings struct {
 	files map[string]engine.Inherit
 	far   map[string]*engine.Far
 	all   []*held
+	// terminal stands for that on which the tree was started; nil: nothing does.
+	terminal *os.File
 }
 
 // close lets go. landed says that the tree runs here.
@@ -96,7 +98,7 @@ func (h *holdings) close(landed bool) {
 	if !landed {
 		engine.CloseFar(h.far)
 	}
-	h.all, h.files, h.far = nil, nil, nil
+	h.all, h.files, h.far, h.terminal = nil, nil, nil, nil
 }
 
 // start sets to work what must not work before the commit.
@@ -136,6 +138,14 @@ func (a *Agent) hold(ctx context.Context, req *wire.PrepareRequest) (*holdings, 
 			continue
 		}
 		h.files[r.Key] = engine.Inherit{File: x.file, Forward: x.forward, AnyKind: x.anyKind}
+	}
+	if at := req.Options.GetAttach(); at != nil && bad == nil {
+		x, err := a.holdAttachment(req.Id, at)
+		if err != nil {
+			h.close(false)
+			return nil, err
+		}
+		h.all, h.terminal = append(h.all, x), x.file
 	}
 	if bad != nil {
 		h.close(false)

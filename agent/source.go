@@ -80,6 +80,9 @@ func (a *Agent) Preflight(ctx context.Context, req *wire.PreflightRequest) (*wir
 	o.Files.Hash = req.Hash
 	p, err := a.cfg.Engine.Plan(ctx, int(req.Pid), o)
 	reply := &wire.PreflightReply{Root: root}
+	if err == nil && req.Options.GetAttach() != nil {
+		err = attachable(p)
+	}
 	if req.Discover && p != nil {
 		reply.Objects = openObjects(p.Objects)
 		if err := a.standIns(p, reply.Objects); err != nil {
@@ -121,7 +124,7 @@ func (a *Agent) dumpOptions(o *wire.MigrateOptions, resolutions []*wire.Resoluti
 	return engine.DumpOptions{
 		External: o.GetExternal(), Timeout: a.cfg.Timeouts.Freeze, Host: a.cfg.Host, GhostLimit: a.cfg.GhostLimit,
 		FileLocks: true, ExtUnixSk: true, TCPEstablished: true, // nothing else would keep them
-		Elsewhere: true, Carry: carried(resolutions),
+		Elsewhere: true, Carry: carried(resolutions), ShellJob: o.GetAttach() != nil,
 		Files: engine.FileOptions{Proxied: a.departing("", o.GetProxied()).proxied()},
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -26,6 +27,7 @@ type migrateArgs struct {
 	bandwidth    string
 	timeout      time.Duration
 	detach       bool
+	attach       bool
 }
 
 func (a *app) cmdMigrate() *cobra.Command {
@@ -45,10 +47,15 @@ and what becomes of each file.
 ` + entryHelp + `
 --inherit KEY=PATH is --external KEY=path:PATH.
 
+With --attach the tree lands on the terminal of this command, in the foreground of a
+session of its own, as if it had been started by ssh -t; ~. at the beginning of a line
+hangs up.
+
 An interrupt (Ctrl-C) asks to abort, which works until the commit; a second one
 leaves the migration to itself. Progress goes to the standard error, the report
 to the standard output; with --output json that is one document.`,
 		Example: `  godwit migrate alpha:412 beta
+  godwit migrate alpha:412 beta --attach
   godwit migrate alpha:412 beta --external role:stdout=journal --external 'path:/var/log/app/*.log=path:/srv/log/{base}'
   godwit migrate alpha:412 beta --inherit 'file[72:a3e7]=/run/input.fifo' --inherit 'file[1f:88]=/var/log/app.log,forward'`,
 		Args: cobra.ExactArgs(2),
@@ -63,6 +70,7 @@ to the standard output; with --output json that is one document.`,
 	f.StringVar(&args.pidNamespace, "pid-namespace", "same", "`where` the pids are needed: same, or new for a pid namespace of the tree's own")
 	f.StringVar(&args.bandwidth, "bandwidth", "0", "`rate` that the transfer may use, such as 100MiB/s or 800Mbit/s; 0: no cap but the agent's")
 	f.DurationVar(&args.timeout, "timeout", 0, "`time` that the tree may be frozen before the commit; 0: the agent's default")
+	f.BoolVar(&args.attach, "attach", false, "give the tree this terminal, in the place of the one that it was started on, until it ends")
 	f.BoolVar(&args.detach, "detach", false, "return as soon as the source has begun, and print the migration's id")
 	return cmd
 }
@@ -199,6 +207,15 @@ func (a *app) runMigrate(ctx context.Context, tree, destination string, args mig
 	if err != nil {
 		return err
 	}
+	var in, out *os.File
+	if args.attach {
+		if args.detach || a.output == outputJSON {
+			return usagef("--attach goes neither with --detach nor with --output json")
+		}
+		if in, out, err = a.ownTerminal(); err != nil {
+			return err
+		}
+	}
 	start := time.Now()
 	l, err := a.connect(ctx)
 	if err != nil {
@@ -212,6 +229,14 @@ func (a *app) runMigrate(ctx context.Context, tree, destination string, args mig
 	defer v.close()
 
 	m := &migration{link: l, view: v, rec: newMigration(source, pid, destination, options)}
+	var at *attachment
+	if args.attach {
+		if at, err = attach(l, m.rec, in, out); err != nil {
+			return err
+		}
+		defer func() { _ = at.close() }()
+		m.rec.Options.Attach = at.asked
+	}
 	begun := make(chan struct{})
 	work, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -245,7 +270,11 @@ func (a *app) runMigrate(ctx context.Context, tree, destination string, args mig
 	}
 	f := &follow{link: l, view: v, wait: a.patience(), interrupts: a.interrupts}
 	rec, err := f.run(ctx, m.rec)
-	return a.finish(ctx, l, v, rec, time.Since(start), err)
+	err = a.finish(ctx, l, v, rec, time.Since(start), err)
+	if at != nil && err == nil {
+		return at.serve(ctx, a.interrupts)
+	}
+	return err
 }
 
 func (a *app) printDetached(r *wire.Record) error {

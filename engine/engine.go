@@ -158,6 +158,9 @@ type RestoreOptions struct {
 	// session, with Terminal in the place of the terminal that it had.
 	ShellJob bool
 	Terminal *os.File // the caller's; nil: there is none
+	// Lead makes the root, if it did not lead its session, the leader of a new one,
+	// whose controlling terminal is Terminal.
+	Lead bool
 	// Sibling makes the root a child of this process's parent, and not of this process.
 	Sibling bool
 	// ExtUnixSk connects datagram unix sockets to named ones outside the tree

@@ -370,7 +370,7 @@ func (e *Engine) Restore(ctx context.Context, src image.Source, o RestoreOptions
 	if groups.Mode, err = cgroup.ParseMode(o.Cgroups.Mode); err != nil {
 		return nil, err
 	}
-	t, err := restore.Restore(ctx, e.log, src, restore.Options{Namespaces: spaces, Stage: o.Stage, Cgroups: groups, TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, TCPOutside: o.NetworkLock != LockNone, LockSkip: o.NetworkLock == LockSkip, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Terminal: o.Terminal, Files: o.Files, Carry: o.Carry, ExtUnixSk: o.ExtUnixSk, Sibling: o.Sibling, TimeNamespace: o.TimeNamespace})
+	t, err := restore.Restore(ctx, e.log, src, restore.Options{Namespaces: spaces, Stage: o.Stage, Cgroups: groups, TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, TCPOutside: o.NetworkLock != LockNone, LockSkip: o.NetworkLock == LockSkip, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Terminal: o.Terminal, Lead: o.Lead, Files: o.Files, Carry: o.Carry, ExtUnixSk: o.ExtUnixSk, Sibling: o.Sibling, TimeNamespace: o.TimeNamespace})
 	if err != nil {
 		return nil, err
 	}

@@ -7,7 +7,7 @@
 // versions:
 // 	protoc-gen-go v1.36.12
 // 	protoc        v3.21.12
-// source: godwit.proto
+// source: wire/godwit.proto
 
 package wire
 
@@ -82,11 +82,11 @@ func (x Code) String() string {
 }
 
 func (Code) Descriptor() protoreflect.EnumDescriptor {
-	return file_godwit_proto_enumTypes[0].Descriptor()
+	return file_wire_godwit_proto_enumTypes[0].Descriptor()
 }
 
 func (Code) Type() protoreflect.EnumType {
-	return &file_godwit_proto_enumTypes[0]
+	return &file_wire_godwit_proto_enumTypes[0]
 }
 
 func (x Code) Number() protoreflect.EnumNumber {
@@ -95,7 +95,7 @@ func (x Code) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Code.Descriptor instead.
 func (Code) EnumDescriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{0}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{0}
 }
 
 type State int32
@@ -164,11 +164,11 @@ func (x State) String() string {
 }
 
 func (State) Descriptor() protoreflect.EnumDescriptor {
-	return file_godwit_proto_enumTypes[1].Descriptor()
+	return file_wire_godwit_proto_enumTypes[1].Descriptor()
 }
 
 func (State) Type() protoreflect.EnumType {
-	return &file_godwit_proto_enumTypes[1]
+	return &file_wire_godwit_proto_enumTypes[1]
 }
 
 func (x State) Number() protoreflect.EnumNumber {
@@ -177,7 +177,7 @@ func (x State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use State.Descriptor instead.
 func (State) EnumDescriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{1}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{1}
 }
 
 type Owner int32
@@ -210,11 +210,11 @@ func (x Owner) String() string {
 }
 
 func (Owner) Descriptor() protoreflect.EnumDescriptor {
-	return file_godwit_proto_enumTypes[2].Descriptor()
+	return file_wire_godwit_proto_enumTypes[2].Descriptor()
 }
 
 func (Owner) Type() protoreflect.EnumType {
-	return &file_godwit_proto_enumTypes[2]
+	return &file_wire_godwit_proto_enumTypes[2]
 }
 
 func (x Owner) Number() protoreflect.EnumNumber {
@@ -223,7 +223,7 @@ func (x Owner) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Owner.Descriptor instead.
 func (Owner) EnumDescriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{2}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{2}
 }
 
 // Object is one thing that a message speaks about.
@@ -241,7 +241,7 @@ type Object struct {
 
 func (x *Object) Reset() {
 	*x = Object{}
-	mi := &file_godwit_proto_msgTypes[0]
+	mi := &file_wire_godwit_proto_msgTypes[0]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -253,7 +253,7 @@ func (x *Object) String() string {
 func (*Object) ProtoMessage() {}
 
 func (x *Object) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[0]
+	mi := &file_wire_godwit_proto_msgTypes[0]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -266,7 +266,7 @@ func (x *Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Object.ProtoReflect.Descriptor instead.
 func (*Object) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{0}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{0}
 }
 
 func (x *Object) GetPid() int32 {
@@ -323,7 +323,7 @@ type Problem struct {
 
 func (x *Problem) Reset() {
 	*x = Problem{}
-	mi := &file_godwit_proto_msgTypes[1]
+	mi := &file_wire_godwit_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -335,7 +335,7 @@ func (x *Problem) String() string {
 func (*Problem) ProtoMessage() {}
 
 func (x *Problem) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[1]
+	mi := &file_wire_godwit_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -348,7 +348,7 @@ func (x *Problem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Problem.ProtoReflect.Descriptor instead.
 func (*Problem) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{1}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *Problem) GetObject() *Object {
@@ -386,7 +386,7 @@ type Error struct {
 
 func (x *Error) Reset() {
 	*x = Error{}
-	mi := &file_godwit_proto_msgTypes[2]
+	mi := &file_wire_godwit_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -398,7 +398,7 @@ func (x *Error) String() string {
 func (*Error) ProtoMessage() {}
 
 func (x *Error) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[2]
+	mi := &file_wire_godwit_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -411,7 +411,7 @@ func (x *Error) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Error.ProtoReflect.Descriptor instead.
 func (*Error) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{2}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Error) GetCode() Code {
@@ -471,7 +471,7 @@ type AgentInfo struct {
 
 func (x *AgentInfo) Reset() {
 	*x = AgentInfo{}
-	mi := &file_godwit_proto_msgTypes[3]
+	mi := &file_wire_godwit_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -483,7 +483,7 @@ func (x *AgentInfo) String() string {
 func (*AgentInfo) ProtoMessage() {}
 
 func (x *AgentInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[3]
+	mi := &file_wire_godwit_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -496,7 +496,7 @@ func (x *AgentInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentInfo.ProtoReflect.Descriptor instead.
 func (*AgentInfo) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{3}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *AgentInfo) GetHost() string {
@@ -598,7 +598,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_godwit_proto_msgTypes[4]
+	mi := &file_wire_godwit_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -610,7 +610,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[4]
+	mi := &file_wire_godwit_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -623,7 +623,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{4}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{4}
 }
 
 type InfoReply struct {
@@ -636,7 +636,7 @@ type InfoReply struct {
 
 func (x *InfoReply) Reset() {
 	*x = InfoReply{}
-	mi := &file_godwit_proto_msgTypes[5]
+	mi := &file_wire_godwit_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -648,7 +648,7 @@ func (x *InfoReply) String() string {
 func (*InfoReply) ProtoMessage() {}
 
 func (x *InfoReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[5]
+	mi := &file_wire_godwit_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -661,7 +661,7 @@ func (x *InfoReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoReply.ProtoReflect.Descriptor instead.
 func (*InfoReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{5}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *InfoReply) GetInfo() *AgentInfo {
@@ -686,7 +686,7 @@ type PsRequest struct {
 
 func (x *PsRequest) Reset() {
 	*x = PsRequest{}
-	mi := &file_godwit_proto_msgTypes[6]
+	mi := &file_wire_godwit_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -698,7 +698,7 @@ func (x *PsRequest) String() string {
 func (*PsRequest) ProtoMessage() {}
 
 func (x *PsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[6]
+	mi := &file_wire_godwit_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -711,7 +711,7 @@ func (x *PsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PsRequest.ProtoReflect.Descriptor instead.
 func (*PsRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{6}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{6}
 }
 
 type Process struct {
@@ -732,7 +732,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_godwit_proto_msgTypes[7]
+	mi := &file_wire_godwit_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -744,7 +744,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[7]
+	mi := &file_wire_godwit_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -757,7 +757,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{7}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Process) GetPid() int32 {
@@ -840,7 +840,7 @@ type PsReply struct {
 
 func (x *PsReply) Reset() {
 	*x = PsReply{}
-	mi := &file_godwit_proto_msgTypes[8]
+	mi := &file_wire_godwit_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -852,7 +852,7 @@ func (x *PsReply) String() string {
 func (*PsReply) ProtoMessage() {}
 
 func (x *PsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[8]
+	mi := &file_wire_godwit_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -865,7 +865,7 @@ func (x *PsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PsReply.ProtoReflect.Descriptor instead.
 func (*PsReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{8}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PsReply) GetProcesses() []*Process {
@@ -897,7 +897,7 @@ type ExternalFile struct {
 
 func (x *ExternalFile) Reset() {
 	*x = ExternalFile{}
-	mi := &file_godwit_proto_msgTypes[9]
+	mi := &file_wire_godwit_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -909,7 +909,7 @@ func (x *ExternalFile) String() string {
 func (*ExternalFile) ProtoMessage() {}
 
 func (x *ExternalFile) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[9]
+	mi := &file_wire_godwit_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -922,7 +922,7 @@ func (x *ExternalFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExternalFile.ProtoReflect.Descriptor instead.
 func (*ExternalFile) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{9}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ExternalFile) GetKey() string {
@@ -988,7 +988,7 @@ type RequiredFile struct {
 
 func (x *RequiredFile) Reset() {
 	*x = RequiredFile{}
-	mi := &file_godwit_proto_msgTypes[10]
+	mi := &file_wire_godwit_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1000,7 +1000,7 @@ func (x *RequiredFile) String() string {
 func (*RequiredFile) ProtoMessage() {}
 
 func (x *RequiredFile) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[10]
+	mi := &file_wire_godwit_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1013,7 +1013,7 @@ func (x *RequiredFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RequiredFile.ProtoReflect.Descriptor instead.
 func (*RequiredFile) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{10}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *RequiredFile) GetPath() string {
@@ -1112,7 +1112,7 @@ type RequiredTask struct {
 
 func (x *RequiredTask) Reset() {
 	*x = RequiredTask{}
-	mi := &file_godwit_proto_msgTypes[11]
+	mi := &file_wire_godwit_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1124,7 +1124,7 @@ func (x *RequiredTask) String() string {
 func (*RequiredTask) ProtoMessage() {}
 
 func (x *RequiredTask) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[11]
+	mi := &file_wire_godwit_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1137,7 +1137,7 @@ func (x *RequiredTask) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RequiredTask.ProtoReflect.Descriptor instead.
 func (*RequiredTask) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{11}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *RequiredTask) GetPid() int32 {
@@ -1179,7 +1179,7 @@ type RequiredPort struct {
 
 func (x *RequiredPort) Reset() {
 	*x = RequiredPort{}
-	mi := &file_godwit_proto_msgTypes[12]
+	mi := &file_wire_godwit_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1191,7 +1191,7 @@ func (x *RequiredPort) String() string {
 func (*RequiredPort) ProtoMessage() {}
 
 func (x *RequiredPort) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[12]
+	mi := &file_wire_godwit_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1204,7 +1204,7 @@ func (x *RequiredPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RequiredPort.ProtoReflect.Descriptor instead.
 func (*RequiredPort) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{12}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *RequiredPort) GetNetwork() string {
@@ -1240,7 +1240,7 @@ type Rlimit struct {
 
 func (x *Rlimit) Reset() {
 	*x = Rlimit{}
-	mi := &file_godwit_proto_msgTypes[13]
+	mi := &file_wire_godwit_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1252,7 +1252,7 @@ func (x *Rlimit) String() string {
 func (*Rlimit) ProtoMessage() {}
 
 func (x *Rlimit) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[13]
+	mi := &file_wire_godwit_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1265,7 +1265,7 @@ func (x *Rlimit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rlimit.ProtoReflect.Descriptor instead.
 func (*Rlimit) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{13}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Rlimit) GetResource() uint32 {
@@ -1319,7 +1319,7 @@ type Requirements struct {
 
 func (x *Requirements) Reset() {
 	*x = Requirements{}
-	mi := &file_godwit_proto_msgTypes[14]
+	mi := &file_wire_godwit_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1331,7 +1331,7 @@ func (x *Requirements) String() string {
 func (*Requirements) ProtoMessage() {}
 
 func (x *Requirements) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[14]
+	mi := &file_wire_godwit_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1344,7 +1344,7 @@ func (x *Requirements) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Requirements.ProtoReflect.Descriptor instead.
 func (*Requirements) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{14}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Requirements) GetTasks() []*RequiredTask {
@@ -1457,7 +1457,7 @@ type Inherit struct {
 
 func (x *Inherit) Reset() {
 	*x = Inherit{}
-	mi := &file_godwit_proto_msgTypes[15]
+	mi := &file_wire_godwit_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1469,7 +1469,7 @@ func (x *Inherit) String() string {
 func (*Inherit) ProtoMessage() {}
 
 func (x *Inherit) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[15]
+	mi := &file_wire_godwit_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1482,7 +1482,7 @@ func (x *Inherit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Inherit.ProtoReflect.Descriptor instead.
 func (*Inherit) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{15}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Inherit) GetKey() string {
@@ -1510,20 +1510,21 @@ type MigrateOptions struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Declared external. What a user says are entries, SELECTOR[=RESOLVER…] (package
 	// configs/external), for "resolve"; what preflight and start get are keys.
-	External        []string   `protobuf:"bytes,1,rep,name=external,proto3" json:"external,omitempty"`
-	Inherit         []*Inherit `protobuf:"bytes,2,rep,name=inherit,proto3" json:"inherit,omitempty"` // KEY=path:PATH[,forward] in another form
-	PidNamespaceNew bool       `protobuf:"varint,3,opt,name=pid_namespace_new,json=pidNamespaceNew,proto3" json:"pid_namespace_new,omitempty"`
-	LeaveRunning    bool       `protobuf:"varint,4,opt,name=leave_running,json=leaveRunning,proto3" json:"leave_running,omitempty"` // reserved for checkpoints; refused by migrate
-	TimeoutMs       uint64     `protobuf:"varint,5,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`          // of the frozen part; 0: agent's default
-	Bandwidth       uint64     `protobuf:"varint,6,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`                           // bytes per second; 0: no cap
-	Proxied         []*Proxy   `protobuf:"bytes,7,rep,name=proxied,proto3" json:"proxied,omitempty"`                                // of resolutions: objects whose bytes go on flowing
+	External        []string    `protobuf:"bytes,1,rep,name=external,proto3" json:"external,omitempty"`
+	Inherit         []*Inherit  `protobuf:"bytes,2,rep,name=inherit,proto3" json:"inherit,omitempty"` // KEY=path:PATH[,forward] in another form
+	PidNamespaceNew bool        `protobuf:"varint,3,opt,name=pid_namespace_new,json=pidNamespaceNew,proto3" json:"pid_namespace_new,omitempty"`
+	LeaveRunning    bool        `protobuf:"varint,4,opt,name=leave_running,json=leaveRunning,proto3" json:"leave_running,omitempty"` // reserved for checkpoints; refused by migrate
+	TimeoutMs       uint64      `protobuf:"varint,5,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`          // of the frozen part; 0: agent's default
+	Bandwidth       uint64      `protobuf:"varint,6,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`                           // bytes per second; 0: no cap
+	Proxied         []*Proxy    `protobuf:"bytes,7,rep,name=proxied,proto3" json:"proxied,omitempty"`                                // of resolutions: objects whose bytes go on flowing
+	Attach          *Attachment `protobuf:"bytes,8,opt,name=attach,proto3" json:"attach,omitempty"`                                  // what stands for the terminal outside the tree; unset: nothing
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *MigrateOptions) Reset() {
 	*x = MigrateOptions{}
-	mi := &file_godwit_proto_msgTypes[16]
+	mi := &file_wire_godwit_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1535,7 +1536,7 @@ func (x *MigrateOptions) String() string {
 func (*MigrateOptions) ProtoMessage() {}
 
 func (x *MigrateOptions) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[16]
+	mi := &file_wire_godwit_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1548,7 +1549,7 @@ func (x *MigrateOptions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MigrateOptions.ProtoReflect.Descriptor instead.
 func (*MigrateOptions) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{16}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *MigrateOptions) GetExternal() []string {
@@ -1600,6 +1601,240 @@ func (x *MigrateOptions) GetProxied() []*Proxy {
 	return nil
 }
 
+func (x *MigrateOptions) GetAttach() *Attachment {
+	if x != nil {
+		return x.Attach
+	}
+	return nil
+}
+
+// Attachment is the terminal of whoever asked for a migration. Its bytes go on flowing from and to
+// a new one at the destination, as a relay of which it is home.
+type Attachment struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`     // of the relay
+	Peer          string                 `protobuf:"bytes,2,opt,name=peer,proto3" json:"peer,omitempty"` // the name on the bus of the end that has it
+	Size          *WindowSize            `protobuf:"bytes,3,opt,name=size,proto3" json:"size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Attachment) Reset() {
+	*x = Attachment{}
+	mi := &file_wire_godwit_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Attachment) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Attachment) ProtoMessage() {}
+
+func (x *Attachment) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Attachment.ProtoReflect.Descriptor instead.
+func (*Attachment) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *Attachment) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Attachment) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+func (x *Attachment) GetSize() *WindowSize {
+	if x != nil {
+		return x.Size
+	}
+	return nil
+}
+
+type WindowSize struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Rows          uint32                 `protobuf:"varint,1,opt,name=rows,proto3" json:"rows,omitempty"`
+	Columns       uint32                 `protobuf:"varint,2,opt,name=columns,proto3" json:"columns,omitempty"`
+	XPixels       uint32                 `protobuf:"varint,3,opt,name=x_pixels,json=xPixels,proto3" json:"x_pixels,omitempty"`
+	YPixels       uint32                 `protobuf:"varint,4,opt,name=y_pixels,json=yPixels,proto3" json:"y_pixels,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WindowSize) Reset() {
+	*x = WindowSize{}
+	mi := &file_wire_godwit_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WindowSize) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WindowSize) ProtoMessage() {}
+
+func (x *WindowSize) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WindowSize.ProtoReflect.Descriptor instead.
+func (*WindowSize) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *WindowSize) GetRows() uint32 {
+	if x != nil {
+		return x.Rows
+	}
+	return 0
+}
+
+func (x *WindowSize) GetColumns() uint32 {
+	if x != nil {
+		return x.Columns
+	}
+	return 0
+}
+
+func (x *WindowSize) GetXPixels() uint32 {
+	if x != nil {
+		return x.XPixels
+	}
+	return 0
+}
+
+func (x *WindowSize) GetYPixels() uint32 {
+	if x != nil {
+		return x.YPixels
+	}
+	return 0
+}
+
+// "resize" gives a terminal that a tree is attached to another size.
+type ResizeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Size          *WindowSize            `protobuf:"bytes,2,opt,name=size,proto3" json:"size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResizeRequest) Reset() {
+	*x = ResizeRequest{}
+	mi := &file_wire_godwit_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResizeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResizeRequest) ProtoMessage() {}
+
+func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
+func (*ResizeRequest) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ResizeRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ResizeRequest) GetSize() *WindowSize {
+	if x != nil {
+		return x.Size
+	}
+	return nil
+}
+
+type ResizeReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Error         *Error                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResizeReply) Reset() {
+	*x = ResizeReply{}
+	mi := &file_wire_godwit_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResizeReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResizeReply) ProtoMessage() {}
+
+func (x *ResizeReply) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResizeReply.ProtoReflect.Descriptor instead.
+func (*ResizeReply) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ResizeReply) GetError() *Error {
+	if x != nil {
+		return x.Error
+	}
+	return nil
+}
+
 // Proxy is an object that stays on its host, home, and whose bytes go on flowing from
 // and to the tree that has it open, wherever that runs.
 type Proxy struct {
@@ -1615,7 +1850,7 @@ type Proxy struct {
 
 func (x *Proxy) Reset() {
 	*x = Proxy{}
-	mi := &file_godwit_proto_msgTypes[17]
+	mi := &file_wire_godwit_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1627,7 +1862,7 @@ func (x *Proxy) String() string {
 func (*Proxy) ProtoMessage() {}
 
 func (x *Proxy) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[17]
+	mi := &file_wire_godwit_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1640,7 +1875,7 @@ func (x *Proxy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proxy.ProtoReflect.Descriptor instead.
 func (*Proxy) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{17}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Proxy) GetId() string {
@@ -1696,7 +1931,7 @@ type ProxyState struct {
 
 func (x *ProxyState) Reset() {
 	*x = ProxyState{}
-	mi := &file_godwit_proto_msgTypes[18]
+	mi := &file_wire_godwit_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1708,7 +1943,7 @@ func (x *ProxyState) String() string {
 func (*ProxyState) ProtoMessage() {}
 
 func (x *ProxyState) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[18]
+	mi := &file_wire_godwit_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1721,7 +1956,7 @@ func (x *ProxyState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyState.ProtoReflect.Descriptor instead.
 func (*ProxyState) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{18}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ProxyState) GetId() string {
@@ -1802,7 +2037,7 @@ type Holder struct {
 
 func (x *Holder) Reset() {
 	*x = Holder{}
-	mi := &file_godwit_proto_msgTypes[19]
+	mi := &file_wire_godwit_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1814,7 +2049,7 @@ func (x *Holder) String() string {
 func (*Holder) ProtoMessage() {}
 
 func (x *Holder) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[19]
+	mi := &file_wire_godwit_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1827,7 +2062,7 @@ func (x *Holder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Holder.ProtoReflect.Descriptor instead.
 func (*Holder) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{19}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Holder) GetPid() int32 {
@@ -1903,7 +2138,7 @@ type OpenObject struct {
 
 func (x *OpenObject) Reset() {
 	*x = OpenObject{}
-	mi := &file_godwit_proto_msgTypes[20]
+	mi := &file_wire_godwit_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1915,7 +2150,7 @@ func (x *OpenObject) String() string {
 func (*OpenObject) ProtoMessage() {}
 
 func (x *OpenObject) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[20]
+	mi := &file_wire_godwit_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1928,7 +2163,7 @@ func (x *OpenObject) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenObject.ProtoReflect.Descriptor instead.
 func (*OpenObject) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{20}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *OpenObject) GetKey() string {
@@ -2130,7 +2365,7 @@ type JournalStream struct {
 
 func (x *JournalStream) Reset() {
 	*x = JournalStream{}
-	mi := &file_godwit_proto_msgTypes[21]
+	mi := &file_wire_godwit_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2142,7 +2377,7 @@ func (x *JournalStream) String() string {
 func (*JournalStream) ProtoMessage() {}
 
 func (x *JournalStream) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[21]
+	mi := &file_wire_godwit_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2155,7 +2390,7 @@ func (x *JournalStream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JournalStream.ProtoReflect.Descriptor instead.
 func (*JournalStream) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{21}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *JournalStream) GetIdentifier() string {
@@ -2230,7 +2465,7 @@ type Resolution struct {
 
 func (x *Resolution) Reset() {
 	*x = Resolution{}
-	mi := &file_godwit_proto_msgTypes[22]
+	mi := &file_wire_godwit_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2242,7 +2477,7 @@ func (x *Resolution) String() string {
 func (*Resolution) ProtoMessage() {}
 
 func (x *Resolution) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[22]
+	mi := &file_wire_godwit_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2255,7 +2490,7 @@ func (x *Resolution) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resolution.ProtoReflect.Descriptor instead.
 func (*Resolution) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{22}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Resolution) GetKey() string {
@@ -2368,7 +2603,7 @@ type FileState struct {
 
 func (x *FileState) Reset() {
 	*x = FileState{}
-	mi := &file_godwit_proto_msgTypes[23]
+	mi := &file_wire_godwit_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2380,7 +2615,7 @@ func (x *FileState) String() string {
 func (*FileState) ProtoMessage() {}
 
 func (x *FileState) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[23]
+	mi := &file_wire_godwit_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2393,7 +2628,7 @@ func (x *FileState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileState.ProtoReflect.Descriptor instead.
 func (*FileState) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{23}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *FileState) GetSize() uint64 {
@@ -2434,7 +2669,7 @@ type ResolveRequest struct {
 
 func (x *ResolveRequest) Reset() {
 	*x = ResolveRequest{}
-	mi := &file_godwit_proto_msgTypes[24]
+	mi := &file_wire_godwit_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2446,7 +2681,7 @@ func (x *ResolveRequest) String() string {
 func (*ResolveRequest) ProtoMessage() {}
 
 func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[24]
+	mi := &file_wire_godwit_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2459,7 +2694,7 @@ func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveRequest.ProtoReflect.Descriptor instead.
 func (*ResolveRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{24}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ResolveRequest) GetProtocol() uint32 {
@@ -2523,7 +2758,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_godwit_proto_msgTypes[25]
+	mi := &file_wire_godwit_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2535,7 +2770,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[25]
+	mi := &file_wire_godwit_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2548,7 +2783,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{25}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Entry) GetText() string {
@@ -2584,7 +2819,7 @@ type Presence struct {
 
 func (x *Presence) Reset() {
 	*x = Presence{}
-	mi := &file_godwit_proto_msgTypes[26]
+	mi := &file_wire_godwit_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2596,7 +2831,7 @@ func (x *Presence) String() string {
 func (*Presence) ProtoMessage() {}
 
 func (x *Presence) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[26]
+	mi := &file_wire_godwit_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2609,7 +2844,7 @@ func (x *Presence) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Presence.ProtoReflect.Descriptor instead.
 func (*Presence) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{26}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Presence) GetPath() string {
@@ -2646,7 +2881,7 @@ type ResolveReply struct {
 
 func (x *ResolveReply) Reset() {
 	*x = ResolveReply{}
-	mi := &file_godwit_proto_msgTypes[27]
+	mi := &file_wire_godwit_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2658,7 +2893,7 @@ func (x *ResolveReply) String() string {
 func (*ResolveReply) ProtoMessage() {}
 
 func (x *ResolveReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[27]
+	mi := &file_wire_godwit_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2671,7 +2906,7 @@ func (x *ResolveReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveReply.ProtoReflect.Descriptor instead.
 func (*ResolveReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{27}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ResolveReply) GetResolutions() []*Resolution {
@@ -2727,7 +2962,7 @@ type PreflightRequest struct {
 
 func (x *PreflightRequest) Reset() {
 	*x = PreflightRequest{}
-	mi := &file_godwit_proto_msgTypes[28]
+	mi := &file_wire_godwit_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2739,7 +2974,7 @@ func (x *PreflightRequest) String() string {
 func (*PreflightRequest) ProtoMessage() {}
 
 func (x *PreflightRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[28]
+	mi := &file_wire_godwit_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2752,7 +2987,7 @@ func (x *PreflightRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreflightRequest.ProtoReflect.Descriptor instead.
 func (*PreflightRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{28}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *PreflightRequest) GetProtocol() uint32 {
@@ -2823,7 +3058,7 @@ type PreflightReply struct {
 
 func (x *PreflightReply) Reset() {
 	*x = PreflightReply{}
-	mi := &file_godwit_proto_msgTypes[29]
+	mi := &file_wire_godwit_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2835,7 +3070,7 @@ func (x *PreflightReply) String() string {
 func (*PreflightReply) ProtoMessage() {}
 
 func (x *PreflightReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[29]
+	mi := &file_wire_godwit_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2848,7 +3083,7 @@ func (x *PreflightReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreflightReply.ProtoReflect.Descriptor instead.
 func (*PreflightReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{29}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *PreflightReply) GetRequirements() *Requirements {
@@ -2893,7 +3128,7 @@ type PrepareRequest struct {
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_godwit_proto_msgTypes[30]
+	mi := &file_wire_godwit_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2905,7 +3140,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[30]
+	mi := &file_wire_godwit_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2918,7 +3153,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{30}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PrepareRequest) GetProtocol() uint32 {
@@ -2973,7 +3208,7 @@ type PrepareReply struct {
 
 func (x *PrepareReply) Reset() {
 	*x = PrepareReply{}
-	mi := &file_godwit_proto_msgTypes[31]
+	mi := &file_wire_godwit_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2985,7 +3220,7 @@ func (x *PrepareReply) String() string {
 func (*PrepareReply) ProtoMessage() {}
 
 func (x *PrepareReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[31]
+	mi := &file_wire_godwit_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2998,7 +3233,7 @@ func (x *PrepareReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareReply.ProtoReflect.Descriptor instead.
 func (*PrepareReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{31}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *PrepareReply) GetStream() string {
@@ -3031,7 +3266,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_godwit_proto_msgTypes[32]
+	mi := &file_wire_godwit_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3043,7 +3278,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[32]
+	mi := &file_wire_godwit_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3056,7 +3291,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{32}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *StartRequest) GetProtocol() uint32 {
@@ -3124,7 +3359,7 @@ type StartReply struct {
 
 func (x *StartReply) Reset() {
 	*x = StartReply{}
-	mi := &file_godwit_proto_msgTypes[33]
+	mi := &file_wire_godwit_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3136,7 +3371,7 @@ func (x *StartReply) String() string {
 func (*StartReply) ProtoMessage() {}
 
 func (x *StartReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[33]
+	mi := &file_wire_godwit_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3149,7 +3384,7 @@ func (x *StartReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartReply.ProtoReflect.Descriptor instead.
 func (*StartReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{33}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *StartReply) GetError() *Error {
@@ -3169,7 +3404,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_godwit_proto_msgTypes[34]
+	mi := &file_wire_godwit_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3181,7 +3416,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[34]
+	mi := &file_wire_godwit_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3194,7 +3429,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{34}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -3220,7 +3455,7 @@ type AbortReply struct {
 
 func (x *AbortReply) Reset() {
 	*x = AbortReply{}
-	mi := &file_godwit_proto_msgTypes[35]
+	mi := &file_wire_godwit_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3232,7 +3467,7 @@ func (x *AbortReply) String() string {
 func (*AbortReply) ProtoMessage() {}
 
 func (x *AbortReply) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[35]
+	mi := &file_wire_godwit_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3245,7 +3480,7 @@ func (x *AbortReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortReply.ProtoReflect.Descriptor instead.
 func (*AbortReply) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{35}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AbortReply) GetError() *Error {
@@ -3288,7 +3523,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_godwit_proto_msgTypes[36]
+	mi := &file_wire_godwit_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3300,7 +3535,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[36]
+	mi := &file_wire_godwit_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3313,7 +3548,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{36}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Record) GetId() string {
@@ -3488,7 +3723,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_godwit_proto_msgTypes[37]
+	mi := &file_wire_godwit_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3500,7 +3735,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[37]
+	mi := &file_wire_godwit_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3513,7 +3748,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{37}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Step) GetState() State {
@@ -3560,7 +3795,7 @@ type Report struct {
 
 func (x *Report) Reset() {
 	*x = Report{}
-	mi := &file_godwit_proto_msgTypes[38]
+	mi := &file_wire_godwit_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3572,7 +3807,7 @@ func (x *Report) String() string {
 func (*Report) ProtoMessage() {}
 
 func (x *Report) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[38]
+	mi := &file_wire_godwit_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3585,7 +3820,7 @@ func (x *Report) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Report.ProtoReflect.Descriptor instead.
 func (*Report) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{38}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Report) GetFrozenUs() uint64 {
@@ -3697,7 +3932,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_godwit_proto_msgTypes[39]
+	mi := &file_wire_godwit_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3709,7 +3944,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[39]
+	mi := &file_wire_godwit_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3722,7 +3957,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{39}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Progress) GetId() string {
@@ -3806,7 +4041,7 @@ type Item struct {
 
 func (x *Item) Reset() {
 	*x = Item{}
-	mi := &file_godwit_proto_msgTypes[40]
+	mi := &file_wire_godwit_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3818,7 +4053,7 @@ func (x *Item) String() string {
 func (*Item) ProtoMessage() {}
 
 func (x *Item) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[40]
+	mi := &file_wire_godwit_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3831,7 +4066,7 @@ func (x *Item) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Item.ProtoReflect.Descriptor instead.
 func (*Item) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{40}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Item) GetItem() isItem_Item {
@@ -3932,7 +4167,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_godwit_proto_msgTypes[41]
+	mi := &file_wire_godwit_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3944,7 +4179,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[41]
+	mi := &file_wire_godwit_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3957,7 +4192,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{41}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Hello) GetProtocol() uint32 {
@@ -4000,7 +4235,7 @@ type ImageEntry struct {
 
 func (x *ImageEntry) Reset() {
 	*x = ImageEntry{}
-	mi := &file_godwit_proto_msgTypes[42]
+	mi := &file_wire_godwit_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4012,7 +4247,7 @@ func (x *ImageEntry) String() string {
 func (*ImageEntry) ProtoMessage() {}
 
 func (x *ImageEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[42]
+	mi := &file_wire_godwit_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4025,7 +4260,7 @@ func (x *ImageEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageEntry.ProtoReflect.Descriptor instead.
 func (*ImageEntry) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{42}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ImageEntry) GetFile() string {
@@ -4065,7 +4300,7 @@ type ImagesDone struct {
 
 func (x *ImagesDone) Reset() {
 	*x = ImagesDone{}
-	mi := &file_godwit_proto_msgTypes[43]
+	mi := &file_wire_godwit_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4077,7 +4312,7 @@ func (x *ImagesDone) String() string {
 func (*ImagesDone) ProtoMessage() {}
 
 func (x *ImagesDone) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[43]
+	mi := &file_wire_godwit_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4090,7 +4325,7 @@ func (x *ImagesDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagesDone.ProtoReflect.Descriptor instead.
 func (*ImagesDone) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{43}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ImagesDone) GetEntries() uint64 {
@@ -4111,7 +4346,7 @@ type StreamEnd struct {
 
 func (x *StreamEnd) Reset() {
 	*x = StreamEnd{}
-	mi := &file_godwit_proto_msgTypes[44]
+	mi := &file_wire_godwit_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4123,7 +4358,7 @@ func (x *StreamEnd) String() string {
 func (*StreamEnd) ProtoMessage() {}
 
 func (x *StreamEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_godwit_proto_msgTypes[44]
+	mi := &file_wire_godwit_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4136,7 +4371,7 @@ func (x *StreamEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamEnd.ProtoReflect.Descriptor instead.
 func (*StreamEnd) Descriptor() ([]byte, []int) {
-	return file_godwit_proto_rawDescGZIP(), []int{44}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *StreamEnd) GetDataBytes() uint64 {
@@ -4160,11 +4395,11 @@ func (x *StreamEnd) GetError() *Error {
 	return nil
 }
 
-var File_godwit_proto protoreflect.FileDescriptor
+var File_wire_godwit_proto protoreflect.FileDescriptor
 
-const file_godwit_proto_rawDesc = "" +
+const file_wire_godwit_proto_rawDesc = "" +
 	"\n" +
-	"\fgodwit.proto\x12\x0egodwit.wire.v1\"{\n" +
+	"\x11wire/godwit.proto\x12\x0egodwit.wire.v1\"{\n" +
 	"\x06Object\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x12\n" +
 	"\x04comm\x18\x02 \x01(\tR\x04comm\x12\x0e\n" +
@@ -4276,7 +4511,7 @@ const file_godwit_proto_rawDesc = "" +
 	"\aInherit\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x18\n" +
-	"\aforward\x18\x03 \x01(\bR\aforward\"\x9e\x02\n" +
+	"\aforward\x18\x03 \x01(\bR\aforward\"\xd2\x02\n" +
 	"\x0eMigrateOptions\x12\x1a\n" +
 	"\bexternal\x18\x01 \x03(\tR\bexternal\x121\n" +
 	"\ainherit\x18\x02 \x03(\v2\x17.godwit.wire.v1.InheritR\ainherit\x12*\n" +
@@ -4285,7 +4520,24 @@ const file_godwit_proto_rawDesc = "" +
 	"\n" +
 	"timeout_ms\x18\x05 \x01(\x04R\ttimeoutMs\x12\x1c\n" +
 	"\tbandwidth\x18\x06 \x01(\x04R\tbandwidth\x12/\n" +
-	"\aproxied\x18\a \x03(\v2\x15.godwit.wire.v1.ProxyR\aproxied\"k\n" +
+	"\aproxied\x18\a \x03(\v2\x15.godwit.wire.v1.ProxyR\aproxied\x122\n" +
+	"\x06attach\x18\b \x01(\v2\x1a.godwit.wire.v1.AttachmentR\x06attach\"`\n" +
+	"\n" +
+	"Attachment\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04peer\x18\x02 \x01(\tR\x04peer\x12.\n" +
+	"\x04size\x18\x03 \x01(\v2\x1a.godwit.wire.v1.WindowSizeR\x04size\"p\n" +
+	"\n" +
+	"WindowSize\x12\x12\n" +
+	"\x04rows\x18\x01 \x01(\rR\x04rows\x12\x18\n" +
+	"\acolumns\x18\x02 \x01(\rR\acolumns\x12\x19\n" +
+	"\bx_pixels\x18\x03 \x01(\rR\axPixels\x12\x19\n" +
+	"\by_pixels\x18\x04 \x01(\rR\ayPixels\"O\n" +
+	"\rResizeRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
+	"\x04size\x18\x02 \x01(\v2\x1a.godwit.wire.v1.WindowSizeR\x04size\":\n" +
+	"\vResizeReply\x12+\n" +
+	"\x05error\x18\x01 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"k\n" +
 	"\x05Proxy\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04home\x18\x02 \x01(\tR\x04home\x12\x14\n" +
@@ -4555,20 +4807,20 @@ const file_godwit_proto_rawDesc = "" +
 	"\x11OWNER_DESTINATION\x10\x01B\rZ\vgodwit/wireb\x06proto3"
 
 var (
-	file_godwit_proto_rawDescOnce sync.Once
-	file_godwit_proto_rawDescData []byte
+	file_wire_godwit_proto_rawDescOnce sync.Once
+	file_wire_godwit_proto_rawDescData []byte
 )
 
-func file_godwit_proto_rawDescGZIP() []byte {
-	file_godwit_proto_rawDescOnce.Do(func() {
-		file_godwit_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_godwit_proto_rawDesc), len(file_godwit_proto_rawDesc)))
+func file_wire_godwit_proto_rawDescGZIP() []byte {
+	file_wire_godwit_proto_rawDescOnce.Do(func() {
+		file_wire_godwit_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_wire_godwit_proto_rawDesc), len(file_wire_godwit_proto_rawDesc)))
 	})
-	return file_godwit_proto_rawDescData
+	return file_wire_godwit_proto_rawDescData
 }
 
-var file_godwit_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
-var file_godwit_proto_goTypes = []any{
+var file_wire_godwit_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
+var file_wire_godwit_proto_goTypes = []any{
 	(Code)(0),                // 0: godwit.wire.v1.Code
 	(State)(0),               // 1: godwit.wire.v1.State
 	(Owner)(0),               // 2: godwit.wire.v1.Owner
@@ -4589,40 +4841,44 @@ var file_godwit_proto_goTypes = []any{
 	(*Requirements)(nil),     // 17: godwit.wire.v1.Requirements
 	(*Inherit)(nil),          // 18: godwit.wire.v1.Inherit
 	(*MigrateOptions)(nil),   // 19: godwit.wire.v1.MigrateOptions
-	(*Proxy)(nil),            // 20: godwit.wire.v1.Proxy
-	(*ProxyState)(nil),       // 21: godwit.wire.v1.ProxyState
-	(*Holder)(nil),           // 22: godwit.wire.v1.Holder
-	(*OpenObject)(nil),       // 23: godwit.wire.v1.OpenObject
-	(*JournalStream)(nil),    // 24: godwit.wire.v1.JournalStream
-	(*Resolution)(nil),       // 25: godwit.wire.v1.Resolution
-	(*FileState)(nil),        // 26: godwit.wire.v1.FileState
-	(*ResolveRequest)(nil),   // 27: godwit.wire.v1.ResolveRequest
-	(*Entry)(nil),            // 28: godwit.wire.v1.Entry
-	(*Presence)(nil),         // 29: godwit.wire.v1.Presence
-	(*ResolveReply)(nil),     // 30: godwit.wire.v1.ResolveReply
-	(*PreflightRequest)(nil), // 31: godwit.wire.v1.PreflightRequest
-	(*PreflightReply)(nil),   // 32: godwit.wire.v1.PreflightReply
-	(*PrepareRequest)(nil),   // 33: godwit.wire.v1.PrepareRequest
-	(*PrepareReply)(nil),     // 34: godwit.wire.v1.PrepareReply
-	(*StartRequest)(nil),     // 35: godwit.wire.v1.StartRequest
-	(*StartReply)(nil),       // 36: godwit.wire.v1.StartReply
-	(*AbortRequest)(nil),     // 37: godwit.wire.v1.AbortRequest
-	(*AbortReply)(nil),       // 38: godwit.wire.v1.AbortReply
-	(*Record)(nil),           // 39: godwit.wire.v1.Record
-	(*Step)(nil),             // 40: godwit.wire.v1.Step
-	(*Report)(nil),           // 41: godwit.wire.v1.Report
-	(*Progress)(nil),         // 42: godwit.wire.v1.Progress
-	(*Item)(nil),             // 43: godwit.wire.v1.Item
-	(*Hello)(nil),            // 44: godwit.wire.v1.Hello
-	(*ImageEntry)(nil),       // 45: godwit.wire.v1.ImageEntry
-	(*ImagesDone)(nil),       // 46: godwit.wire.v1.ImagesDone
-	(*StreamEnd)(nil),        // 47: godwit.wire.v1.StreamEnd
+	(*Attachment)(nil),       // 20: godwit.wire.v1.Attachment
+	(*WindowSize)(nil),       // 21: godwit.wire.v1.WindowSize
+	(*ResizeRequest)(nil),    // 22: godwit.wire.v1.ResizeRequest
+	(*ResizeReply)(nil),      // 23: godwit.wire.v1.ResizeReply
+	(*Proxy)(nil),            // 24: godwit.wire.v1.Proxy
+	(*ProxyState)(nil),       // 25: godwit.wire.v1.ProxyState
+	(*Holder)(nil),           // 26: godwit.wire.v1.Holder
+	(*OpenObject)(nil),       // 27: godwit.wire.v1.OpenObject
+	(*JournalStream)(nil),    // 28: godwit.wire.v1.JournalStream
+	(*Resolution)(nil),       // 29: godwit.wire.v1.Resolution
+	(*FileState)(nil),        // 30: godwit.wire.v1.FileState
+	(*ResolveRequest)(nil),   // 31: godwit.wire.v1.ResolveRequest
+	(*Entry)(nil),            // 32: godwit.wire.v1.Entry
+	(*Presence)(nil),         // 33: godwit.wire.v1.Presence
+	(*ResolveReply)(nil),     // 34: godwit.wire.v1.ResolveReply
+	(*PreflightRequest)(nil), // 35: godwit.wire.v1.PreflightRequest
+	(*PreflightReply)(nil),   // 36: godwit.wire.v1.PreflightReply
+	(*PrepareRequest)(nil),   // 37: godwit.wire.v1.PrepareRequest
+	(*PrepareReply)(nil),     // 38: godwit.wire.v1.PrepareReply
+	(*StartRequest)(nil),     // 39: godwit.wire.v1.StartRequest
+	(*StartReply)(nil),       // 40: godwit.wire.v1.StartReply
+	(*AbortRequest)(nil),     // 41: godwit.wire.v1.AbortRequest
+	(*AbortReply)(nil),       // 42: godwit.wire.v1.AbortReply
+	(*Record)(nil),           // 43: godwit.wire.v1.Record
+	(*Step)(nil),             // 44: godwit.wire.v1.Step
+	(*Report)(nil),           // 45: godwit.wire.v1.Report
+	(*Progress)(nil),         // 46: godwit.wire.v1.Progress
+	(*Item)(nil),             // 47: godwit.wire.v1.Item
+	(*Hello)(nil),            // 48: godwit.wire.v1.Hello
+	(*ImageEntry)(nil),       // 49: godwit.wire.v1.ImageEntry
+	(*ImagesDone)(nil),       // 50: godwit.wire.v1.ImagesDone
+	(*StreamEnd)(nil),        // 51: godwit.wire.v1.StreamEnd
 }
-var file_godwit_proto_depIdxs = []int32{
+var file_wire_godwit_proto_depIdxs = []int32{
 	3,  // 0: godwit.wire.v1.Problem.object:type_name -> godwit.wire.v1.Object
 	0,  // 1: godwit.wire.v1.Error.code:type_name -> godwit.wire.v1.Code
 	4,  // 2: godwit.wire.v1.Error.problems:type_name -> godwit.wire.v1.Problem
-	21, // 3: godwit.wire.v1.AgentInfo.proxies:type_name -> godwit.wire.v1.ProxyState
+	25, // 3: godwit.wire.v1.AgentInfo.proxies:type_name -> godwit.wire.v1.ProxyState
 	6,  // 4: godwit.wire.v1.InfoReply.info:type_name -> godwit.wire.v1.AgentInfo
 	5,  // 5: godwit.wire.v1.InfoReply.error:type_name -> godwit.wire.v1.Error
 	10, // 6: godwit.wire.v1.PsReply.processes:type_name -> godwit.wire.v1.Process
@@ -4633,63 +4889,67 @@ var file_godwit_proto_depIdxs = []int32{
 	15, // 11: godwit.wire.v1.Requirements.ports:type_name -> godwit.wire.v1.RequiredPort
 	16, // 12: godwit.wire.v1.Requirements.rlimits:type_name -> godwit.wire.v1.Rlimit
 	18, // 13: godwit.wire.v1.MigrateOptions.inherit:type_name -> godwit.wire.v1.Inherit
-	20, // 14: godwit.wire.v1.MigrateOptions.proxied:type_name -> godwit.wire.v1.Proxy
-	22, // 15: godwit.wire.v1.OpenObject.holders:type_name -> godwit.wire.v1.Holder
-	24, // 16: godwit.wire.v1.OpenObject.journal:type_name -> godwit.wire.v1.JournalStream
-	20, // 17: godwit.wire.v1.OpenObject.proxy:type_name -> godwit.wire.v1.Proxy
-	23, // 18: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
-	20, // 19: godwit.wire.v1.Resolution.proxy:type_name -> godwit.wire.v1.Proxy
-	26, // 20: godwit.wire.v1.Resolution.have:type_name -> godwit.wire.v1.FileState
-	23, // 21: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
-	19, // 22: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	17, // 23: godwit.wire.v1.ResolveRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	25, // 24: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
-	4,  // 25: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
-	28, // 26: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
-	29, // 27: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
-	5,  // 28: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
-	19, // 29: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	25, // 30: godwit.wire.v1.PreflightRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	17, // 31: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
-	10, // 32: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
-	5,  // 33: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
-	23, // 34: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
-	17, // 35: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	19, // 36: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	25, // 37: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	5,  // 38: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
-	19, // 39: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	25, // 40: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	28, // 41: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
-	5,  // 42: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
-	5,  // 43: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
-	1,  // 44: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
-	2,  // 45: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
-	19, // 46: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
-	5,  // 47: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
-	40, // 48: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
-	41, // 49: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
-	41, // 50: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
-	1,  // 51: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
-	1,  // 52: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
-	44, // 53: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
-	45, // 54: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
-	46, // 55: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
-	47, // 56: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
-	5,  // 57: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
-	58, // [58:58] is the sub-list for method output_type
-	58, // [58:58] is the sub-list for method input_type
-	58, // [58:58] is the sub-list for extension type_name
-	58, // [58:58] is the sub-list for extension extendee
-	0,  // [0:58] is the sub-list for field type_name
+	24, // 14: godwit.wire.v1.MigrateOptions.proxied:type_name -> godwit.wire.v1.Proxy
+	20, // 15: godwit.wire.v1.MigrateOptions.attach:type_name -> godwit.wire.v1.Attachment
+	21, // 16: godwit.wire.v1.Attachment.size:type_name -> godwit.wire.v1.WindowSize
+	21, // 17: godwit.wire.v1.ResizeRequest.size:type_name -> godwit.wire.v1.WindowSize
+	5,  // 18: godwit.wire.v1.ResizeReply.error:type_name -> godwit.wire.v1.Error
+	26, // 19: godwit.wire.v1.OpenObject.holders:type_name -> godwit.wire.v1.Holder
+	28, // 20: godwit.wire.v1.OpenObject.journal:type_name -> godwit.wire.v1.JournalStream
+	24, // 21: godwit.wire.v1.OpenObject.proxy:type_name -> godwit.wire.v1.Proxy
+	27, // 22: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
+	24, // 23: godwit.wire.v1.Resolution.proxy:type_name -> godwit.wire.v1.Proxy
+	30, // 24: godwit.wire.v1.Resolution.have:type_name -> godwit.wire.v1.FileState
+	27, // 25: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
+	19, // 26: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	17, // 27: godwit.wire.v1.ResolveRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	29, // 28: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
+	4,  // 29: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
+	32, // 30: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
+	33, // 31: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
+	5,  // 32: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
+	19, // 33: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	29, // 34: godwit.wire.v1.PreflightRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	17, // 35: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
+	10, // 36: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
+	5,  // 37: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
+	27, // 38: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
+	17, // 39: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	19, // 40: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	29, // 41: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	5,  // 42: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
+	19, // 43: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	29, // 44: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	32, // 45: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
+	5,  // 46: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
+	5,  // 47: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
+	1,  // 48: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
+	2,  // 49: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
+	19, // 50: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
+	5,  // 51: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
+	44, // 52: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
+	45, // 53: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
+	45, // 54: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
+	1,  // 55: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
+	1,  // 56: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
+	48, // 57: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
+	49, // 58: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
+	50, // 59: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
+	51, // 60: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
+	5,  // 61: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
+	62, // [62:62] is the sub-list for method output_type
+	62, // [62:62] is the sub-list for method input_type
+	62, // [62:62] is the sub-list for extension type_name
+	62, // [62:62] is the sub-list for extension extendee
+	0,  // [0:62] is the sub-list for field type_name
 }
 
-func init() { file_godwit_proto_init() }
-func file_godwit_proto_init() {
-	if File_godwit_proto != nil {
+func init() { file_wire_godwit_proto_init() }
+func file_wire_godwit_proto_init() {
+	if File_wire_godwit_proto != nil {
 		return
 	}
-	file_godwit_proto_msgTypes[40].OneofWrappers = []any{
+	file_wire_godwit_proto_msgTypes[44].OneofWrappers = []any{
 		(*Item_Hello)(nil),
 		(*Item_Entry)(nil),
 		(*Item_Facts)(nil),
@@ -4700,18 +4960,18 @@ func file_godwit_proto_init() {
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
-			RawDescriptor: unsafe.Slice(unsafe.StringData(file_godwit_proto_rawDesc), len(file_godwit_proto_rawDesc)),
+			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wire_godwit_proto_rawDesc), len(file_wire_godwit_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   45,
+			NumMessages:   49,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
-		GoTypes:           file_godwit_proto_goTypes,
-		DependencyIndexes: file_godwit_proto_depIdxs,
-		EnumInfos:         file_godwit_proto_enumTypes,
-		MessageInfos:      file_godwit_proto_msgTypes,
+		GoTypes:           file_wire_godwit_proto_goTypes,
+		DependencyIndexes: file_wire_godwit_proto_depIdxs,
+		EnumInfos:         file_wire_godwit_proto_enumTypes,
+		MessageInfos:      file_wire_godwit_proto_msgTypes,
 	}.Build()
-	File_godwit_proto = out.File
-	file_godwit_proto_goTypes = nil
-	file_godwit_proto_depIdxs = nil
+	File_wire_godwit_proto = out.File
+	file_wire_godwit_proto_goTypes = nil
+	file_wire_godwit_proto_depIdxs = nil
 }

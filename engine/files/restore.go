@@ -42,7 +42,9 @@ type RestoreOptions struct {
 	// ShellJob puts Terminal in the place of a terminal of which the master was
 	// outside the tree. Terminal is the caller's; nil: there is none.
 	ShellJob bool
-	Terminal *os.File
+	// TerminalOwned: nobody but the tree uses Terminal, which gets its owner, too.
+	TerminalOwned bool
+	Terminal      *os.File
 	// TCPClose makes sockets that had a TCP connection again as if it had ended.
 	TCPClose bool
 	// TCPOutside makes those again, too, that lead out of the tree.

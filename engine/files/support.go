@@ -35,7 +35,7 @@ func Support() []plan.Support {
 		plan.Support{Kind: "files that a destination lacks, or has in another state", With: "an entry with resolver carry (--external 'path:/srv/app/**=carry')",
 			Note: "in migrations; content, owner, mode, extended attributes and times travel, of a directory all that is in it but devices and other mounts; newer files are replaced with carry,overwrite only, and nothing is removed"},
 		plan.Support{Kind: "file locks and leases", With: "--file-locks"},
-		plan.Support{Kind: "the terminal that the tree was started on", With: "--shell-job, or --external tty[rdev:dev]",
+		plan.Support{Kind: "the terminal that the tree was started on", With: "--shell-job, --attach, or --external tty[rdev:dev]",
 			Note: "the restore puts its own terminal, or one that is handed in, in its place"},
 		plan.Support{Kind: "files whose name was removed and of which no other name is found", With: "--link-remap", Note: "get one more name, link_remap.N, until the restore"},
 		plan.Support{Kind: "nodes of devices that are no longer at their path", With: "--evasive-devices", Note: "/dev/null and its like without it"})

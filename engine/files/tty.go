@@ -170,17 +170,25 @@ func finishTTYs(d *Dumper, os []*object) error {
 		case !d.opts.ShellJob:
 			for _, o := range t.others {
 				d.lacks(o, "its terminal is not part of the tree",
-					"dump with --shell-job, and restore with it on the terminal to use in its place; or declare it external: --external "+ttyKey(&t.others[0].stat))
+					d.terminalHint()+"; or declare it external: --external "+ttyKey(&t.others[0].stat))
 			}
 		case i > 0:
 			for _, o := range t.others {
-				d.lacks(o, "it is a second terminal that is not part of the tree; --shell-job carries one",
+				d.lacks(o, "it is a second terminal that is not part of the tree, of which one alone is carried",
 					"declare it external: --external "+ttyKey(&t.others[0].stat))
 			}
 		}
 	}
 	d.terminals = terms
 	return nil
+}
+
+// terminalHint says how a tree gets another terminal.
+func (d *Dumper) terminalHint() string {
+	if d.opts.Elsewhere {
+		return "move it from the terminal that it is to use from then on, with --attach"
+	}
+	return "dump with --shell-job, and restore with it on the terminal to use in its place"
 }
 
 // groupTTYs finds the terminals of descriptions.
@@ -298,7 +306,7 @@ func (d *Dumper) checkSessions() error {
 		}
 		d.refusal.Add(refuse.Problem{Pid: p.pid, Comm: p.comm,
 			Reason: fmt.Sprintf("its controlling terminal, device %d:%d, is not part of the tree", unix.Major(p.dev), unix.Minor(p.dev)),
-			Hint:   "dump with --shell-job, and restore with it on the terminal to use in its place"})
+			Hint:   d.terminalHint()})
 	}
 	return nil
 }

@@ -354,7 +354,7 @@ func (r *Restorer) makePTY(t *ttyMade) error {
 	if t.hung {
 		defer func() { _ = t.peer.Close(); t.peer = nil }()
 	}
-	if err := r.ownPTY(t); err != nil {
+	if err := r.ownPTY(t, t.peer); err != nil {
 		return err
 	}
 	if t.slave != nil {
@@ -445,10 +445,10 @@ func terminalTaken(path string) string {
 const terminalTakenHint = "end the program that has it, or land the tree in a pid namespace of its own (--pid-namespace new), which has its own /dev/pts"
 
 // ownPTY gives the slave's node its owner and permissions.
-func (r *Restorer) ownPTY(t *ttyMade) error {
+func (r *Restorer) ownPTY(t *ttyMade, slave *os.File) error {
 	s := t.side()
 	var st unix.Stat_t
-	fd := int(t.peer.Fd())
+	fd := int(slave.Fd())
 	if err := unix.Fstat(fd, &st); err != nil {
 		return os.NewSyscallError("fstat", err)
 	}
@@ -657,6 +657,9 @@ func sealTTYs(r *Restorer, _ []*description) []error {
 		case t.lent:
 			want := ttySettingsOf(t.slave.e.GetTermios())
 			do(t, "settings", setTermios(int(r.opts.Terminal.Fd()), &want))
+			if r.opts.TerminalOwned {
+				do(t, "owner", r.ownPTY(t, r.opts.Terminal))
+			}
 			continue
 		case t.hung:
 			continue

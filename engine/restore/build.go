@@ -47,6 +47,8 @@ type Options struct {
 	// process, and puts Terminal in the place of one that was outside the tree.
 	ShellJob bool
 	Terminal *os.File // nil: there is none
+	// Lead: in a new session that the root leads, if it did not lead one.
+	Lead bool
 	// Sibling makes the root a child of this process's parent.
 	Sibling bool
 }
@@ -115,6 +117,11 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 	set, err := src.Images(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("read images: %w", err)
+	}
+	if o.Lead {
+		if err := lead(set); err != nil {
+			return nil, err
+		}
 	}
 	m, err := parse(set)
 	if err != nil {
@@ -246,7 +253,7 @@ func (t *Tree) loginUID(p *process) error {
 
 // sow starts the stub and gives it the spare memory.
 func (t *Tree) sow() (err error) {
-	kind := stubKind{newPid: t.newPid(), sameSession: t.o.ShellJob, terminals: t.terminals}
+	kind := stubKind{newPid: t.newPid(), sameSession: t.o.ShellJob && !t.o.Lead, terminals: t.terminals}
 	if t.stub, err = startStub(t.ch, kind); err != nil {
 		return err
 	}
@@ -268,7 +275,7 @@ func (t *Tree) sow() (err error) {
 
 // readFiles checks what the images say of files, before anything is built.
 func (t *Tree) readFiles(set *image.Set) (err error) {
-	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, TCPClose: t.o.TCPClose, TCPOutside: t.o.TCPOutside, LockSkip: t.o.LockSkip, OwnNet: t.inside().Has(ns.Net), Inherit: t.o.Inherit, FileLocks: t.o.FileLocks, ShellJob: t.o.ShellJob, Terminal: t.o.Terminal, Carry: t.o.Carry, FileRestoreOptions: t.o.Files}
+	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, TCPClose: t.o.TCPClose, TCPOutside: t.o.TCPOutside, LockSkip: t.o.LockSkip, OwnNet: t.inside().Has(ns.Net), Inherit: t.o.Inherit, FileLocks: t.o.FileLocks, ShellJob: t.o.ShellJob, Terminal: t.o.Terminal, TerminalOwned: t.o.Lead, Carry: t.o.Carry, FileRestoreOptions: t.o.Files}
 	fo.ExtUnixSk, fo.Actor = t.o.ExtUnixSk, t.actor
 	fo.Pid = t.hostPid
 	t.files, err = files.NewRestorer(t.log, set, fo)

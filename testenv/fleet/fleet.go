@@ -213,11 +213,16 @@ func (f *Fleet) Godwit(ctx context.Context, args ...string) *exec.Cmd {
 
 // GodwitLine is the command as a person types it.
 func (f *Fleet) GodwitLine(args ...string) string {
+	return fmt.Sprintf("nsenter -t %d -a %s", f.Hub.InitPid(), f.LineOnHub(args...))
+}
+
+// LineOnHub is the command as a person types it who is on the hub.
+func (f *Fleet) LineOnHub(args ...string) string {
 	line := f.bin.Godwit + " " + strings.Join(args, " ") + " --nats-url " + f.URL()
 	if k, err := f.keys(); err == nil && k.OperatorKey != "" {
 		line += " --credentials " + k.OperatorKey
 	}
-	return fmt.Sprintf("nsenter -t %d -a %s", f.Hub.InitPid(), line)
+	return line
 }
 
 // Result is what a command of godwit came to.
