@@ -230,13 +230,13 @@ func (f *frozen) Pids() []int {
 	return out
 }
 
-// freezeTries is how often a tree is frozen before what it holds that cannot
-// be carried is taken for lasting.
-const freezeTries = 4
-
-// passingPatience is for how long it is frozen again and again if that ends by
-// itself as soon as the program goes on, as a connection that it has not accepted.
-const passingPatience = 3 * time.Second
+// A tree is frozen again and again for some time before what it holds that cannot be
+// carried is taken for lasting: for passingPatience if that ends by itself as soon as
+// the program goes on, as a connection that it has not accepted.
+const (
+	lastingPatience = time.Second
+	passingPatience = 3 * time.Second
+)
 
 // Dump freezes the tree again, a little later, if it was caught with something
 // that cannot be carried and that the plan, moments before, did not see: a vfork
@@ -246,7 +246,7 @@ func (f *frozen) Dump(ctx context.Context, sink image.Sink) (DumpStats, error) {
 	for try := 1; ; try++ {
 		s, err := dump.Dump(ctx, f.e.log, f.t, f.o, sink)
 		var r *Refusal
-		if errors.As(err, &r) && (try < freezeTries || r.Passing() && time.Since(start) < passingPatience) {
+		if errors.As(err, &r) && time.Since(start) < f.bears(r) {
 			f.e.log.Debug("frozen at a bad moment, trying again", "pid", f.pid, "try", try, "error", err)
 			// The longer the program runs meanwhile, the more surely it has got on.
 			if aerr := f.again(ctx, min(time.Duration(try*try)*7*time.Millisecond, passingPatience/10)); aerr != nil {
@@ -264,6 +264,14 @@ func (f *frozen) Dump(ctx context.Context, sink image.Sink) (DumpStats, error) {
 			FreezeDur: f.t.FreezeDur, DumpDur: time.Since(start), FrozenAt: f.t.FrozenAt,
 		}, err
 	}
+}
+
+// bears says for how long a refusal is taken for one that may pass.
+func (f *frozen) bears(r *Refusal) time.Duration {
+	if r.Passing() {
+		return passingPatience
+	}
+	return lastingPatience
 }
 
 // again lets the tree run for a moment and freezes it anew.

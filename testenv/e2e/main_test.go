@@ -228,6 +228,11 @@ func restore(ctx context.Context, t *testing.T, h *hosts.Host, dir string, pid i
 // commands have.
 func dumpRestore(ctx context.Context, t *testing.T, r *workloads.Run, n int, options ...string) {
 	t.Helper()
+	defer func() {
+		if b, err := os.ReadFile(r.Prefix + ".fail"); err == nil && t.Failed() {
+			t.Logf("the workload says: %s", b)
+		}
+	}()
 	for i := range n {
 		dir := dump(ctx, t, r.Host, r.Pid, options...)
 		if i == 0 {

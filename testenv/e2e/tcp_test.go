@@ -78,6 +78,11 @@ func TestTCPOutside(t *testing.T) {
 				reached(ctx, t, other)
 				goes(ctx, t, peer, 5)
 			}
+			tell := time.AfterFunc(time.Minute, func() {
+				out, err := other.Run(ctx, "ss", "-tnoime")
+				t.Logf("the end takes long: %v\n%s", err, out)
+			})
+			defer tell.Stop()
 			stop(ctx, t, r)
 			stop(ctx, t, peer)
 		})
