@@ -98,7 +98,7 @@ func (x *attachment) serve(ctx context.Context, interrupts <-chan os.Signal) (er
 		if rerr := term.Restore(int(x.in.Fd()), was); rerr != nil {
 			err = errors.Join(err, fmt.Errorf("put the terminal back: %w", rerr))
 		}
-		fmt.Fprintln(x.out)
+		_, _ = fmt.Fprintln(x.out)
 	}()
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGHUP, syscall.SIGWINCH)

@@ -142,7 +142,7 @@ func TestAttachEditor(t *testing.T) {
 	}
 
 	// Whoever hangs up ends what was attached, as with a line to the host.
-	p = newTypist(ctx, t, alpha, "stty rows 24 cols 80; exec less /etc/services")
+	newTypist(ctx, t, alpha, "stty rows 24 cols 80; exec less /etc/services")
 	pid = program(ctx, t, alpha, "less")
 	p = attachTo(ctx, t, f, 24, alpha, pid, beta)
 	p.sees(ctx, 0, "ftp")
