@@ -37,7 +37,7 @@ func requirements(p *engine.Plan) *wire.Requirements {
 	}
 	for _, e := range p.External {
 		r.Externals = append(r.Externals, &wire.ExternalFile{
-			Key: e.Key, Path: e.Path, Kind: e.Kind, Flags: e.Flags, Size: e.Size, Mode: e.Mode,
+			Key: e.Key, Path: e.Path, Kind: e.Kind, Flags: e.Flags, Size: e.Size, Mode: e.Mode, MappedBytes: e.MappedBytes,
 		})
 	}
 	for _, q := range p.Ports {
@@ -80,7 +80,7 @@ func planOf(r *wire.Requirements) *engine.Plan {
 	}
 	for _, e := range r.GetExternals() {
 		p.External = append(p.External, plan.External{
-			Key: e.Key, Path: e.Path, Kind: e.Kind, Flags: e.Flags, Size: e.Size, Mode: e.Mode,
+			Key: e.Key, Path: e.Path, Kind: e.Kind, Flags: e.Flags, Size: e.Size, Mode: e.Mode, MappedBytes: e.MappedBytes,
 		})
 	}
 	for _, q := range r.GetPorts() {

@@ -885,12 +885,13 @@ func (x *PsReply) GetError() *Error {
 // ExternalFile tells the destination how one external key is to be provided.
 type ExternalFile struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`      // file[mnt:ino], lower-case hex
-	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`    // where it was on the source, for messages
-	Kind          string                 `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"`    // "regular", "fifo"
-	Flags         uint32                 `protobuf:"varint,4,opt,name=flags,proto3" json:"flags,omitempty"` // recorded open flags
-	Size          uint64                 `protobuf:"varint,5,opt,name=size,proto3" json:"size,omitempty"`   // bytes, regular files
-	Mode          uint32                 `protobuf:"varint,6,opt,name=mode,proto3" json:"mode,omitempty"`   // st_mode
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`                                     // file[mnt:ino], lower-case hex
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`                                   // where it was on the source, for messages
+	Kind          string                 `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"`                                   // "regular", "fifo"
+	Flags         uint32                 `protobuf:"varint,4,opt,name=flags,proto3" json:"flags,omitempty"`                                // recorded open flags
+	Size          uint64                 `protobuf:"varint,5,opt,name=size,proto3" json:"size,omitempty"`                                  // bytes, regular files
+	Mode          uint32                 `protobuf:"varint,6,opt,name=mode,proto3" json:"mode,omitempty"`                                  // st_mode
+	MappedBytes   uint64                 `protobuf:"varint,7,opt,name=mapped_bytes,json=mappedBytes,proto3" json:"mapped_bytes,omitempty"` // up to where mappings reach
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -963,6 +964,13 @@ func (x *ExternalFile) GetSize() uint64 {
 func (x *ExternalFile) GetMode() uint32 {
 	if x != nil {
 		return x.Mode
+	}
+	return 0
+}
+
+func (x *ExternalFile) GetMappedBytes() uint64 {
+	if x != nil {
+		return x.MappedBytes
 	}
 	return 0
 }
@@ -4454,14 +4462,15 @@ const file_wire_godwit_proto_rawDesc = "" +
 	" \x01(\bR\fkernelThread\"m\n" +
 	"\aPsReply\x125\n" +
 	"\tprocesses\x18\x01 \x03(\v2\x17.godwit.wire.v1.ProcessR\tprocesses\x12+\n" +
-	"\x05error\x18\x02 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"\x86\x01\n" +
+	"\x05error\x18\x02 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"\xa9\x01\n" +
 	"\fExternalFile\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n" +
 	"\x04kind\x18\x03 \x01(\tR\x04kind\x12\x14\n" +
 	"\x05flags\x18\x04 \x01(\rR\x05flags\x12\x12\n" +
 	"\x04size\x18\x05 \x01(\x04R\x04size\x12\x12\n" +
-	"\x04mode\x18\x06 \x01(\rR\x04mode\"\xa5\x02\n" +
+	"\x04mode\x18\x06 \x01(\rR\x04mode\x12!\n" +
+	"\fmapped_bytes\x18\a \x01(\x04R\vmappedBytes\"\xa5\x02\n" +
 	"\fRequiredFile\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +

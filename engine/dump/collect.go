@@ -648,7 +648,7 @@ func (c *collector) object(p *process, v *mem.VMA) error {
 		if err != nil {
 			return fmt.Errorf("open %s: %w", v, err)
 		}
-		id, err := c.files.AddPath(files.Proc{Pid: p.pid, VPid: p.vpid, Comm: p.comm, FilesID: p.filesID}, "mapping", f, link, v.OpenFlags)
+		id, err := c.files.AddMapping(files.Proc{Pid: p.pid, VPid: p.vpid, Comm: p.comm, FilesID: p.filesID}, f, link, v.OpenFlags, v.Offset+v.Len())
 		if err := errors.Join(err, f.Close()); err != nil {
 			return err
 		}

@@ -85,10 +85,25 @@ func (d *Dumper) matchWishes() {
 			d.log.Info("a file that was to travel is no longer open", "key", w.Key)
 		}
 	}
+	d.wishDirs = dirs
 	for _, o := range d.objects {
 		if o.wish == nil && !o.ext && strings.HasPrefix(o.link, "/") {
 			d.wishBelow(o, dirs)
 		}
+	}
+}
+
+// wishLate lets a file that something watches travel, if that is wished of it or of
+// the directory that it is in.
+func (d *Dumper) wishLate(o *object) {
+	if o.mode()&unix.S_IFMT == unix.S_IFREG {
+		if i := slices.IndexFunc(d.wishes, func(w *wish) bool { return w.Dir == "" && slices.Contains(w.keys, o.key) }); i >= 0 {
+			o.wish = d.wishes[i]
+			return
+		}
+	}
+	if strings.HasPrefix(o.link, "/") {
+		d.wishBelow(o, d.wishDirs)
 	}
 }
 

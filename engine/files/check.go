@@ -289,11 +289,32 @@ func (c *destination) handed(p refuse.Problem, in Inherit, mode, flags uint32) {
 	}
 }
 
+// coversMappings says why a file is too short for what the tree has mapped of the one
+// that it stands for: touched behind its end, memory kills (SIGBUS).
+func coversMappings(f *os.File, bytes uint64) error {
+	if f == nil || bytes == 0 {
+		return nil
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return fmt.Errorf("it is not open: %w", os.NewSyscallError("fstat", err))
+	}
+	if have := uint64(max(st.Size, 0)); st.Mode&unix.S_IFMT == unix.S_IFREG && have < bytes {
+		return fmt.Errorf("it has %d bytes, of which the tree has %d mapped", have, bytes)
+	}
+	return nil
+}
+
 func (c *destination) external(x plan.External) {
 	p := refuse.Problem{Path: x.Path, Key: x.Key}
 	for k, in := range c.inherit {
 		if name, ok := inheritName(k, map[string]bool{x.Key: true}); ok && name == x.Key {
 			c.used[k] = true
+			if err := coversMappings(in.File, x.MappedBytes); err != nil {
+				p.Reason = fmt.Sprintf("the file handed in for it cannot be used: %v", err)
+				c.add(p)
+				return
+			}
 			c.handed(p, in, x.Mode, x.Flags)
 			return
 		}

@@ -148,6 +148,7 @@ type object struct {
 	path    string // where the restore finds it, if it is found by path
 	create  bool   // the restore makes the path
 	carries bool   // its content travels to the path
+	reach   uint64 // up to where mappings show it, bytes
 	inTree  bool   // what the destination must have there is known from a directory
 	dirOnly bool   // path is the directory in which it is made or found
 	state   any    // of the kind
@@ -215,8 +216,9 @@ type Dumper struct {
 	lockIDs  map[lockID]bool
 	wanted   []*wantedKey
 	wishes   []*wish
-	trees    []plan.File // directories that travel with what is in them
-	vpid     map[int]int // of the tree's processes, by their pid on this host
+	wishDirs map[string]*wish // directories that travel, by path
+	trees    []plan.File      // directories that travel with what is in them
+	vpid     map[int]int      // of the tree's processes, by their pid on this host
 	flights  map[*object]*flight
 	apart    map[uint32]bool // inodes of sockets that were declared external
 	nameless map[string]bool // keys of pipes and other sockets that were; true: found
@@ -266,8 +268,9 @@ type fdSlot struct {
 
 // wantedKey is one element of Options.External.
 type wantedKey struct {
-	text string
-	keys []Key
+	text  string
+	keys  []Key // that it may mean, the canonical reading first; once found, that alone
+	found bool
 }
 
 // NewDumper begins a dump. Every entry goes to emit, in the order of images; a nil
@@ -488,11 +491,19 @@ func (d *Dumper) identify(o *object) (*object, error) {
 // It returns the id that its entry gets in files.img: the same for the same file
 // and flags.
 func (d *Dumper) AddPath(p Proc, role string, f *os.File, link string, flags int) (uint32, error) {
+	o, err := d.addPath(p, role, f, link, flags)
+	if err != nil {
+		return 0, err
+	}
+	return o.id, nil
+}
+
+func (d *Dumper) addPath(p Proc, role string, f *os.File, link string, flags int) (*object, error) {
 	d.inside[p.Pid], d.vpids[p.VPid] = true, true
 	o := &object{link: link, flags: flags &^ unix.O_CLOEXEC, holders: []holder{{proc: &p, fd: -1, role: role}}}
 	n, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
-		return 0, fmt.Errorf("duplicate %s: %w", link, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err))
+		return nil, fmt.Errorf("duplicate %s: %w", link, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err))
 	}
 	o.file = hold(n, link)
 	keep := false
@@ -502,22 +513,32 @@ func (d *Dumper) AddPath(p Proc, role string, f *os.File, link string, flags int
 		}
 	}()
 	if err := unix.Fstat(n, &o.stat); err != nil {
-		return 0, fmt.Errorf("stat %s: %w", link, os.NewSyscallError("fstat", err))
+		return nil, fmt.Errorf("stat %s: %w", link, os.NewSyscallError("fstat", err))
 	}
 	if o.info, err = procfs.ReadFdinfo(os.Getpid(), n); err != nil {
-		return 0, err
+		return nil, err
 	}
 	o.info.Pos = 0
 	k := pathKey{dev: uint64(o.stat.Dev), ino: o.stat.Ino, mnt: o.info.MntID, flags: o.flags, link: link}
 	if have, ok := d.paths[k]; ok {
 		have.holders = append(have.holders, o.holders...)
-		return have.id, nil
+		return have, nil
 	}
 	keep = true
 	o.id = d.newID()
 	d.paths[k] = o
 	d.objects = append(d.objects, o)
 	d.match(o)
+	return o, nil
+}
+
+// AddMapping is AddPath of a mapping that reaches to the offset end of its file.
+func (d *Dumper) AddMapping(p Proc, f *os.File, link string, flags int, end uint64) (uint32, error) {
+	o, err := d.addPath(p, "mapping", f, link, flags)
+	if err != nil {
+		return 0, err
+	}
+	o.reach = max(o.reach, min(end, uint64(max(o.stat.Size, 0))))
 	return o.id, nil
 }
 
@@ -586,8 +607,12 @@ func (d *Dumper) Finish() error {
 	d.checkUnixKeys()
 	d.matchWishes()
 	byKind := map[*kind][]*object{}
+	early := len(d.objects)
 	for i := 0; i < len(d.objects); i++ { // watches add the files that they are on
 		o := d.objects[i]
+		if i >= early {
+			d.matchLate(o)
+		}
 		if err := d.dumpObject(o); err != nil {
 			if d.dry() && (errors.Is(err, unix.EBADF) || procfs.Gone(err)) {
 				continue
@@ -599,6 +624,7 @@ func (d *Dumper) Finish() error {
 			byKind[o.kind] = append(byKind[o.kind], o)
 		}
 	}
+	d.unmatchedKeys()
 	for _, k := range kinds {
 		if os := byKind[k]; len(os) > 0 && k.finish != nil {
 			if k != kindPipe { // which takes one pipe after the other
@@ -721,47 +747,79 @@ func (d *Dumper) put(file, magic string, m proto.Message, extra []byte) error {
 	return nil
 }
 
-// checkKeys marks what is declared external and refuses keys that match nothing.
-// The canonical reading of a key goes before every other.
+// checkKeys marks what was declared external.
 func (d *Dumper) checkKeys() {
-	var have []string
-	at := map[string][]*object{}
+	at := map[Key][]*object{}
 	for _, o := range d.objects {
 		if o.hasKey {
-			have = append(have, o.key.String())
-			at[o.key.String()] = append(at[o.key.String()], o)
+			at[o.key] = append(at[o.key], o)
 		}
 	}
 	for _, w := range d.wanted {
-		got := ""
 		for _, k := range w.keys {
-			if len(at[k.String()]) > 0 {
-				got = k.String()
+			for _, o := range at[k] {
+				o.ext = true
+			}
+			if len(at[k]) > 0 {
+				d.foundKey(w, k)
 				break
 			}
 		}
-		if got == "" {
-			p := refuse.Problem{Key: w.text, Reason: "no process of the tree has a regular file, directory or fifo with this key open"}
-			if near := nearest(w.keys[0].String(), have); len(near) > 0 {
-				for i, s := range near {
-					h := at[s][0].first()
-					what := h.role
-					if h.fd >= 0 {
-						what = fmt.Sprintf("fd %d", h.fd)
-					}
-					near[i] = fmt.Sprintf("%s (%s, pid %d %s)", s, at[s][0].link, h.proc.Pid, what)
-				}
-				p.Hint = "nearest: " + strings.Join(near, ", ")
+	}
+}
+
+func (d *Dumper) foundKey(w *wantedKey, k Key) {
+	w.found = true
+	w.keys = []Key{k}
+	if k.String() != w.text {
+		d.log.Info("external key resolved", "given", w.text, "key", k.String())
+	}
+}
+
+// matchLate says what becomes of a file that something watches, which nobody need
+// have open.
+func (d *Dumper) matchLate(o *object) {
+	if !o.hasKey {
+		return
+	}
+	for _, w := range d.wanted {
+		if slices.Contains(w.keys, o.key) {
+			if o.ext = true; !w.found {
+				d.foundKey(w, o.key)
 			}
-			d.refusal.Add(p)
+			return
+		}
+	}
+	d.wishLate(o)
+}
+
+// unmatchedKeys refuses keys that nothing has.
+func (d *Dumper) unmatchedKeys() {
+	var have []string
+	at := map[string]*object{}
+	for _, o := range d.objects {
+		if o.hasKey && at[o.key.String()] == nil {
+			have = append(have, o.key.String())
+			at[o.key.String()] = o
+		}
+	}
+	for _, w := range d.wanted {
+		if w.found {
 			continue
 		}
-		if got != w.text {
-			d.log.Info("external key resolved", "given", w.text, "key", got)
+		p := refuse.Problem{Key: w.text, Reason: "no process of the tree has a regular file, directory or fifo with this key open"}
+		if near := nearest(w.keys[0].String(), have); len(near) > 0 {
+			for i, s := range near {
+				h := at[s].first()
+				what := h.role
+				if h.fd >= 0 {
+					what = fmt.Sprintf("fd %d", h.fd)
+				}
+				near[i] = fmt.Sprintf("%s (%s, pid %d %s)", s, at[s].link, h.proc.Pid, what)
+			}
+			p.Hint = "nearest: " + strings.Join(near, ", ")
 		}
-		for _, o := range at[got] {
-			o.ext = true
-		}
+		d.refusal.Add(p)
 	}
 }
 
@@ -831,7 +889,7 @@ func (d *Dumper) Plan() (files []plan.File, ext []plan.External, ports []plan.Po
 			if !byKey[k] {
 				byKey[k] = true
 				ext = append(ext, plan.External{Key: name, Path: o.link, Kind: o.externalKind(),
-					Flags: uint32(o.flags), Size: uint64(o.stat.Size), Mode: o.mode()})
+					Flags: uint32(o.flags), Size: uint64(o.stat.Size), Mode: o.mode(), MappedBytes: o.reach})
 			}
 			continue
 		}

@@ -32,7 +32,10 @@ import (
 //	pipes                                     TestExternalPipe
 //	files in /proc                            TestPaths
 //	cwd, private mapping with dirty pages,
-//	  shared mapping                          e2e TestExternalMapped
+//	  shared mapping, mapping of a file that
+//	  is shorter                              e2e TestExternalMapped
+//	locks, epoll and inotify                  e2e TestExternalWatched
+//	root, exe                                 e2e TestExternalRoot
 
 func init() {
 	scenes["edges"] = func(dir string) fds {

@@ -161,6 +161,11 @@ func (r *Restorer) checkHanded(_ *description, e *regfile.RegFileEntry, in *Inhe
 	if err := handedKind(in, e.Mode, e.GetMode()); err != nil {
 		return fmt.Errorf("the file handed in for %s: %w", e.GetName(), err)
 	}
+	if f := r.facts[e.GetId()]; f != nil {
+		if err := coversMappings(in.File, f.MappedBytes); err != nil {
+			return fmt.Errorf("the file handed in for %s: %w", e.GetName(), err)
+		}
+	}
 	if in.Forward {
 		if err := forwardAccess(in.File, e.GetFlags()); err != nil {
 			return fmt.Errorf("the file handed in for %s: %w", e.GetName(), err)

@@ -111,7 +111,8 @@ func (d *Dumper) dumpExternal(o *object) error {
 	e := d.regEntry(o, o.id, o.key.String())
 	e.Reg.Ext = proto.Bool(true)
 	o.entries = append(o.entries, e)
-	o.fact(o.id).Path = o.link
+	f := o.fact(o.id)
+	f.Path, f.MappedBytes = o.link, o.reach
 	return nil
 }
 

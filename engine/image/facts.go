@@ -248,6 +248,8 @@ type FileFacts struct {
 	Ino  uint64 `json:"ino,omitempty"`
 	// External: a pipe or socket without a name for which one must be handed in.
 	External bool `json:"external,omitempty"`
+	// MappedBytes is how many bytes an external file must have: mappings reach so far.
+	MappedBytes uint64 `json:"mapped_bytes,omitempty"`
 	// Rdev is the device number of a character device.
 	Rdev uint64 `json:"rdev,omitempty"`
 	// Quiet: a reader of a fifo that poll(2) does not tell of a hang-up although

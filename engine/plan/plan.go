@@ -58,6 +58,8 @@ type External struct {
 	Flags uint32
 	Size  uint64
 	Mode  uint32
+	// MappedBytes is how much of it, from its begin, mappings show at least in part.
+	MappedBytes uint64
 }
 
 // Port is one bound socket address.

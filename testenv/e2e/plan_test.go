@@ -15,6 +15,7 @@ import (
 
 	"godwit/testenv/fleet"
 	"godwit/testenv/hosts"
+	"godwit/testenv/workloads"
 )
 
 // threeScript waits for lines in a fifo and tells for each how three descriptions
@@ -367,10 +368,165 @@ func TestExternalMapped(t *testing.T) {
 	if _, err := h.Run(ctx, "rm", "-r", "/tmp/file", "/tmp/here"); err != nil {
 		t.Fatal(err)
 	}
-	restore(ctx, t, h, img, pid, files, "--inherit-fd", "fd[3]:"+keys["/tmp/fifo"], "--inherit-fd", "fd[4]:"+keys["/tmp/file"], "--inherit-fd", "fd[5]:"+keys["/tmp/here"])
+	given := []string{"--inherit-fd", "fd[3]:" + keys["/tmp/fifo"], "--inherit-fd", "fd[4]:" + keys["/tmp/file"], "--inherit-fd", "fd[5]:" + keys["/tmp/here"]}
+	writeTo(t, h, "/tmp/short", page("FIRST")+"LATER")
+	short, err := os.Open(h.Path("/tmp/short"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = short.Close() }()
+	o := agentCmd(ctx, t, h, []*os.File{files[0], short, files[2]}, append([]string{"restore", "-D", img, "-d"}, given...)...)
+	if o.code != 1 || !strings.Contains(o.stderr, "it has 4101 bytes, of which the tree has 8192 mapped") {
+		t.Errorf("a shorter file: exit code %d, %s", o.code, o.stderr)
+	}
+	restore(ctx, t, h, img, pid, files, given...)
 	says("after", "dirty LATER FIRST LATER new")
 	says("write", "dirty wrote FIRST wrote new")
 	if b, err := os.ReadFile(h.Path("/tmp/copy")); err != nil || string(b[4096:4101]) != "wrote" || string(b[:5]) != "FIRST" {
 		t.Errorf("the handed file: %v", err)
 	}
+}
+
+// watchingScript has locks of two kinds on a file, and waits for what comes through
+// a fifo, and for changes of the file.
+const watchingScript = `
+import ctypes, fcntl, os, select, sys
+fifo = os.open(sys.argv[1], os.O_RDONLY | os.O_NONBLOCK)
+files = [os.open(sys.argv[2], os.O_RDWR) for _ in range(2)]
+fcntl.flock(files[0], fcntl.LOCK_EX)
+fcntl.lockf(files[1], fcntl.LOCK_EX, 10)
+libc = ctypes.CDLL(None)
+watch = libc.inotify_init1(os.O_NONBLOCK)
+assert libc.inotify_add_watch(watch, sys.argv[2].encode(), 2) == 1
+ready = select.epoll()
+for fd in fifo, watch:
+    ready.register(fd, select.EPOLLIN)
+while True:
+    for fd, events in ready.poll():
+        assert events == select.EPOLLIN, events
+        got = os.read(fd, 4096)
+        print("modified" if fd == watch else got.decode().strip(), flush=True)
+`
+
+// TestExternalWatched hands in other files for one that is locked and watched by
+// inotify, and for a fifo that is watched by epoll.
+func TestExternalWatched(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	h := newHosts(t, "alpha").Host("alpha")
+	dir := newDir(t)
+	script, out := filepath.Join(dir, "watching.py"), filepath.Join(dir, "out")
+	if err := os.WriteFile(script, []byte(watchingScript), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Run(ctx, "mkfifo", "/tmp/fifo0", "/tmp/fifo1", "/tmp/fifo2"); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 3 {
+		writeTo(t, h, fmt.Sprintf("/tmp/file%d", i), strings.Repeat("x", 100))
+	}
+	fifo := openFifo(t, h, "/tmp/fifo0")
+	pid, err := h.Start(ctx, hosts.Spec{Args: []string{"/usr/bin/python3", script, "/tmp/fifo0", "/tmp/file0"}, Stdout: out, Stderr: out})
+	if err != nil {
+		t.Fatal(err)
+	}
+	said := ""
+	says := func(line string) {
+		t.Helper()
+		said += line + "\n"
+		waitText(ctx, t, out, said)
+	}
+	check := func(i int) {
+		t.Helper()
+		if _, err := fmt.Fprintf(fifo, "line %d\n", i); err != nil {
+			t.Fatal(err)
+		}
+		says(fmt.Sprintf("line %d", i))
+		file := fmt.Sprintf("/tmp/file%d", i)
+		if _, err := h.Run(ctx, "sh", "-c", "printf y >>"+file); err != nil {
+			t.Fatal(err)
+		}
+		says("modified")
+		for what, program := range map[string]string{"flock": "fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)", "lockf": "fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB, 10)"} {
+			if o, err := h.Run(ctx, "/usr/bin/python3", "-c", fmt.Sprintf("import fcntl; f = open(%q, 'r+'); %s", file, program)); err == nil || !strings.Contains(o+err.Error(), "BlockingIOError") {
+				t.Errorf("%s is not locked by %s: %s, %v", file, what, o, err)
+			}
+		}
+	}
+	check(0)
+	for i := 1; i < 3; i++ {
+		keys := []string{key(t, h, pid, 3), key(t, h, pid, 4)}
+		img := dump(ctx, t, h, pid, "--file-locks", "--external", keys[0], "--external", keys[1])
+		if err := fifo.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := h.Run(ctx, "rm", fmt.Sprintf("/tmp/file%d", i-1), fmt.Sprintf("/tmp/fifo%d", i-1)); err != nil {
+			t.Fatal(err)
+		}
+		fifo = openFifo(t, h, fmt.Sprintf("/tmp/fifo%d", i))
+		file, err := os.OpenFile(h.Path(fmt.Sprintf("/tmp/file%d", i)), os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		restore(ctx, t, h, img, pid, []*os.File{fifo, file}, "--file-locks", "--inherit-fd", "fd[3]:"+keys[0], "--inherit-fd", "fd[4]:"+keys[1])
+		if err := file.Close(); err != nil {
+			t.Fatal(err)
+		}
+		check(i)
+	}
+}
+
+// TestExternalRoot hands in another root directory and another copy of the program.
+func TestExternalRoot(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	h := newHosts(t, "alpha").Host("alpha")
+	if _, err := h.Run(ctx, "sh", "-ec", "mkdir -p /tmp/jail1/out /tmp/jail2/out; cp "+programs.Gocheck+" /tmp/jail1/gocheck; cp -p /tmp/jail1/gocheck /tmp/jail2"); err != nil {
+		t.Fatal(err)
+	}
+	pid, err := h.Start(ctx, hosts.Spec{Args: []string{"chroot", "/tmp/jail1", "/gocheck", "/out/go", "127.0.0.1:8080", "8"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &workloads.Run{Host: h, Prefix: h.Path("/tmp/jail1/out/go"), Pid: pid}
+	if err := r.WaitFile(ctx, "ready"); err != nil {
+		t.Fatal(err)
+	}
+	shown := mustAgent(ctx, t, h, nil, "inspect", "-t", fmt.Sprint(pid), "--output", "json")
+	var doc struct{ Objects []planned }
+	if err := json.Unmarshal([]byte(shown.stdout), &doc); err != nil {
+		t.Fatalf("%v: %s", err, shown.stdout)
+	}
+	keys := map[string]string{}
+	for _, o := range doc.Objects {
+		for _, h := range o.Holders {
+			for _, r := range h.Roles {
+				keys[r] = o.Key
+			}
+		}
+	}
+	img := dump(ctx, t, h, pid, "--external", keys["root"], "--external", keys["exe"])
+	var files []*os.File
+	for _, path := range []string{"/tmp/jail2", "/tmp/jail2/gocheck"} {
+		f, err := os.Open(h.Path(path))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = f.Close() }()
+		files = append(files, f)
+	}
+	if _, err := h.Run(ctx, "rm", "/tmp/jail1/gocheck"); err != nil {
+		t.Fatal(err)
+	}
+	restore(ctx, t, h, img, pid, files, "--inherit-fd", "fd[3]:"+keys["root"], "--inherit-fd", "fd[4]:"+keys["exe"])
+	goes(ctx, t, r, 10)
+	for link, want := range map[string]string{"root": "/tmp/jail2", "exe": "/tmp/jail2/gocheck"} {
+		if got, err := h.Run(ctx, "readlink", fmt.Sprintf("/proc/%d/%s", pid, link)); err != nil || strings.TrimSpace(got) != want {
+			t.Errorf("%s leads to %q, %v, want %s", link, got, err, want)
+		}
+	}
+	// What it makes now is below the new root, what it had open is where it was.
+	if _, err := h.Run(ctx, "ln", "/tmp/jail1/out/go.log", "/tmp/jail2/out"); err != nil {
+		t.Fatal(err)
+	}
+	r.Prefix = h.Path("/tmp/jail2/out/go")
+	stop(ctx, t, r)
 }
