@@ -112,7 +112,11 @@ func printPlan(out io.Writer, p *engine.Plan) error {
 		if o.Reason != "" {
 			how += ": " + o.Reason
 		}
-		rows = append(rows, table.Row{objectHolders(o.Holders), o.Kind, o.Key, fmt.Sprintf("%#o", o.Flags), o.Offset, how, name})
+		held := objectHolders(o.Holders)
+		if h := o.Inherited; h != nil {
+			held += fmt.Sprintf(", inherited from %d %s", h.Pid, h.Comm)
+		}
+		rows = append(rows, table.Row{held, o.Kind, o.Key, fmt.Sprintf("%#o", o.Flags), o.Offset, how, name})
 	}
 	section("Open, mapped or stood on", table.Row{"held by", "kind", "key", "flags", "offset", "carried", "object"}, rows)
 	rows = nil

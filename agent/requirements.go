@@ -102,6 +102,9 @@ func openObjects(objects []plan.Object) []*wire.OpenObject {
 			Carry: o.Carry, Reason: o.Reason, Hint: o.Hint, Declarable: o.Declarable,
 		}
 		w.Journal = journalStream(o)
+		if h := o.Inherited; h != nil {
+			w.Inherited = &wire.Holder{Pid: int32(h.Pid), Comm: h.Comm, Fds: int32s(h.FDs)}
+		}
 		for _, h := range o.Holders {
 			w.Holders = append(w.Holders, &wire.Holder{Pid: int32(h.Pid), InnerPid: int32(h.VPid), Comm: h.Comm, Fds: int32s(h.FDs), Roles: h.Roles})
 		}

@@ -125,6 +125,8 @@ type planObjectDoc struct {
 	Queued  uint64      `json:"queued,omitempty"`
 	Peer    string      `json:"peer,omitempty"`
 	Holders []holderDoc `json:"holders"`
+	// Inherited is an ancestor of the tree that has the same description.
+	Inherited *holderDoc `json:"inherited,omitempty"`
 	// Carry is "image", "path", "external" or "refused".
 	Carry string `json:"carry"`
 	// Of what is external: the resolver, its argument, and the entry that decided with
@@ -172,6 +174,9 @@ func newPlanObjectDoc(o *wire.OpenObject, r *wire.Resolution, p *wire.Presence) 
 	for _, h := range o.Holders {
 		d.Holders = append(d.Holders, holderDoc{PID: h.Pid, InnerPID: h.InnerPid, Comm: h.Comm, FDs: h.Fds, Roles: h.Roles})
 	}
+	if h := o.Inherited; h != nil {
+		d.Inherited = &holderDoc{PID: h.Pid, Comm: h.Comm, FDs: h.Fds}
+	}
 	if r == nil || o.Key == "" {
 		return d
 	}
@@ -190,7 +195,7 @@ func (d *planDoc) print(w io.Writer, width int) error {
 	}
 	t := newTable(w, "HELD BY", "KIND", "KEY", "OBJECT", "AT "+strings.ToUpper(d.Destination), "CARRIED")
 	for _, o := range d.Objects {
-		t.AppendRow(table.Row{holdersText(o.Holders), o.Kind, o.Key, printable(o.name()), o.presenceText(), o.carryText()})
+		t.AppendRow(table.Row{o.holdersText(), o.Kind, o.Key, printable(o.name()), o.presenceText(), o.carryText()})
 	}
 	if width > 0 {
 		t.Style().Size.WidthMax = width
@@ -238,6 +243,14 @@ func (o *planObjectDoc) carryText() string {
 		s += " " + o.Argument
 	}
 	return s + by
+}
+
+func (o *planObjectDoc) holdersText() string {
+	s := holdersText(o.Holders)
+	if h := o.Inherited; h != nil {
+		s += fmt.Sprintf(", inherited from %d %s", h.PID, printable(h.Comm))
+	}
+	return s
 }
 
 // holdersText is who holds an object: pids with their descriptors and roles.

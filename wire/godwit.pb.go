@@ -2140,6 +2140,7 @@ type OpenObject struct {
 	BirthNs       int64          `protobuf:"varint,24,opt,name=birth_ns,json=birthNs,proto3" json:"birth_ns,omitempty"` // since 1970; files, where the file system knows it
 	Journal       *JournalStream `protobuf:"bytes,26,opt,name=journal,proto3" json:"journal,omitempty"`                 // a stream to journald
 	Proxy         *Proxy         `protobuf:"bytes,25,opt,name=proxy,proto3" json:"proxy,omitempty"`                     // the source only stands in for another host's object
+	Inherited     *Holder        `protobuf:"bytes,27,opt,name=inherited,proto3" json:"inherited,omitempty"`             // an ancestor of the tree that has the same description
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2352,6 +2353,13 @@ func (x *OpenObject) GetJournal() *JournalStream {
 func (x *OpenObject) GetProxy() *Proxy {
 	if x != nil {
 		return x.Proxy
+	}
+	return nil
+}
+
+func (x *OpenObject) GetInherited() *Holder {
+	if x != nil {
+		return x.Inherited
 	}
 	return nil
 }
@@ -4570,7 +4578,7 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x04comm\x18\x02 \x01(\tR\x04comm\x12\x10\n" +
 	"\x03fds\x18\x03 \x03(\x05R\x03fds\x12\x14\n" +
 	"\x05roles\x18\x04 \x03(\tR\x05roles\x12\x1b\n" +
-	"\tinner_pid\x18\x05 \x01(\x05R\binnerPid\"\x9b\x05\n" +
+	"\tinner_pid\x18\x05 \x01(\x05R\binnerPid\"\xd1\x05\n" +
 	"\n" +
 	"OpenObject\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
@@ -4601,7 +4609,8 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x03gid\x18\x17 \x01(\rR\x03gid\x12\x19\n" +
 	"\bbirth_ns\x18\x18 \x01(\x03R\abirthNs\x127\n" +
 	"\ajournal\x18\x1a \x01(\v2\x1d.godwit.wire.v1.JournalStreamR\ajournal\x12+\n" +
-	"\x05proxy\x18\x19 \x01(\v2\x15.godwit.wire.v1.ProxyR\x05proxy\"\x84\x02\n" +
+	"\x05proxy\x18\x19 \x01(\v2\x15.godwit.wire.v1.ProxyR\x05proxy\x124\n" +
+	"\tinherited\x18\x1b \x01(\v2\x16.godwit.wire.v1.HolderR\tinherited\"\x84\x02\n" +
 	"\rJournalStream\x12\x1e\n" +
 	"\n" +
 	"identifier\x18\x01 \x01(\tR\n" +
@@ -4906,51 +4915,52 @@ var file_wire_godwit_proto_depIdxs = []int32{
 	26, // 19: godwit.wire.v1.OpenObject.holders:type_name -> godwit.wire.v1.Holder
 	28, // 20: godwit.wire.v1.OpenObject.journal:type_name -> godwit.wire.v1.JournalStream
 	24, // 21: godwit.wire.v1.OpenObject.proxy:type_name -> godwit.wire.v1.Proxy
-	27, // 22: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
-	24, // 23: godwit.wire.v1.Resolution.proxy:type_name -> godwit.wire.v1.Proxy
-	30, // 24: godwit.wire.v1.Resolution.have:type_name -> godwit.wire.v1.FileState
-	27, // 25: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
-	19, // 26: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	17, // 27: godwit.wire.v1.ResolveRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	29, // 28: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
-	4,  // 29: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
-	32, // 30: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
-	33, // 31: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
-	5,  // 32: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
-	19, // 33: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	29, // 34: godwit.wire.v1.PreflightRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	17, // 35: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
-	10, // 36: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
-	5,  // 37: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
-	27, // 38: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
-	17, // 39: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	19, // 40: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	29, // 41: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	5,  // 42: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
-	19, // 43: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	29, // 44: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	32, // 45: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
-	5,  // 46: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
-	5,  // 47: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
-	1,  // 48: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
-	2,  // 49: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
-	19, // 50: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
-	5,  // 51: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
-	44, // 52: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
-	45, // 53: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
-	45, // 54: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
-	1,  // 55: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
-	1,  // 56: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
-	48, // 57: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
-	49, // 58: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
-	50, // 59: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
-	51, // 60: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
-	5,  // 61: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
-	62, // [62:62] is the sub-list for method output_type
-	62, // [62:62] is the sub-list for method input_type
-	62, // [62:62] is the sub-list for extension type_name
-	62, // [62:62] is the sub-list for extension extendee
-	0,  // [0:62] is the sub-list for field type_name
+	26, // 22: godwit.wire.v1.OpenObject.inherited:type_name -> godwit.wire.v1.Holder
+	27, // 23: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
+	24, // 24: godwit.wire.v1.Resolution.proxy:type_name -> godwit.wire.v1.Proxy
+	30, // 25: godwit.wire.v1.Resolution.have:type_name -> godwit.wire.v1.FileState
+	27, // 26: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
+	19, // 27: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	17, // 28: godwit.wire.v1.ResolveRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	29, // 29: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
+	4,  // 30: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
+	32, // 31: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
+	33, // 32: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
+	5,  // 33: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
+	19, // 34: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	29, // 35: godwit.wire.v1.PreflightRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	17, // 36: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
+	10, // 37: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
+	5,  // 38: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
+	27, // 39: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
+	17, // 40: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	19, // 41: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	29, // 42: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	5,  // 43: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
+	19, // 44: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	29, // 45: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	32, // 46: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
+	5,  // 47: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
+	5,  // 48: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
+	1,  // 49: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
+	2,  // 50: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
+	19, // 51: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
+	5,  // 52: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
+	44, // 53: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
+	45, // 54: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
+	45, // 55: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
+	1,  // 56: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
+	1,  // 57: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
+	48, // 58: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
+	49, // 59: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
+	50, // 60: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
+	51, // 61: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
+	5,  // 62: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
+	63, // [63:63] is the sub-list for method output_type
+	63, // [63:63] is the sub-list for method input_type
+	63, // [63:63] is the sub-list for extension type_name
+	63, // [63:63] is the sub-list for extension extendee
+	0,  // [0:63] is the sub-list for field type_name
 }
 
 func init() { file_wire_godwit_proto_init() }

@@ -766,6 +766,9 @@ func (c *collector) plan() (*plan.Plan, error) {
 	slices.SortFunc(pl.Rlimits, func(a, b plan.Rlimit) int { return cmp.Compare(a.Resource, b.Resource) })
 	pl.Files, pl.External, pl.Ports, pl.OpenFiles = c.files.Plan()
 	pl.Objects = c.files.Objects()
+	if c.running {
+		files.NoteInherited(c.procs[0].pid, pl.Objects)
+	}
 	if c.own.Has(ns.Pid) {
 		for i := range pl.Tasks {
 			pl.Tasks[i].VTids = nil // always free

@@ -1,6 +1,7 @@
 package files
 
 import (
+	"errors"
 	"io"
 	"os"
 	"os/exec"
@@ -36,6 +37,7 @@ import (
 //	  is shorter                              e2e TestExternalMapped
 //	locks, epoll and inotify                  e2e TestExternalWatched
 //	root, exe                                 e2e TestExternalRoot
+//	device node with other numbers            TestDeviceNumbers
 
 func init() {
 	scenes["edges"] = func(dir string) fds {
@@ -228,5 +230,43 @@ func TestTwoMounts(t *testing.T) {
 		if got := lookAt(t, os.Getpid(), r.fd(c, name)).Link; got != want {
 			t.Errorf("%s leads to %s, want %s", name, got, want)
 		}
+	}
+}
+
+func init() {
+	scenes["device"] = func(dir string) fds {
+		p := filepath.Join(dir, "device")
+		must(unix.Mknod(p, unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))))
+		return fds{"device": open(p, unix.O_RDWR)}
+	}
+}
+
+// TestDeviceNumbers puts the node of another device at the path of one.
+func TestDeviceNumbers(t *testing.T) {
+	dir := t.TempDir()
+	c := startIn(t, dir, "device", nil)
+	d := dumpOK(t, Options{}, c)
+	files, _, _, _ := d.d.Plan()
+	c.kill()
+	p := filepath.Join(dir, "device")
+	if ps := CheckDestination(files, nil, nil, nil); len(ps) != 0 {
+		t.Errorf("the same device: %v", ps)
+	}
+	if err := errors.Join(os.Remove(p), unix.Mknod(p, unix.S_IFCHR|0o666, int(unix.Mkdev(1, 5)))); err != nil {
+		t.Fatal(err)
+	}
+	const want = "device 1:5 here, expected 1:3"
+	wantProblem(t, CheckDestination(files, nil, nil, nil), want)
+	r, err := NewRestorer(nil, d.set, RestoreOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	if err := r.Open(); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("restore: %v", err)
 	}
 }

@@ -36,9 +36,12 @@ type Object struct {
 	Peer    string   `json:"peer,omitempty"`     // of a socket: name or address of the other end
 	PeerIno uint64   `json:"-"`                  // of a unix socket: of the other end, outside the tree
 	Holders []Holder `json:"holders"`
-	Carry   string   `json:"carry"`
-	Reason  string   `json:"reason,omitempty"` // why it is refused
-	Hint    string   `json:"hint,omitempty"`
+	// Inherited is an ancestor of the tree that has the same description: the tree was
+	// started with it.
+	Inherited *Holder `json:"inherited,omitempty"`
+	Carry     string  `json:"carry"`
+	Reason    string  `json:"reason,omitempty"` // why it is refused
+	Hint      string  `json:"hint,omitempty"`
 	// Declarable: it is refused, but not if it is declared external.
 	Declarable bool `json:"declarable,omitempty"`
 }

@@ -180,6 +180,10 @@ type planned struct {
 		FDs   []int
 		Roles []string
 	}
+	Inherited struct {
+		PID int
+		FDs []int
+	}
 }
 
 func planOf(ctx context.Context, t *testing.T, f *fleet.Fleet, code, pid int, args ...string) (objects []planned, text string) {
@@ -528,5 +532,50 @@ func TestExternalRoot(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.Prefix = h.Path("/tmp/jail2/out/go")
+	stop(ctx, t, r)
+}
+
+// TestInheritedLog moves a program that has a log of its parent's open, which it never
+// used and which grows all the time.
+func TestInheritedLog(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	f, alpha, beta := newFleet(ctx, t)
+	dir := newDir(t)
+	prefix, log := filepath.Join(dir, "threads"), filepath.Join(dir, "log")
+	parent, err := alpha.Start(ctx, hosts.Spec{Args: []string{"bash", "-c", `exec 7>"$3"; "$1" threads "$2" & while :; do echo a line of the parent >&7; sleep 0.01; done`,
+		"-", programs.Selfcheck, prefix, log}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = alpha.Kill(parent, unix.SIGKILL) }()
+	r := &workloads.Run{Host: alpha, Prefix: prefix, Pid: program(ctx, t, alpha, "selfcheck")}
+	if err := r.WaitFile(ctx, "ready"); err != nil {
+		t.Fatal(err)
+	}
+	want := fmt.Sprintf("%d bash", parent)
+	objects, _ := planOf(ctx, t, f, 0, r.Pid)
+	for _, o := range objects {
+		if (o.Path == log) != (o.Inherited.PID == parent && slices.Equal(o.Inherited.FDs, []int{7})) && len(o.Holders[0].FDs) > 0 && o.Link != "/dev/null" {
+			t.Errorf("%s is inherited from %+v", o.Link, o.Inherited)
+		}
+	}
+	for _, cmd := range [][]string{{"plan", fmt.Sprintf("alpha:%d", r.Pid), "beta"}, {"plan", fmt.Sprintf("alpha:%d", r.Pid), "beta", "--hash"}} {
+		if res, err := f.Run(ctx, cmd...); err != nil || res.Code != 0 || !strings.Contains(res.Stdout, want) {
+			t.Errorf("%v: exit code %d, %s%s, %v", cmd, res.Code, res.Stdout, res.Stderr, err)
+		}
+	}
+	if o := mustAgent(ctx, t, alpha, nil, "inspect", "-t", fmt.Sprint(r.Pid)); !strings.Contains(o.stdout, "inherited from "+want) {
+		t.Errorf("inspect does not say what is inherited: %s", o.stdout)
+	}
+	migrate(ctx, t, f, r, beta)
+	before, err := os.Stat(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for grown := before; grown.Size() <= before.Size(); time.Sleep(time.Millisecond) {
+		if grown, err = os.Stat(log); err != nil || ctx.Err() != nil {
+			t.Fatalf("the parent's log does not grow any more: %v", err)
+		}
+	}
 	stop(ctx, t, r)
 }

@@ -250,6 +250,31 @@ func TestShellJobTwice(t *testing.T) {
 	}
 }
 
+// TestShellJobInherit hands in a file as a standard descriptor of the command that
+// restores a job of a terminal.
+func TestShellJobInherit(t *testing.T) {
+	ctx := deadline(t, time.Minute)
+	h := newHosts(t, "alpha").Host("alpha")
+	dir := newDir(t)
+	prefix := filepath.Join(dir, "shelljob")
+	p := newTypist(ctx, t, h, fmt.Sprintf("exec 5<>%s/first; %s shelljob %s job; sleep 1000", dir, programs.Selfcheck, prefix))
+	r := p.child(ctx, prefix, "job")
+	for i := range 3 {
+		k := key(t, h, r.Pid, 5)
+		img := dump(ctx, t, h, r.Pid, "-j", "--external", k)
+		other := fmt.Sprintf("%s/other%d", dir, i)
+		p = newTypist(ctx, t, h, fmt.Sprintf("%s restore -D %s -j --inherit-fd fd[%d]:%s %d<>%s; echo over; sleep 1000", binaries.Agent, img, 1+i%2, k, 1+i%2, other))
+		p.types("hello\n")
+		p.sees(ctx, 0, "you said hello")
+		goes(ctx, t, r, 5)
+		if to, err := h.Run(ctx, "readlink", fmt.Sprintf("/proc/%d/fd/5", r.Pid)); err != nil || strings.TrimSpace(to) != other {
+			t.Errorf("round %d: the file is %q, %v", i, to, err)
+		}
+	}
+	stop(ctx, t, r)
+	p.sees(ctx, 0, "over")
+}
+
 // TestShellJobLeader moves the leader of a terminal's session: it takes the new
 // terminal from the session that has it.
 func TestShellJobLeader(t *testing.T) {
