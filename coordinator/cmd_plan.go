@@ -242,7 +242,10 @@ func (o *planObjectDoc) carryText() string {
 	if o.Argument != "" {
 		s += " " + o.Argument
 	}
-	return s + by
+	if s += by; o.Queued > 0 && o.Resolver != external.Proxy {
+		s += fmt.Sprintf("; %s in it stay behind", plural(int(o.Queued), "byte"))
+	}
+	return s
 }
 
 func (o *planObjectDoc) holdersText() string {

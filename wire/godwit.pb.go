@@ -2128,7 +2128,7 @@ type OpenObject struct {
 	Rdev          uint64         `protobuf:"varint,12,opt,name=rdev,proto3" json:"rdev,omitempty"`                     // devices
 	BuildId       string         `protobuf:"bytes,13,opt,name=build_id,json=buildId,proto3" json:"build_id,omitempty"` // hex; ELF files that are mapped
 	Sha256        string         `protobuf:"bytes,14,opt,name=sha256,proto3" json:"sha256,omitempty"`                  // hex; regular files, if it was asked for
-	Queued        uint64         `protobuf:"varint,15,opt,name=queued,proto3" json:"queued,omitempty"`                 // bytes that wait in a pipe or fifo
+	Queued        uint64         `protobuf:"varint,15,opt,name=queued,proto3" json:"queued,omitempty"`                 // bytes that wait in a pipe, fifo or unix socket that leads out of the tree
 	Holders       []*Holder      `protobuf:"bytes,16,rep,name=holders,proto3" json:"holders,omitempty"`
 	Carry         string         `protobuf:"bytes,17,opt,name=carry,proto3" json:"carry,omitempty"`   // "image", "path", "external", "refused"
 	Reason        string         `protobuf:"bytes,18,opt,name=reason,proto3" json:"reason,omitempty"` // why it is refused

@@ -343,6 +343,9 @@ func (t *unixTree) queue(o *object, st *unixState) error {
 func (t *unixTree) outer(o *object, st *unixState) error {
 	d, u, e := t.d, &st.diag, st.e
 	o.peerIno = uint64(u.peer)
+	if n, err := unix.IoctlGetInt(int(o.file.Fd()), unix.TIOCINQ); err == nil {
+		o.queued = uint64(n)
+	}
 	if p, err := readUnixDiag(u.peer); err == nil {
 		o.peer = unixText(p.name)
 	}

@@ -32,7 +32,7 @@ type Object struct {
 	Rdev    uint64   `json:"rdev,omitempty"`
 	BuildID string   `json:"build_id,omitempty"` // hexadecimal; ELF files that are mapped
 	SHA256  string   `json:"sha256,omitempty"`   // hexadecimal; regular files, if it was asked for
-	Queued  uint64   `json:"queued,omitempty"`   // bytes in a pipe or fifo
+	Queued  uint64   `json:"queued,omitempty"`   // bytes in a pipe, fifo or unix socket that leads out of the tree
 	Peer    string   `json:"peer,omitempty"`     // of a socket: name or address of the other end
 	PeerIno uint64   `json:"-"`                  // of a unix socket: of the other end, outside the tree
 	Holders []Holder `json:"holders"`
