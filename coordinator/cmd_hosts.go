@@ -30,18 +30,22 @@ func (a *app) cmdHosts() *cobra.Command {
 
 // hostDoc is one host for programs.
 type hostDoc struct {
-	Host           string     `json:"host"`
-	Version        string     `json:"version"`
-	Protocol       uint32     `json:"protocol"`
-	Kernel         string     `json:"kernel"`
-	Arch           string     `json:"arch"`
-	BootID         string     `json:"boot_id,omitempty"`
-	MemoryBytes    uint64     `json:"memory_bytes"`
-	AvailableBytes uint64     `json:"available_bytes"`
-	CPUs           uint32     `json:"cpus"`
-	Migrations     uint32     `json:"migrations"`
-	Started        *time.Time `json:"started,omitempty"`
-	PID            uint32     `json:"agent_pid"`
+	Host           string `json:"host"`
+	Version        string `json:"version"`
+	Protocol       uint32 `json:"protocol"`
+	Kernel         string `json:"kernel"`
+	Arch           string `json:"arch"`
+	BootID         string `json:"boot_id,omitempty"`
+	MemoryBytes    uint64 `json:"memory_bytes"`
+	AvailableBytes uint64 `json:"available_bytes"`
+	CPUs           uint32 `json:"cpus"`
+	Migrations     uint32 `json:"migrations"`
+	// ProxiesHome are objects of this host whose bytes go to and come from trees
+	// elsewhere, for which it is still needed; ProxiesTree those of trees that run here.
+	ProxiesHome int        `json:"proxies_home"`
+	ProxiesTree int        `json:"proxies_tree"`
+	Started     *time.Time `json:"started,omitempty"`
+	PID         uint32     `json:"agent_pid"`
 }
 
 func (a *app) runHosts(ctx context.Context) error {
@@ -57,7 +61,8 @@ func (a *app) runHosts(ctx context.Context) error {
 	if a.output == outputJSON {
 		docs := []hostDoc{}
 		for _, i := range infos {
-			docs = append(docs, hostDoc{
+			home, tree := countProxies(i)
+			docs = append(docs, hostDoc{ProxiesHome: home, ProxiesTree: tree,
 				Host: i.Host, Version: i.Version, Protocol: i.Protocol, Kernel: i.Kernel, Arch: i.Arch, BootID: i.BootId,
 				MemoryBytes: i.MemoryBytes, AvailableBytes: i.AvailableBytes, CPUs: i.Cpus, Migrations: i.Migrations,
 				Started: stamp(i.StartedUnix * 1000), PID: i.Pid,
@@ -76,6 +81,7 @@ func printHosts(w io.Writer, infos []*wire.AgentInfo, now time.Time) error {
 		return err
 	}
 	t := newTable(w, "HOST", "AGENT", "KERNEL", "CPUS", "MEMORY", "AVAILABLE", "MIGRATIONS", "UP")
+	needed := ""
 	rightAlign(t, 4, 5, 6, 7, 8)
 	count := map[string]int{}
 	for _, i := range infos {
@@ -88,9 +94,15 @@ func printHosts(w io.Writer, infos []*wire.AgentInfo, now time.Time) error {
 		if i.StartedUnix != 0 {
 			up = formatDuration(now.Sub(time.Unix(i.StartedUnix, 0)))
 		}
+		if home, _ := countProxies(i); home > 0 {
+			needed += fmt.Sprintf("%s is still needed by trees that have left it, for the bytes of %s (godwit ps %s --proxies).\n", i.Host, plural(home, "object"), i.Host)
+		}
 		t.AppendRow(table.Row{i.Host, version, i.Kernel + " " + i.Arch, i.Cpus, formatBytes(i.MemoryBytes), formatBytes(i.AvailableBytes), i.Migrations, up})
 	}
 	t.Render()
+	if _, err := io.WriteString(w, needed); err != nil {
+		return err
+	}
 	for _, i := range infos {
 		if n := count[i.Host]; n > 1 {
 			count[i.Host] = 0
@@ -100,6 +112,18 @@ func printHosts(w io.Writer, infos []*wire.AgentInfo, now time.Time) error {
 		}
 	}
 	return nil
+}
+
+// countProxies counts the proxies of a host's objects, and of the trees on it.
+func countProxies(i *wire.AgentInfo) (home, tree int) {
+	for _, p := range i.Proxies {
+		if p.Home {
+			home++
+		} else {
+			tree++
+		}
+	}
+	return home, tree
 }
 
 // newTable returns a plain table: columns, no lines.

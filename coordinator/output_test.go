@@ -90,7 +90,8 @@ func sample() []*wire.Record {
 func TestGoldenTables(t *testing.T) {
 	var b bytes.Buffer
 	infos := []*wire.AgentInfo{
-		{Host: "alpha", Protocol: wire.Version, Version: "0.1.0", Kernel: "6.12.0-13", Arch: "amd64", MemoryBytes: 16 << 30, AvailableBytes: 12<<30 + 400<<20, Cpus: 8, StartedUnix: began.Unix(), Migrations: 1},
+		{Host: "alpha", Protocol: wire.Version, Version: "0.1.0", Kernel: "6.12.0-13", Arch: "amd64", MemoryBytes: 16 << 30, AvailableBytes: 12<<30 + 400<<20, Cpus: 8, StartedUnix: began.Unix(), Migrations: 1,
+			Proxies: []*wire.ProxyState{{Home: true}, {Home: true}, {}}},
 		{Host: "beta", Protocol: wire.Version + 1, Version: "0.2.0", Kernel: "6.18.1", Arch: "amd64", MemoryBytes: 512 << 20, AvailableBytes: 1 << 20, Cpus: 64},
 		{Host: "beta", Protocol: wire.Version, Version: "0.1.0"},
 	}

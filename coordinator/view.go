@@ -112,9 +112,27 @@ func (v *textView) record(r *wire.Record) {
 		if s.State == wire.State_STATE_HANDING_OFF {
 			text += ": committed, the tree now belongs to " + r.Destination
 		}
+		if homes := proxyHomes(r); s.State == wire.State_STATE_COMPLETED && homes != "" {
+			text += "; still needed for bytes that flow to and from the tree: " + homes
+		}
 		v.say(r.Id, text)
 	}
 	v.draw(true)
+}
+
+// proxyHomes are the hosts of objects that are proxied, with how many each has.
+func proxyHomes(r *wire.Record) string {
+	var homes []string
+	count := map[string]int{}
+	for _, p := range r.Options.GetProxied() {
+		if count[p.Home]++; count[p.Home] == 1 {
+			homes = append(homes, p.Home)
+		}
+	}
+	for i, h := range homes {
+		homes[i] = fmt.Sprintf("%s (%s)", h, plural(count[h], "object"))
+	}
+	return strings.Join(homes, ", ")
 }
 
 func (v *textView) note(id, text string) {

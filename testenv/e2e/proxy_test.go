@@ -130,6 +130,19 @@ func TestMigrateProxy(t *testing.T) {
 	if got := proxies(ctx, t, f, "alpha"); strings.Count(got, "pipe:[") != 2 || strings.Count(got, "socket:[") != 1 || !strings.Contains(got, "beta") {
 		t.Errorf("proxies of alpha:\n%s", got)
 	}
+	for args, want := range map[string]string{"hosts": "alpha is still needed by trees that have left it, for the bytes of 3 objects", "history": "still needed"} {
+		line := []string{args}
+		if args == "history" {
+			hist, err := f.History(ctx)
+			if err != nil || len(hist) != 1 {
+				t.Fatalf("history: %+v, %v", hist, err)
+			}
+			line = append(line, hist[0].ID)
+		}
+		if res, err := f.Run(ctx, line...); err != nil || !strings.Contains(res.Stdout, want) {
+			t.Errorf("%s does not say %q: %s%s, %v", args, want, res.Stdout, res.Stderr, err)
+		}
+	}
 	for i := range 9 {
 		migrate(ctx, t, f, r, []*hosts.Host{alpha, beta}[i%2])
 	}
