@@ -61,6 +61,7 @@ type Config struct {
 	Failpoint  func(string)         // is called at each of Failpoints; nil: none
 	Progress   func(*wire.Progress) // publishes; must not wait
 	Timeouts   Timeouts
+	Limits     Limits
 	GhostLimit uint64 // bytes
 	// External are the rules of this host for what trees that land here have open.
 	External []external.Rule
@@ -79,6 +80,7 @@ type Agent struct {
 	sources      map[string]*source
 	destinations map[string]*destination
 	landed       map[int]string // pid of the child of ours: migration
+	reserved     map[string]reservation
 
 	provisions *provisions
 	proxies    *proxies
@@ -99,7 +101,7 @@ func New(cfg Config) *Agent {
 	}
 	a := &Agent{
 		cfg: cfg, log: cfg.Logger.Named("agent"), started: time.Now(),
-		sources: map[string]*source{}, destinations: map[string]*destination{}, landed: map[int]string{},
+		sources: map[string]*source{}, destinations: map[string]*destination{}, landed: map[int]string{}, reserved: map[string]reservation{},
 	}
 	a.provisions = &provisions{log: a.log.Named("provide")}
 	a.informing, a.hush = context.WithCancel(context.Background())
@@ -116,6 +118,7 @@ func (a *Agent) Serve(svc *transport.Service) error {
 		func() error { return transport.Handle(svc, "preflight", a.Preflight) },
 		func() error { return transport.Handle(svc, "resolve", a.Resolve) },
 		func() error { return transport.Handle(svc, "prepare", a.Prepare) },
+		func() error { return transport.Handle(svc, "reserve", a.Reserve) },
 		func() error { return transport.Handle(svc, "start", a.Start) },
 		func() error { return transport.Handle(svc, "resize", a.Resize) },
 		func() error { return transport.Handle(svc, "abort", a.Abort) },

@@ -134,6 +134,7 @@ func runDaemon(ctx context.Context, cfg *configs.Agent, stderr io.Writer) (err e
 		Timeouts: Timeouts{
 			Begin: 10 * time.Second, Freeze: cfg.Timeouts.Freeze.D(), Frozen: cfg.Timeouts.Frozen.D(), Prepared: cfg.Timeouts.Prepared.D(),
 		},
+		Limits:     Limits{Outgoing: cfg.Limits.Outgoing, Incoming: cfg.Limits.Incoming},
 		GhostLimit: uint64(cfg.GhostLimit), External: cfg.Rules(), Logger: log,
 		Failpoint: fail, Journal: &journal{dir: cfg.StatePath("journal-" + host)},
 	})

@@ -81,6 +81,9 @@ func (a *Agent) admitDestination(req *wire.PrepareRequest) (d *destination, isNe
 	if a.stopping {
 		return nil, false, errStopping(a.cfg.Host)
 	}
+	if err := a.mayLand(); err != nil {
+		return nil, false, failure(err, a.cfg.Host, wire.State_STATE_PREFLIGHT)
+	}
 	d = &destination{session: a.newSession(req.Id, wire.RoleDestination, req.Source), req: req, report: &wire.Report{}}
 	d.state.Store(int32(wire.State_STATE_PREFLIGHT))
 	a.destinations[req.Id] = d

@@ -178,11 +178,10 @@ func (a *Agent) admitSource(req *wire.StartRequest, check func([]plan.Object) []
 	if a.stopping {
 		return nil, false, errStopping(a.cfg.Host)
 	}
-	for _, other := range a.sources {
-		if other.req.Pid == req.Pid {
-			return nil, false, wire.Errorf(wire.Code_CODE_CONFLICT, "pid %d is already being moved by migration %s", req.Pid, other.id)
-		}
+	if err := a.mayLeave(req.Id, int(req.Pid)); err != nil {
+		return nil, false, err
 	}
+	delete(a.reserved, req.Id)
 	s = &source{session: a.newSession(req.Id, wire.RoleSource, req.Destination), req: req, confirm: check, report: &wire.Report{}, leaving: a.departing(req.Id, req.Options.GetProxied())}
 	a.sources[req.Id] = s
 	return s, true, nil

@@ -70,6 +70,10 @@ type TLS struct {
 
 // Limits bound what a migration takes of the host and of the network.
 type Limits struct {
+	// Outgoing and Incoming are how many trees may leave, and land on, the host at a
+	// time; others wait.
+	Outgoing int `toml:"outgoing"`
+	Incoming int `toml:"incoming"`
 	// Window is how much of a stream may be under way unacknowledged; the
 	// agent holds about twice as much in memory.
 	Window Size `toml:"window"`
@@ -128,7 +132,7 @@ func DefaultAgent() *Agent {
 		StateDir:   "/var/lib/godwit-agent",
 		GhostLimit: 1 << 30,
 		NATS:       NATS{URLs: []string{"nats://127.0.0.1:4222"}},
-		Limits:     Limits{Window: 8 << 20, Chunk: 512 << 10, Lanes: 2, MemoryLimit: 96 << 20},
+		Limits:     Limits{Outgoing: 4, Incoming: 4, Window: 8 << 20, Chunk: 512 << 10, Lanes: 2, MemoryLimit: 96 << 20},
 		Timeouts: Timeouts{
 			Freeze: 10 * second, Frozen: 120 * second, Idle: 15 * second, Prepared: 30 * second,
 		},

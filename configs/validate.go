@@ -18,13 +18,15 @@ const second = Duration(time.Second)
 // 48 MiB. Chunk: the default max_payload of a NATS server is 1 MiB, and a
 // stream's frame needs some of it; 512 KiB is where larger ones gain little.
 const (
-	minWindow    = 64 << 10
-	maxWindow    = 48 << 20
-	minChunk     = 4 << 10
-	maxChunk     = 1<<20 - 4<<10
-	maxLanes     = 16
-	minMemory    = 32 << 20
-	minBandwidth = 64 << 10
+	minWindow = 64 << 10
+	maxWindow = 48 << 20
+	minChunk  = 4 << 10
+	maxChunk  = 1<<20 - 4<<10
+	maxLanes  = 16
+
+	maxMigrations = 1000
+	minMemory     = 32 << 20
+	minBandwidth  = 64 << 10
 )
 
 // A name on the bus is one token of a subject.
@@ -60,6 +62,11 @@ func (c *Agent) validate(l *loader) {
 		l.bad("limits.chunk", "%s; want from %s to %s", lim.Chunk, Size(minChunk), Size(maxChunk))
 	case lim.Chunk > lim.Window/2:
 		l.bad("limits.chunk", "%s is more than half of limits.window (%s)", lim.Chunk, lim.Window)
+	}
+	for key, n := range map[string]int{"limits.outgoing": lim.Outgoing, "limits.incoming": lim.Incoming} {
+		if n < 1 || n > maxMigrations {
+			l.bad(key, "%d; want from 1 to %d", n, maxMigrations)
+		}
 	}
 	if lim.Lanes < 1 || lim.Lanes > maxLanes {
 		l.bad("limits.lanes", "%d; want from 1 to %d", lim.Lanes, maxLanes)

@@ -137,6 +137,7 @@ type stop string
 
 const (
 	atPreflight stop = "preflight"
+	atReserve   stop = "reserve"
 	atPrepare   stop = "prepare"
 	atStart     stop = "start"
 	atFreezing  stop = "freezing"
@@ -160,6 +161,8 @@ type fakeAgent struct {
 	fail map[stop]error
 	die  stop
 	hold map[stop]chan struct{}
+	// busy is how often it has no place there.
+	busy map[stop]int
 
 	// What the tree holds, and what becomes of it here.
 	objects  []*wire.OpenObject
@@ -199,6 +202,7 @@ func (b *testBus) agent(host string) *fakeAgent {
 		}),
 		transport.Handle(f.svc, "preflight", f.preflight),
 		transport.Handle(f.svc, "resolve", f.resolve),
+		transport.Handle(f.svc, "reserve", f.reserve),
 		transport.Handle(f.svc, "prepare", f.prepare),
 		transport.Handle(f.svc, "start", f.start),
 		transport.Handle(f.svc, "abort", f.abort),
@@ -232,6 +236,10 @@ func (f *fakeAgent) vanish() {
 func (f *fakeAgent) at(ctx context.Context, s stop) error {
 	f.mu.Lock()
 	err, hold, die := f.fail[s], f.hold[s], f.die == s
+	if f.busy[s] > 0 {
+		f.busy[s]--
+		err = wire.Errorf(wire.Code_CODE_BUSY, "%s has no place", f.host)
+	}
 	f.mu.Unlock()
 	select {
 	case f.reached <- s:
@@ -351,6 +359,14 @@ func (f *fakeAgent) awaitState(ctx context.Context, id string, states ...wire.St
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
+}
+
+func (f *fakeAgent) reserve(ctx context.Context, _ *wire.ReserveRequest) (*wire.ReserveReply, error) {
+	f.called("reserve")
+	if err := f.at(ctx, atReserve); err != nil {
+		return nil, err
+	}
+	return &wire.ReserveReply{}, nil
 }
 
 func (f *fakeAgent) prepare(ctx context.Context, req *wire.PrepareRequest) (*wire.PrepareReply, error) {

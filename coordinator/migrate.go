@@ -25,6 +25,8 @@ const (
 	// it is taken for lasting, preflightPause the time between.
 	preflightTries = 3
 	preflightPause = 50 * time.Millisecond
+	// queuePause is how often a migration that waits for its turn asks again.
+	queuePause = 500 * time.Millisecond
 )
 
 // migration is one migration as its coordinator sees it, up to the moment when
@@ -43,6 +45,8 @@ type migration struct {
 	prepared bool
 	// sent: the source may have got the order to start.
 	sent bool
+	// told: the view was told what the tree is.
+	told bool
 }
 
 // newMigration makes the record of a migration.
@@ -155,18 +159,28 @@ func aborted(r *wire.Record, err error) error {
 
 // preflightLasting is preflight for programs that open and remove files all the
 // time: what the destination lacked counts only if the tree still needs it
-// a little later.
+// a little later. As long as a host has no place for it, the migration waits.
 func (m *migration) preflightLasting(ctx context.Context) error {
 	var seen *wire.Requirements
+	waits := ""
 	for try := 1; ; try++ {
 		lacks, err := m.preflight(ctx, &seen)
-		if !lacks || try == preflightTries {
+		pause := preflightPause
+		switch {
+		case wire.CodeOf(err) == wire.Code_CODE_BUSY:
+			try, seen = 0, nil // what it needs by then is looked at anew
+			if text := err.Error(); text != waits {
+				waits = text
+				m.view.note(m.rec.Id, "waits for its turn: "+text)
+			}
+			pause = queuePause
+		case !lacks || try == preflightTries:
 			return err
 		}
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
-		case <-time.After(preflightPause):
+		case <-time.After(pause):
 		}
 	}
 }
@@ -192,7 +206,7 @@ func (m *migration) preflight(ctx context.Context, seen **wire.Requirements) (la
 	if ctx.Err() != nil {
 		return false, context.Cause(ctx)
 	}
-	if err := m.describe(ctx, found, *seen == nil); err != nil {
+	if err := m.describe(ctx, found, !m.told); err != nil {
 		return false, err
 	}
 	srcErr = together(srcErr, found.lacks())
@@ -201,6 +215,12 @@ func (m *migration) preflight(ctx context.Context, seen **wire.Requirements) (la
 	}
 	stillNeeded(found.req, *seen)
 	*seen = found.req
+	if srcErr == nil && len(found.problems) == 0 {
+		// A place at the source before one at the destination (package agent, Limits).
+		if err := m.reserve(ctx); err != nil {
+			return false, bothErrors(r, err, nil)
+		}
+	}
 	m.prepared = true
 	m.resolutions, m.entries = found.resolutions, found.entries
 	dstErr := m.prepare(ctx, found.req)
@@ -236,10 +256,20 @@ func (m *migration) describe(ctx context.Context, found *survey, say bool) error
 	}
 	m.view.record(m.rec)
 	if req != nil && say {
+		m.told = true
 		m.view.note(m.rec.Id, fmt.Sprintf("%s of %s: %s, %s, %s", subject(m.rec), m.rec.Source,
 			plural(m.rec.Tasks, "process"), plural(m.rec.Threads, "thread"), formatBytes(m.rec.MemoryBytes)))
 	}
 	return nil
+}
+
+// reserve takes a place at the source.
+func (m *migration) reserve(ctx context.Context) error {
+	r := m.rec
+	call, cancel := context.WithTimeout(ctx, preflightTimeout)
+	defer cancel()
+	_, err := transport.Call[*wire.ReserveRequest, *wire.ReserveReply](call, m.link.nc, r.Source, "reserve", &wire.ReserveRequest{Protocol: wire.Version, Id: r.Id, Pid: r.Pid})
+	return withHosts(ctx, m.link.nc, r.Source, err)
 }
 
 // prepare asks the destination to check and to hold everything.

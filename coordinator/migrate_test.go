@@ -65,6 +65,13 @@ func TestMigrate(t *testing.T) {
 			code:  4, outcome: "refused", states: "requested, preflight, aborted", err: "beta: preflight: dump refused",
 		},
 		{
+			name: "both hosts are busy for a while",
+			setup: func(_ *testBus, src, dst *fakeAgent) {
+				src.busy, dst.busy = map[stop]int{atReserve: 2}, map[stop]int{atPrepare: 2}
+			},
+			code: 0, outcome: "completed", states: "requested, preflight, freezing, final copying, restoring, staged, handing off, completed",
+		},
+		{
 			name: "no such process",
 			setup: func(_ *testBus, src, _ *fakeAgent) {
 				src.fail[atPreflight] = wire.Errorf(wire.Code_CODE_NOT_FOUND, "there is no process with pid 412")

@@ -32,30 +32,32 @@ type Code int32
 
 const (
 	Code_CODE_UNSPECIFIED   Code = 0
-	Code_CODE_INVALID       Code = 1 // the request itself is wrong (exit code 2)
-	Code_CODE_NOT_FOUND     Code = 2 // no such pid, host, migration (1)
-	Code_CODE_REFUSED       Code = 3 // preflight: cannot be carried or lacks something (4)
-	Code_CODE_ABORTED       Code = 4 // aborted, the tree runs on at the source (3)
-	Code_CODE_UNAVAILABLE   Code = 5 // a party or the bus cannot be reached (1)
-	Code_CODE_CONFLICT      Code = 6 // another migration of that tree is in flight (1)
-	Code_CODE_INTERNAL      Code = 7 // anything else (1)
-	Code_CODE_UNKNOWN_STATE Code = 8 // an operator must look (5)
-	Code_CODE_VERSION       Code = 9 // protocol versions do not match (1)
+	Code_CODE_INVALID       Code = 1  // the request itself is wrong (exit code 2)
+	Code_CODE_NOT_FOUND     Code = 2  // no such pid, host, migration (1)
+	Code_CODE_REFUSED       Code = 3  // preflight: cannot be carried or lacks something (4)
+	Code_CODE_ABORTED       Code = 4  // aborted, the tree runs on at the source (3)
+	Code_CODE_UNAVAILABLE   Code = 5  // a party or the bus cannot be reached (1)
+	Code_CODE_CONFLICT      Code = 6  // another migration of that tree is in flight (1)
+	Code_CODE_INTERNAL      Code = 7  // anything else (1)
+	Code_CODE_UNKNOWN_STATE Code = 8  // an operator must look (5)
+	Code_CODE_VERSION       Code = 9  // protocol versions do not match (1)
+	Code_CODE_BUSY          Code = 10 // the host has as many migrations as it may; ask again (1)
 )
 
 // Enum value maps for Code.
 var (
 	Code_name = map[int32]string{
-		0: "CODE_UNSPECIFIED",
-		1: "CODE_INVALID",
-		2: "CODE_NOT_FOUND",
-		3: "CODE_REFUSED",
-		4: "CODE_ABORTED",
-		5: "CODE_UNAVAILABLE",
-		6: "CODE_CONFLICT",
-		7: "CODE_INTERNAL",
-		8: "CODE_UNKNOWN_STATE",
-		9: "CODE_VERSION",
+		0:  "CODE_UNSPECIFIED",
+		1:  "CODE_INVALID",
+		2:  "CODE_NOT_FOUND",
+		3:  "CODE_REFUSED",
+		4:  "CODE_ABORTED",
+		5:  "CODE_UNAVAILABLE",
+		6:  "CODE_CONFLICT",
+		7:  "CODE_INTERNAL",
+		8:  "CODE_UNKNOWN_STATE",
+		9:  "CODE_VERSION",
+		10: "CODE_BUSY",
 	}
 	Code_value = map[string]int32{
 		"CODE_UNSPECIFIED":   0,
@@ -68,6 +70,7 @@ var (
 		"CODE_INTERNAL":      7,
 		"CODE_UNKNOWN_STATE": 8,
 		"CODE_VERSION":       9,
+		"CODE_BUSY":          10,
 	}
 )
 
@@ -3266,6 +3269,112 @@ func (x *PrepareReply) GetError() *Error {
 	return nil
 }
 
+// "reserve" takes one of the places that the source has for trees that leave, until the
+// migration is started, or as long as a prepared destination waits. Asked again, it is kept.
+type ReserveRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Protocol      uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	Pid           int32                  `protobuf:"varint,3,opt,name=pid,proto3" json:"pid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReserveRequest) Reset() {
+	*x = ReserveRequest{}
+	mi := &file_wire_godwit_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReserveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReserveRequest) ProtoMessage() {}
+
+func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReserveRequest.ProtoReflect.Descriptor instead.
+func (*ReserveRequest) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *ReserveRequest) GetProtocol() uint32 {
+	if x != nil {
+		return x.Protocol
+	}
+	return 0
+}
+
+func (x *ReserveRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ReserveRequest) GetPid() int32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+type ReserveReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Error         *Error                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReserveReply) Reset() {
+	*x = ReserveReply{}
+	mi := &file_wire_godwit_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReserveReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReserveReply) ProtoMessage() {}
+
+func (x *ReserveReply) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReserveReply.ProtoReflect.Descriptor instead.
+func (*ReserveReply) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *ReserveReply) GetError() *Error {
+	if x != nil {
+		return x.Error
+	}
+	return nil
+}
+
 type StartRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Protocol      uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"`
@@ -3282,7 +3391,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[36]
+	mi := &file_wire_godwit_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3294,7 +3403,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[36]
+	mi := &file_wire_godwit_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3307,7 +3416,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{36}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *StartRequest) GetProtocol() uint32 {
@@ -3375,7 +3484,7 @@ type StartReply struct {
 
 func (x *StartReply) Reset() {
 	*x = StartReply{}
-	mi := &file_wire_godwit_proto_msgTypes[37]
+	mi := &file_wire_godwit_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3387,7 +3496,7 @@ func (x *StartReply) String() string {
 func (*StartReply) ProtoMessage() {}
 
 func (x *StartReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[37]
+	mi := &file_wire_godwit_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3400,7 +3509,7 @@ func (x *StartReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartReply.ProtoReflect.Descriptor instead.
 func (*StartReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{37}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *StartReply) GetError() *Error {
@@ -3420,7 +3529,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[38]
+	mi := &file_wire_godwit_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3432,7 +3541,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[38]
+	mi := &file_wire_godwit_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3445,7 +3554,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{38}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -3471,7 +3580,7 @@ type AbortReply struct {
 
 func (x *AbortReply) Reset() {
 	*x = AbortReply{}
-	mi := &file_wire_godwit_proto_msgTypes[39]
+	mi := &file_wire_godwit_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3483,7 +3592,7 @@ func (x *AbortReply) String() string {
 func (*AbortReply) ProtoMessage() {}
 
 func (x *AbortReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[39]
+	mi := &file_wire_godwit_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3496,7 +3605,7 @@ func (x *AbortReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortReply.ProtoReflect.Descriptor instead.
 func (*AbortReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{39}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *AbortReply) GetError() *Error {
@@ -3539,7 +3648,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_wire_godwit_proto_msgTypes[40]
+	mi := &file_wire_godwit_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3551,7 +3660,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[40]
+	mi := &file_wire_godwit_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3564,7 +3673,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{40}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Record) GetId() string {
@@ -3739,7 +3848,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_wire_godwit_proto_msgTypes[41]
+	mi := &file_wire_godwit_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3751,7 +3860,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[41]
+	mi := &file_wire_godwit_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3764,7 +3873,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{41}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Step) GetState() State {
@@ -3811,7 +3920,7 @@ type Report struct {
 
 func (x *Report) Reset() {
 	*x = Report{}
-	mi := &file_wire_godwit_proto_msgTypes[42]
+	mi := &file_wire_godwit_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3823,7 +3932,7 @@ func (x *Report) String() string {
 func (*Report) ProtoMessage() {}
 
 func (x *Report) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[42]
+	mi := &file_wire_godwit_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3836,7 +3945,7 @@ func (x *Report) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Report.ProtoReflect.Descriptor instead.
 func (*Report) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{42}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Report) GetFrozenUs() uint64 {
@@ -3948,7 +4057,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_wire_godwit_proto_msgTypes[43]
+	mi := &file_wire_godwit_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3960,7 +4069,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[43]
+	mi := &file_wire_godwit_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3973,7 +4082,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{43}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Progress) GetId() string {
@@ -4057,7 +4166,7 @@ type Item struct {
 
 func (x *Item) Reset() {
 	*x = Item{}
-	mi := &file_wire_godwit_proto_msgTypes[44]
+	mi := &file_wire_godwit_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4069,7 +4178,7 @@ func (x *Item) String() string {
 func (*Item) ProtoMessage() {}
 
 func (x *Item) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[44]
+	mi := &file_wire_godwit_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4082,7 +4191,7 @@ func (x *Item) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Item.ProtoReflect.Descriptor instead.
 func (*Item) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{44}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Item) GetItem() isItem_Item {
@@ -4183,7 +4292,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_wire_godwit_proto_msgTypes[45]
+	mi := &file_wire_godwit_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4195,7 +4304,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[45]
+	mi := &file_wire_godwit_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4208,7 +4317,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{45}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Hello) GetProtocol() uint32 {
@@ -4251,7 +4360,7 @@ type ImageEntry struct {
 
 func (x *ImageEntry) Reset() {
 	*x = ImageEntry{}
-	mi := &file_wire_godwit_proto_msgTypes[46]
+	mi := &file_wire_godwit_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4263,7 +4372,7 @@ func (x *ImageEntry) String() string {
 func (*ImageEntry) ProtoMessage() {}
 
 func (x *ImageEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[46]
+	mi := &file_wire_godwit_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4276,7 +4385,7 @@ func (x *ImageEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageEntry.ProtoReflect.Descriptor instead.
 func (*ImageEntry) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{46}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ImageEntry) GetFile() string {
@@ -4316,7 +4425,7 @@ type ImagesDone struct {
 
 func (x *ImagesDone) Reset() {
 	*x = ImagesDone{}
-	mi := &file_wire_godwit_proto_msgTypes[47]
+	mi := &file_wire_godwit_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4328,7 +4437,7 @@ func (x *ImagesDone) String() string {
 func (*ImagesDone) ProtoMessage() {}
 
 func (x *ImagesDone) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[47]
+	mi := &file_wire_godwit_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4341,7 +4450,7 @@ func (x *ImagesDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagesDone.ProtoReflect.Descriptor instead.
 func (*ImagesDone) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{47}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ImagesDone) GetEntries() uint64 {
@@ -4362,7 +4471,7 @@ type StreamEnd struct {
 
 func (x *StreamEnd) Reset() {
 	*x = StreamEnd{}
-	mi := &file_wire_godwit_proto_msgTypes[48]
+	mi := &file_wire_godwit_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4374,7 +4483,7 @@ func (x *StreamEnd) String() string {
 func (*StreamEnd) ProtoMessage() {}
 
 func (x *StreamEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[48]
+	mi := &file_wire_godwit_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4387,7 +4496,7 @@ func (x *StreamEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamEnd.ProtoReflect.Descriptor instead.
 func (*StreamEnd) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{48}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *StreamEnd) GetDataBytes() uint64 {
@@ -4687,7 +4796,13 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\vresolutions\x18\x06 \x03(\v2\x1a.godwit.wire.v1.ResolutionR\vresolutions\"S\n" +
 	"\fPrepareReply\x12\x16\n" +
 	"\x06stream\x18\x01 \x01(\tR\x06stream\x12+\n" +
-	"\x05error\x18\x02 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"\xaf\x02\n" +
+	"\x05error\x18\x02 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"N\n" +
+	"\x0eReserveRequest\x12\x1a\n" +
+	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x10\n" +
+	"\x03pid\x18\x03 \x01(\x05R\x03pid\";\n" +
+	"\fReserveReply\x12+\n" +
+	"\x05error\x18\x01 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"\xaf\x02\n" +
 	"\fStartRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x10\n" +
@@ -4792,7 +4907,7 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\n" +
 	"data_bytes\x18\x01 \x01(\x04R\tdataBytes\x12\x14\n" +
 	"\x05pages\x18\x02 \x01(\x04R\x05pages\x12+\n" +
-	"\x05error\x18\x03 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error*\xcc\x01\n" +
+	"\x05error\x18\x03 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error*\xdb\x01\n" +
 	"\x04Code\x12\x14\n" +
 	"\x10CODE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fCODE_INVALID\x10\x01\x12\x12\n" +
@@ -4803,7 +4918,9 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\rCODE_CONFLICT\x10\x06\x12\x11\n" +
 	"\rCODE_INTERNAL\x10\a\x12\x16\n" +
 	"\x12CODE_UNKNOWN_STATE\x10\b\x12\x10\n" +
-	"\fCODE_VERSION\x10\t*\xac\x02\n" +
+	"\fCODE_VERSION\x10\t\x12\r\n" +
+	"\tCODE_BUSY\x10\n" +
+	"*\xac\x02\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fSTATE_REQUESTED\x10\x01\x12\x13\n" +
@@ -4837,7 +4954,7 @@ func file_wire_godwit_proto_rawDescGZIP() []byte {
 }
 
 var file_wire_godwit_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
+var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
 var file_wire_godwit_proto_goTypes = []any{
 	(Code)(0),                // 0: godwit.wire.v1.Code
 	(State)(0),               // 1: godwit.wire.v1.State
@@ -4878,19 +4995,21 @@ var file_wire_godwit_proto_goTypes = []any{
 	(*PreflightReply)(nil),   // 36: godwit.wire.v1.PreflightReply
 	(*PrepareRequest)(nil),   // 37: godwit.wire.v1.PrepareRequest
 	(*PrepareReply)(nil),     // 38: godwit.wire.v1.PrepareReply
-	(*StartRequest)(nil),     // 39: godwit.wire.v1.StartRequest
-	(*StartReply)(nil),       // 40: godwit.wire.v1.StartReply
-	(*AbortRequest)(nil),     // 41: godwit.wire.v1.AbortRequest
-	(*AbortReply)(nil),       // 42: godwit.wire.v1.AbortReply
-	(*Record)(nil),           // 43: godwit.wire.v1.Record
-	(*Step)(nil),             // 44: godwit.wire.v1.Step
-	(*Report)(nil),           // 45: godwit.wire.v1.Report
-	(*Progress)(nil),         // 46: godwit.wire.v1.Progress
-	(*Item)(nil),             // 47: godwit.wire.v1.Item
-	(*Hello)(nil),            // 48: godwit.wire.v1.Hello
-	(*ImageEntry)(nil),       // 49: godwit.wire.v1.ImageEntry
-	(*ImagesDone)(nil),       // 50: godwit.wire.v1.ImagesDone
-	(*StreamEnd)(nil),        // 51: godwit.wire.v1.StreamEnd
+	(*ReserveRequest)(nil),   // 39: godwit.wire.v1.ReserveRequest
+	(*ReserveReply)(nil),     // 40: godwit.wire.v1.ReserveReply
+	(*StartRequest)(nil),     // 41: godwit.wire.v1.StartRequest
+	(*StartReply)(nil),       // 42: godwit.wire.v1.StartReply
+	(*AbortRequest)(nil),     // 43: godwit.wire.v1.AbortRequest
+	(*AbortReply)(nil),       // 44: godwit.wire.v1.AbortReply
+	(*Record)(nil),           // 45: godwit.wire.v1.Record
+	(*Step)(nil),             // 46: godwit.wire.v1.Step
+	(*Report)(nil),           // 47: godwit.wire.v1.Report
+	(*Progress)(nil),         // 48: godwit.wire.v1.Progress
+	(*Item)(nil),             // 49: godwit.wire.v1.Item
+	(*Hello)(nil),            // 50: godwit.wire.v1.Hello
+	(*ImageEntry)(nil),       // 51: godwit.wire.v1.ImageEntry
+	(*ImagesDone)(nil),       // 52: godwit.wire.v1.ImagesDone
+	(*StreamEnd)(nil),        // 53: godwit.wire.v1.StreamEnd
 }
 var file_wire_godwit_proto_depIdxs = []int32{
 	3,  // 0: godwit.wire.v1.Problem.object:type_name -> godwit.wire.v1.Object
@@ -4937,30 +5056,31 @@ var file_wire_godwit_proto_depIdxs = []int32{
 	19, // 41: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
 	29, // 42: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
 	5,  // 43: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
-	19, // 44: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	29, // 45: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	32, // 46: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
-	5,  // 47: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
-	5,  // 48: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
-	1,  // 49: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
-	2,  // 50: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
-	19, // 51: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
-	5,  // 52: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
-	44, // 53: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
-	45, // 54: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
-	45, // 55: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
-	1,  // 56: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
-	1,  // 57: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
-	48, // 58: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
-	49, // 59: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
-	50, // 60: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
-	51, // 61: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
-	5,  // 62: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
-	63, // [63:63] is the sub-list for method output_type
-	63, // [63:63] is the sub-list for method input_type
-	63, // [63:63] is the sub-list for extension type_name
-	63, // [63:63] is the sub-list for extension extendee
-	0,  // [0:63] is the sub-list for field type_name
+	5,  // 44: godwit.wire.v1.ReserveReply.error:type_name -> godwit.wire.v1.Error
+	19, // 45: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	29, // 46: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	32, // 47: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
+	5,  // 48: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
+	5,  // 49: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
+	1,  // 50: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
+	2,  // 51: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
+	19, // 52: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
+	5,  // 53: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
+	46, // 54: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
+	47, // 55: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
+	47, // 56: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
+	1,  // 57: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
+	1,  // 58: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
+	50, // 59: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
+	51, // 60: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
+	52, // 61: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
+	53, // 62: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
+	5,  // 63: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
+	64, // [64:64] is the sub-list for method output_type
+	64, // [64:64] is the sub-list for method input_type
+	64, // [64:64] is the sub-list for extension type_name
+	64, // [64:64] is the sub-list for extension extendee
+	0,  // [0:64] is the sub-list for field type_name
 }
 
 func init() { file_wire_godwit_proto_init() }
@@ -4968,7 +5088,7 @@ func file_wire_godwit_proto_init() {
 	if File_wire_godwit_proto != nil {
 		return
 	}
-	file_wire_godwit_proto_msgTypes[44].OneofWrappers = []any{
+	file_wire_godwit_proto_msgTypes[46].OneofWrappers = []any{
 		(*Item_Hello)(nil),
 		(*Item_Entry)(nil),
 		(*Item_Facts)(nil),
@@ -4981,7 +5101,7 @@ func file_wire_godwit_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wire_godwit_proto_rawDesc), len(file_wire_godwit_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   49,
+			NumMessages:   51,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

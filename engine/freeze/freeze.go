@@ -140,6 +140,9 @@ func freeze(ctx context.Context, pid int, timeout time.Duration, group string) (
 		if err == nil {
 			err = s.identify()
 		}
+		if err != nil {
+			s.unnoticed()
+		}
 		return err
 	})
 	t.FreezeDur = time.Since(t.FrozenAt)
@@ -538,6 +541,23 @@ func (s *seizer) calls() error {
 		}
 	}
 	return nil
+}
+
+// unnoticed hides the stop from threads that are let go without having been
+// frozen, as far as it can be.
+func (s *seizer) unnoticed() {
+	for _, p := range s.order {
+		for _, th := range p.Threads {
+			st, err := procfs.ReadTaskStatus(p.Pid, th.Tid)
+			if err != nil || st.State != 't' {
+				continue // it runs already, or is no more
+			}
+			if th.Regs, err = ptrace.GetRegs(th.Tid); err == nil && th.Regs.Native() {
+				th.waits = effective(&st) != 0
+				_ = th.again()
+			}
+		}
+	}
 }
 
 // groupStop finds out whether a signal had stopped a process. One that was

@@ -14,6 +14,7 @@ import (
 	"godwit/engine/mem"
 	"godwit/engine/procfs"
 	"godwit/engine/ptrace"
+	"godwit/engine/sys"
 	"godwit/engine/task"
 )
 
@@ -161,4 +162,68 @@ func readAll(tree *freeze.Tree) error {
 		}
 		return nil
 	})
+}
+
+// patient is a program of which a thread makes calls that any interruption ends, and a
+// child that another program can trace. Sent SIGTERM, it says how often it was disturbed.
+const patient = `
+import ctypes, signal, subprocess, sys, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+ep, event = libc.epoll_create1(0), ctypes.create_string_buffer(12)
+child = subprocess.Popen(["sleep", "1000"])
+bad = [0]
+def wait():
+    while True:
+        bad[0] += libc.epoll_wait(ep, event, 1, 1000) != 0
+threading.Thread(target=wait, daemon=True).start()
+def done(*a):
+    child.kill(); child.wait()
+    print("disturbed", bad[0], flush=True); sys.exit(bad[0])
+signal.signal(signal.SIGTERM, done)
+time.sleep(0.1)
+print("up", flush=True)
+while True:
+    time.sleep(0.01)
+`
+
+// TestFailedFreezeIsUnnoticed freezes a tree again and again of which one process
+// cannot be stopped.
+func TestFailedFreezeIsUnnoticed(t *testing.T) {
+	needRoot(t)
+	cmd, _ := start(t, patient)
+	pid := cmd.Process.Pid
+	children, err := procfs.Children(pid)
+	if err != nil || len(children) != 1 {
+		t.Fatalf("children: %v, %v", children, err)
+	}
+	other := ptrace.NewTracer()
+	if err := other.Do(func() error { return sys.PtraceSeize(children[0], 0) }); err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		tree, err := freeze.Freeze(context.Background(), pid, time.Minute)
+		if err == nil {
+			_ = tree.Thaw()
+			t.Fatal("a traced process was frozen")
+		}
+		if !strings.Contains(err.Error(), "is being traced by") {
+			t.Fatal(err)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	other.Close() // lets it go
+	tree, err := freeze.Freeze(context.Background(), pid, time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tree.Thaw(); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Process.Signal(unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	st, err := cmd.Process.Wait()
+	if err != nil || !st.Success() {
+		t.Fatalf("the program was disturbed: %v (%v)", st, err)
+	}
 }
