@@ -407,12 +407,13 @@ func (s *seizer) attach(p *Proc, tid int) error {
 // bury reaps the threads of a process that have ended since they were seized; true
 // if there were any.
 func (s *seizer) bury(p *Proc) bool {
-	before := len(s.seized[p.Pid])
+	some := false
 	s.seized[p.Pid] = slices.DeleteFunc(s.seized[p.Pid], func(tid int) bool {
 		ended, err := sys.Reap(tid)
+		some = some || ended
 		return ended || errors.Is(err, unix.ECHILD)
 	})
-	return len(s.seized[p.Pid]) < before
+	return some
 }
 
 // awaitStop waits until a thread that was told to stop has stopped; stop is the

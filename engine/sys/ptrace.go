@@ -158,10 +158,19 @@ func PtraceRseqConfig(tid int) (RseqConfig, error) {
 // Reap reaps a child or tracee of any thread of this process, if it has ended; a
 // stop of it that waits to be told is left alone.
 func Reap(tid int) (bool, error) {
+	// Stops of tracees are told whether asked for or not (wait_task_stopped, kernel/exit.c),
+	// so that one has to look first.
 	var info unix.Siginfo
-	err := unix.Waitid(unix.P_PID, tid, &info, unix.WEXITED|unix.WNOHANG|unix.WALL, nil)
-	return err == nil && info.Signo != 0, os.NewSyscallError("waitid", err)
+	err := unix.Waitid(unix.P_PID, tid, &info, unix.WEXITED|unix.WNOHANG|unix.WALL|unix.WNOWAIT, nil)
+	if err != nil || info.Signo == 0 || info.Code > cldDumped {
+		return false, os.NewSyscallError("waitid", err)
+	}
+	err = unix.Waitid(unix.P_PID, tid, &info, unix.WEXITED|unix.WNOHANG|unix.WALL, nil)
+	return err == nil, os.NewSyscallError("waitid", err)
 }
+
+// cldDumped is CLD_DUMPED, the last of the codes of SIGCHLD for ends (asm-generic/siginfo.h).
+const cldDumped = 3
 
 // Wait4 waits for one task of the calling thread's children and tracees.
 // It returns pid 0 if options has WNOHANG and nothing has happened.
