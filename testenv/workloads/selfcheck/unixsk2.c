@@ -446,8 +446,8 @@ COMMAND(unixcreds) {
 			SYS(setresuid(1111, 1111, 1111));
 		}
 		int c = usock(SOCK_STREAM), own = listener(SOCK_STREAM, cl, 3);
+		put(up[1], "from the child"); // before the parent goes on
 		join(c, p);
-		put(up[1], "from the child");
 		for (;; orphan_check()) {
 			want_nothing(c);
 			nap_ms(20);
