@@ -254,11 +254,11 @@ func (p *pump) write(halted <-chan struct{}, wake *os.File) {
 			select {
 			case <-halted:
 			default:
-				p.endOut()
+				p.endOut(wake)
 			}
 			return
 		case fin:
-			p.endOut()
+			p.endOut(wake)
 			return
 		}
 		var n int
@@ -281,7 +281,7 @@ func (p *pump) write(halted <-chan struct{}, wake *os.File) {
 			}
 			continue
 		case err != nil: // nobody reads it any more
-			p.endOut()
+			p.endOut(wake)
 			return
 		}
 		p.relay.Took(n)
@@ -290,8 +290,9 @@ func (p *pump) write(halted <-chan struct{}, wake *os.File) {
 
 // endOut closes what is written, if it is not read, too, and says that no more is
 // taken.
-func (p *pump) endOut() {
+func (p *pump) endOut(wake *os.File) {
 	p.outEnd = true
+	ring(wake) // as long as watch waits for it in poll(2), it stays open
 	switch {
 	case p.in != p.out:
 		_ = p.out.Close()
