@@ -199,6 +199,17 @@ func planOf(ctx context.Context, t *testing.T, f *fleet.Fleet, code, pid int, ar
 	return doc.Objects, res.Stderr
 }
 
+// inspected is what godwit-agent inspect says of the objects of a tree.
+func inspected(ctx context.Context, t *testing.T, h *hosts.Host, pid int, args ...string) []planned {
+	t.Helper()
+	o := mustAgent(ctx, t, h, nil, append([]string{"inspect", "-t", fmt.Sprint(pid), "--output", "json"}, args...)...)
+	var doc struct{ Objects []planned }
+	if err := json.Unmarshal([]byte(o.stdout), &doc); err != nil {
+		t.Fatalf("%v: %s", err, o.stdout)
+	}
+	return doc.Objects
+}
+
 // TestPlan shows what there is, refuses what is asked for in vain, and moves the
 // tree by selectors.
 func TestPlan(t *testing.T) {
@@ -340,13 +351,8 @@ func TestExternalMapped(t *testing.T) {
 		waitText(ctx, t, out, said)
 	}
 	says("before", "dirty later first later old")
-	shown := mustAgent(ctx, t, h, nil, "inspect", "-t", fmt.Sprint(pid), "--output", "json", "--external", key(t, h, pid, 3))
-	var doc struct{ Objects []planned }
-	if err := json.Unmarshal([]byte(shown.stdout), &doc); err != nil {
-		t.Fatalf("%v: %s", err, shown.stdout)
-	}
 	keys, roles := map[string]string{}, map[string]bool{}
-	for _, o := range doc.Objects {
+	for _, o := range inspected(ctx, t, h, pid, "--external", key(t, h, pid, 3)) {
 		keys[o.Path] = o.Key
 		for _, h := range o.Holders {
 			for _, r := range h.Roles {
@@ -494,13 +500,8 @@ func TestExternalRoot(t *testing.T) {
 	if err := r.WaitFile(ctx, "ready"); err != nil {
 		t.Fatal(err)
 	}
-	shown := mustAgent(ctx, t, h, nil, "inspect", "-t", fmt.Sprint(pid), "--output", "json")
-	var doc struct{ Objects []planned }
-	if err := json.Unmarshal([]byte(shown.stdout), &doc); err != nil {
-		t.Fatalf("%v: %s", err, shown.stdout)
-	}
 	keys := map[string]string{}
-	for _, o := range doc.Objects {
+	for _, o := range inspected(ctx, t, h, pid) {
 		for _, h := range o.Holders {
 			for _, r := range h.Roles {
 				keys[r] = o.Key
