@@ -251,7 +251,6 @@ type Dumper struct {
 	packets  map[uint32]packetDiag // by inode
 	waiting  int                   // bytes of datagrams that travel
 	accepted LostConnections       // that the tree lacks if it runs on
-	forgot   bool                  // notes of processes that have ended (peeked.go)
 	data     []Data
 	buf      []byte // for what is queued in sockets
 	refusal  refuse.Refusal
@@ -600,6 +599,9 @@ func (d *Dumper) Finish() error {
 		return errors.New("files: Finish called twice")
 	}
 	d.done = true
+	if !d.dry() {
+		forgetGone()
+	}
 	if err := d.findInFlight(); err != nil {
 		return fmt.Errorf("look at what is in flight in unix sockets: %w", err)
 	}

@@ -117,7 +117,6 @@ func (d *Dumper) remember(o *object, fd int, seen []peekedMessage) (_ []peekedMe
 	if err != nil {
 		return nil, nil, os.NewSyscallError("getsockopt SO_COOKIE", err)
 	}
-	d.forgetGone()
 	name := filepath.Join(peekedDir, fmt.Sprintf("%x", cookie))
 	note, err := readPeeked(name)
 	known := err == nil
@@ -192,12 +191,8 @@ func writePeeked(name string, q peekedQueue) error {
 	return os.Rename(tmp, name)
 }
 
-// forgetGone removes the notes of processes that have ended, once a dump.
-func (d *Dumper) forgetGone() {
-	if d.forgot {
-		return
-	}
-	d.forgot = true
+// forgetGone removes the notes of processes that have ended.
+func forgetGone() {
 	names, _ := filepath.Glob(filepath.Join(peekedDir, "*"))
 	for _, name := range names {
 		q, err := readPeeked(name)

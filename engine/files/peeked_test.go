@@ -96,7 +96,7 @@ func TestEmptyDatagrams(t *testing.T) {
 	c := start(t, "empty-datagrams")
 	t.Cleanup(func() {
 		c.kill()
-		NewDumper(nil, Options{}, nil).forgetGone()
+		forgetGone()
 	})
 	for round := range 3 {
 		d := dumpAll(t, Options{}, c)
