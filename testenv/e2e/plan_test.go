@@ -580,3 +580,97 @@ func TestInheritedLog(t *testing.T) {
 	}
 	stop(ctx, t, r)
 }
+
+// policyScript has a file of each sort open and says, for each line of the fifo, what
+// it has written so far to all of them.
+const policyScript = `
+import os, sys
+fifo = os.open(sys.argv[1] + "/orders", os.O_RDONLY)
+files = [os.open(sys.argv[1] + "/" + n, os.O_RDWR | os.O_APPEND) for n in ("state.db", "events.log", "scratch.tmp")]
+n, rest = 0, b""
+while True:
+    rest += os.read(fifo, 4096)
+    while b"\n" in rest:
+        line, rest = rest.split(b"\n", 1)
+        n += 1
+        for f in files:
+            os.write(f, line + b"\n")
+        print(line.decode(), n, flush=True)
+`
+
+// TestPolicyFile moves a tree by rules of globs in the destination's configuration:
+// what is saved, what is redirected, what is made anew and what is thrown away.
+func TestPolicyFile(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	f, alpha, beta := newFleet(ctx, t, "--config", agentRules(t, `
+[[external]]
+match = ["path:/srv/app/*.db"]
+resolver = "carry"
+
+[[external]]
+match = ["path:/srv/app/*.log"]
+resolver = "path"
+argument = "/tmp/elsewhere/{base}"
+size = "any"
+
+[[external]]
+match = ["path:/srv/app/*.tmp"]
+resolver = "null"
+
+[[external]]
+match = ["kind:fifo"]
+resolver = "create"
+`))
+	dir := newDir(t)
+	script, out := filepath.Join(dir, "policy.py"), filepath.Join(dir, "out")
+	if err := os.WriteFile(script, []byte(policyScript), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, h := range []*hosts.Host{alpha, beta} {
+		if _, err := h.Run(ctx, "sh", "-ec", "mount -t tmpfs none /srv; mkdir /srv/app"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, n := range []string{"state.db", "events.log", "scratch.tmp"} {
+		writeTo(t, alpha, "/srv/app/"+n, "old\n")
+	}
+	if _, err := alpha.Run(ctx, "mkfifo", "/srv/app/orders"); err != nil {
+		t.Fatal(err)
+	}
+	pid, err := alpha.Start(ctx, hosts.Spec{Args: []string{"/usr/bin/python3", script, "/srv/app"}, Stdout: out, Stderr: out})
+	if err != nil {
+		t.Fatal(err)
+	}
+	fifo := openFifo(t, alpha, "/srv/app/orders")
+	say := func(line string, n int) {
+		t.Helper()
+		if _, err := fifo.WriteString(line + "\n"); err != nil {
+			t.Fatal(err)
+		}
+		want := ""
+		for i := range n {
+			want += []string{"before 1\n", "after 2\n"}[i]
+		}
+		waitText(ctx, t, out, want)
+	}
+	say("before", 1)
+	writeTo(t, beta, "/tmp/elsewhere/events.log", "there\n")
+	m, res, err := f.Migrate(ctx, "alpha", pid, "beta")
+	if err != nil || res.Code != 0 || m.State != "completed" {
+		t.Fatalf("exit code %d: %s%s, %v", res.Code, res.Stdout, res.Stderr, err)
+	}
+	if err := fifo.Close(); err != nil {
+		t.Fatal(err)
+	}
+	fifo = openFifo(t, beta, "/srv/app/orders")
+	say("after", 2)
+	for path, want := range map[string]string{"/srv/app/state.db": "old\nbefore\nafter\n", "/tmp/elsewhere/events.log": "there\nafter\n"} {
+		if got := string(readFile(t, beta, path)); got != want {
+			t.Errorf("%s is %q, want %q", path, got, want)
+		}
+	}
+	if _, err := os.Stat(beta.Path("/srv/app/scratch.tmp")); err == nil {
+		t.Error("what was to be thrown away is at the destination")
+	}
+	wantLink(t, beta, pid, "fd/6", "/dev/null")
+}
