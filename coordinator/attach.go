@@ -87,9 +87,6 @@ const attachHelp = "attached; ~. at the beginning of a line hangs up"
 func (x *attachment) serve(ctx context.Context, interrupts <-chan os.Signal) (err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	if _, err := fmt.Fprintf(x.out, "%s\n", attachHelp); err != nil {
-		return fmt.Errorf("write to the terminal: %w", err)
-	}
 	was, err := term.MakeRaw(int(x.in.Fd()))
 	if err != nil {
 		return fmt.Errorf("set up the terminal: %w", err)
@@ -100,6 +97,9 @@ func (x *attachment) serve(ctx context.Context, interrupts <-chan os.Signal) (er
 		}
 		_, _ = fmt.Fprintln(x.out)
 	}()
+	if _, err := fmt.Fprintf(x.out, "%s\r\n", attachHelp); err != nil {
+		return fmt.Errorf("write to the terminal: %w", err)
+	}
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGHUP, syscall.SIGWINCH)
 	defer signal.Stop(signals)
