@@ -79,8 +79,8 @@ type Agent struct {
 	stopping     bool
 	sources      map[string]*source
 	destinations map[string]*destination
-	landed       map[int]string // pid of the child of ours: migration
-	reserved     map[string]reservation
+	landed       map[int]string       // pid of the child of ours: migration
+	reserved     map[string]time.Time // places of migrations that are yet to be started, until when
 
 	provisions *provisions
 	proxies    *proxies
@@ -101,7 +101,7 @@ func New(cfg Config) *Agent {
 	}
 	a := &Agent{
 		cfg: cfg, log: cfg.Logger.Named("agent"), started: time.Now(),
-		sources: map[string]*source{}, destinations: map[string]*destination{}, landed: map[int]string{}, reserved: map[string]reservation{},
+		sources: map[string]*source{}, destinations: map[string]*destination{}, landed: map[int]string{}, reserved: map[string]time.Time{},
 	}
 	a.provisions = &provisions{log: a.log.Named("provide")}
 	a.informing, a.hush = context.WithCancel(context.Background())

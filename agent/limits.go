@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -19,13 +20,7 @@ type Limits struct {
 	Outgoing, Incoming int
 }
 
-// reservation is a place of the source that a migration has before it is started.
-type reservation struct {
-	pid   int
-	until time.Time
-}
-
-// Reserve takes a place for a tree that is about to leave.
+// Reserve takes a place for a tree that is about to leave, or gives it back.
 func (a *Agent) Reserve(_ context.Context, req *wire.ReserveRequest) (*wire.ReserveReply, error) {
 	if err := checkProtocol(req.Protocol); err != nil {
 		return nil, err
@@ -35,6 +30,10 @@ func (a *Agent) Reserve(_ context.Context, req *wire.ReserveRequest) (*wire.Rese
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if req.Release {
+		delete(a.reserved, req.Id)
+		return &wire.ReserveReply{}, nil
+	}
 	if a.stopping {
 		return nil, errStopping(a.cfg.Host)
 	}
@@ -42,7 +41,7 @@ func (a *Agent) Reserve(_ context.Context, req *wire.ReserveRequest) (*wire.Rese
 		if err := a.mayLeave(req.Id, int(req.Pid)); err != nil {
 			return nil, failure(err, a.cfg.Host, wire.State_STATE_PREFLIGHT)
 		}
-		a.reserved[req.Id] = reservation{pid: int(req.Pid), until: time.Now().Add(a.cfg.Timeouts.Prepared)}
+		a.reserved[req.Id] = time.Now().Add(a.cfg.Timeouts.Prepared)
 	}
 	return &wire.ReserveReply{}, nil
 }
@@ -51,20 +50,13 @@ func (a *Agent) Reserve(_ context.Context, req *wire.ReserveRequest) (*wire.Rese
 // a part of it, or a tree that it is a part of, or there are too many. Preconditions:
 // mu is held.
 func (a *Agent) mayLeave(id string, pid int) error {
-	others := map[string]int{}
-	for _, s := range a.sources {
-		others[s.id] = int(s.req.Pid)
-	}
-	for other, r := range a.reserved {
-		if time.Now().After(r.until) {
-			delete(a.reserved, other)
-		} else {
-			others[other] = r.pid
+	var others []string
+	for other, s := range a.sources {
+		if other == id {
+			continue
 		}
-	}
-	delete(others, id)
-	for other, p := range others {
-		switch {
+		others = append(others, other)
+		switch p := int(s.req.Pid); {
 		case p == pid:
 			return wire.Errorf(wire.Code_CODE_CONFLICT, "pid %d is already being moved by migration %s", pid, other)
 		case below(pid, p):
@@ -73,25 +65,25 @@ func (a *Agent) mayLeave(id string, pid int) error {
 			return wire.Errorf(wire.Code_CODE_CONFLICT, "pid %d is part of the tree of pid %d, and migration %s moves it by itself", p, pid, other)
 		}
 	}
-	return busy(a.cfg.Host, "leave", len(others), a.cfg.Limits.Outgoing, others)
+	for other, until := range a.reserved {
+		if time.Now().After(until) {
+			delete(a.reserved, other)
+		} else if other != id {
+			others = append(others, other)
+		}
+	}
+	return busy(a.cfg.Host, "leave", a.cfg.Limits.Outgoing, others)
 }
 
 // mayLand says why no further tree can land now. Preconditions: mu is held.
 func (a *Agent) mayLand() error {
-	ids := map[string]int{}
-	for id := range a.destinations {
-		ids[id] = 0
-	}
-	return busy(a.cfg.Host, "land", len(ids), a.cfg.Limits.Incoming, ids)
+	return busy(a.cfg.Host, "land", a.cfg.Limits.Incoming, slices.Collect(maps.Keys(a.destinations)))
 }
 
-func busy(host, what string, n, limit int, ids map[string]int) error {
-	if limit == 0 || n < limit {
+// busy says why a host has no place beside the migrations of names; nil: it has.
+func busy(host, what string, limit int, names []string) error {
+	if limit == 0 || len(names) < limit {
 		return nil
-	}
-	var names []string
-	for id := range ids {
-		names = append(names, id)
 	}
 	slices.Sort(names)
 	if len(names) > 3 {

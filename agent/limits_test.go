@@ -22,34 +22,40 @@ func TestReserve(t *testing.T) {
 	}
 	one, two, three := start(), start(), start()
 	a := New(Config{Host: "alpha", Limits: Limits{Outgoing: 2, Incoming: 1}, Timeouts: Timeouts{Prepared: time.Minute}})
+	leaves := func(id string, pid int) {
+		a.sources[id] = &source{session: &session{id: id}, req: &wire.StartRequest{Pid: int32(pid)}}
+	}
+	leaves("m1", one)
 	for _, c := range []struct {
-		id   string
-		pid  int
-		code wire.Code // unspecified: a place
-		text string
+		id      string
+		pid     int
+		release bool
+		code    wire.Code // unspecified: a place
+		text    string
 	}{
-		{"m1", one, 0, ""},
-		{"m1", one, 0, ""}, // it has it
-		{"m2", one, wire.Code_CODE_CONFLICT, "already being moved by migration m1"},
-		{"m2", os.Getpid(), wire.Code_CODE_CONFLICT, "is part of the tree of pid"},
-		{"m2", two, 0, ""},
-		{"m3", three, wire.Code_CODE_BUSY, "alpha lets 2 trees leave at a time, and so many do (migrations m1, m2)"},
-		{"m1", one, 0, ""},
+		{"m1", one, false, 0, ""}, // it has left already
+		{"m2", one, false, wire.Code_CODE_CONFLICT, "already being moved by migration m1"},
+		{"m2", os.Getpid(), false, wire.Code_CODE_CONFLICT, "is part of the tree of pid"},
+		{"m2", two, false, 0, ""},
+		{"m2", two, false, 0, ""}, // it has a place
+		{"m3", three, false, wire.Code_CODE_BUSY, "alpha lets 2 trees leave at a time, and so many do (migrations m1, m2)"},
+		{"m2", two, true, 0, ""},
+		{"m3", three, false, 0, ""},
 	} {
-		_, err := a.Reserve(t.Context(), &wire.ReserveRequest{Protocol: wire.Version, Id: c.id, Pid: int32(c.pid)})
+		_, err := a.Reserve(t.Context(), &wire.ReserveRequest{Protocol: wire.Version, Id: c.id, Pid: int32(c.pid), Release: c.release})
 		if c.code == 0 && err != nil || c.code != 0 && (wire.CodeOf(err) != c.code || !strings.Contains(err.Error(), c.text)) {
 			t.Errorf("%s, pid %d: %v, want %s %q", c.id, c.pid, err, c.code, c.text)
 		}
 	}
-	// The tree above one that leaves, and below.
-	a.reserved = map[string]reservation{"m9": {pid: os.Getpid(), until: time.Now().Add(time.Minute)}}
+	// A place that was not used is given on.
+	a.reserved["m3"] = time.Now().Add(-time.Second)
+	if err := a.mayLeave("m2", two); err != nil {
+		t.Errorf("after one has lapsed: %v", err)
+	}
+	a.sources = map[string]*source{}
+	leaves("m9", os.Getpid())
 	if err := a.mayLeave("m1", one); wire.CodeOf(err) != wire.Code_CODE_CONFLICT || !strings.Contains(err.Error(), "which migration m9 moves") {
 		t.Errorf("a child of a tree that leaves: %v", err)
-	}
-	// A place that was not used is given on.
-	a.reserved = map[string]reservation{"m1": {one, time.Now().Add(-time.Second)}, "m2": {two, time.Now().Add(time.Minute)}}
-	if err := a.mayLeave("m3", three); err != nil {
-		t.Errorf("after one has lapsed: %v", err)
 	}
 	a.destinations["m5"] = &destination{}
 	if err := a.mayLand(); wire.CodeOf(err) != wire.Code_CODE_BUSY || !strings.Contains(err.Error(), "alpha lets 1 trees land") {

@@ -187,6 +187,7 @@ func (p *proxy) attend(side string) {
 			over = true
 		case <-time.After(time.Second):
 		}
+		lost := p.relay.Err() != nil
 		st := p.relay.Stats()
 		silent := !st.Heard.IsZero() && time.Since(st.Heard) > transport.RelayStalled
 		switch {
@@ -197,9 +198,7 @@ func (p *proxy) attend(side string) {
 			p.log.Info("the other end is heard again", "end", side, "peer", st.Peer)
 		}
 		stalled = silent
-		if p.relay.Err() != nil {
-			over = true // nobody asks any more
-		}
+		over = over || lost // nobody asks any more
 		if st.Over {
 			p.ended.Do(func() {
 				if err := p.relay.Err(); err != nil {

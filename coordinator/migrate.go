@@ -45,6 +45,8 @@ type migration struct {
 	prepared bool
 	// sent: the source may have got the order to start.
 	sent bool
+	// reserved: the migration has, or had, a place at the source.
+	reserved bool
 	// told: the view was told what the tree is.
 	told bool
 }
@@ -269,7 +271,19 @@ func (m *migration) reserve(ctx context.Context) error {
 	call, cancel := context.WithTimeout(ctx, preflightTimeout)
 	defer cancel()
 	_, err := transport.Call[*wire.ReserveRequest, *wire.ReserveReply](call, m.link.nc, r.Source, "reserve", &wire.ReserveRequest{Protocol: wire.Version, Id: r.Id, Pid: r.Pid})
+	m.reserved = m.reserved || err == nil
 	return withHosts(ctx, m.link.nc, r.Source, err)
+}
+
+// release gives the place at the source back. If that is not heard, it lapses.
+func (m *migration) release(ctx context.Context) {
+	if !m.reserved || m.sent {
+		return
+	}
+	call, cancel := context.WithTimeout(ctx, abortCallTimeout)
+	defer cancel()
+	_, _ = transport.Call[*wire.ReserveRequest, *wire.ReserveReply](call, m.link.nc, m.rec.Source, "reserve",
+		&wire.ReserveRequest{Protocol: wire.Version, Id: m.rec.Id, Pid: m.rec.Pid, Release: true})
 }
 
 // prepare asks the destination to check and to hold everything.
@@ -340,6 +354,7 @@ func (m *migration) start(ctx context.Context) error {
 func (m *migration) fail(ctx context.Context, cause error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*abortCallTimeout)
 	defer cancel()
+	m.release(ctx)
 	f := wire.ErrorOf(cause).Failure()
 	var rec *wire.Record
 	var err error

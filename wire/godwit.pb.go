@@ -3276,6 +3276,7 @@ type ReserveRequest struct {
 	Protocol      uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"`
 	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
 	Pid           int32                  `protobuf:"varint,3,opt,name=pid,proto3" json:"pid,omitempty"`
+	Release       bool                   `protobuf:"varint,4,opt,name=release,proto3" json:"release,omitempty"` // give the place back
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3329,6 +3330,13 @@ func (x *ReserveRequest) GetPid() int32 {
 		return x.Pid
 	}
 	return 0
+}
+
+func (x *ReserveRequest) GetRelease() bool {
+	if x != nil {
+		return x.Release
+	}
+	return false
 }
 
 type ReserveReply struct {
@@ -4796,11 +4804,12 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\vresolutions\x18\x06 \x03(\v2\x1a.godwit.wire.v1.ResolutionR\vresolutions\"S\n" +
 	"\fPrepareReply\x12\x16\n" +
 	"\x06stream\x18\x01 \x01(\tR\x06stream\x12+\n" +
-	"\x05error\x18\x02 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"N\n" +
+	"\x05error\x18\x02 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"h\n" +
 	"\x0eReserveRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x10\n" +
-	"\x03pid\x18\x03 \x01(\x05R\x03pid\";\n" +
+	"\x03pid\x18\x03 \x01(\x05R\x03pid\x12\x18\n" +
+	"\arelease\x18\x04 \x01(\bR\arelease\";\n" +
 	"\fReserveReply\x12+\n" +
 	"\x05error\x18\x01 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"\xaf\x02\n" +
 	"\fStartRequest\x12\x1a\n" +
