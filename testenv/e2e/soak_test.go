@@ -70,7 +70,7 @@ func TestSoak(t *testing.T) {
 		}
 		stop(ctx, t, s.run)
 		if s.name == "jail" { // it cannot take back what its records are in
-			if _, err := h.Run(ctx, "umount", "-R", "-A", s.run.Prefix+".jail"+filepath.Dir(s.run.Prefix)); err != nil {
+			if _, err := h.Run(ctx, "umount", s.run.Prefix+".jail"+filepath.Dir(s.run.Prefix)); err != nil {
 				t.Error(err)
 			}
 		}
