@@ -50,8 +50,8 @@ func TestSoak(t *testing.T) {
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
 	h := newHosts(t, "alpha").Host("alpha")
-	// Where dumps note what queues have shown; it stays.
-	if _, err := h.Run(ctx, "mkdir", "-p", "/run/godwit"); err != nil {
+	// Where dumps note what queues have shown, and umount(8) what it did; they stay.
+	if _, err := h.Run(ctx, "mkdir", "-p", "/run/godwit", "/run/mount"); err != nil {
 		t.Fatal(err)
 	}
 	before := inventory(t, h)
