@@ -18,7 +18,6 @@ import (
 	"godwit/configs/external"
 	"godwit/engine"
 	"godwit/engine/image"
-	"godwit/engine/procfs"
 	"godwit/transport"
 	"godwit/wire"
 )
@@ -233,15 +232,6 @@ func (a *Agent) adopt(child int, id string) {
 
 // within says whether this process is in the tree of pid.
 func (a *Agent) within(pid int) bool {
-	for p := os.Getpid(); p > 0; {
-		if p == pid {
-			return true
-		}
-		st, err := procfs.ReadStat(p)
-		if err != nil {
-			return false
-		}
-		p = st.PPid
-	}
-	return false
+	self := os.Getpid()
+	return self == pid || below(self, pid)
 }
