@@ -250,7 +250,7 @@ func (r *Relay) ended() bool { return r.left || r.err != nil }
 func (r *Relay) Put(p []byte) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(p) == 0 || r.fin {
+	if len(p) == 0 || r.fin || r.peerShut { // who takes no more may say so while it is read
 		return
 	}
 	if r.base == r.end {
@@ -546,7 +546,12 @@ func (r *Relay) Handle(h wire.RelayHeader, payload []byte) {
 		}
 		// The counts are those that home has.
 		r.expected, r.given, r.echo = h.Base, h.Base, h.Base
-		r.base, r.next, r.end = h.Taken, h.Taken, h.Taken
+		r.base, r.next = h.Taken, h.Taken
+		// A tree that moves on before home has answered has its bytes put already.
+		for i := range r.parts {
+			r.parts[i].off += h.Taken
+		}
+		r.end += h.Taken
 		r.opened, r.ackDue = true, true
 	}
 	r.heard, r.gone = time.Now(), 0
@@ -659,6 +664,9 @@ func NewRelayBus(nc *nats.Conn, host string, fn func(id string, toHome bool, fra
 	var err error
 	b.sub, err = nc.Subscribe(prefix+">", func(m *nats.Msg) {
 		id, end, ok := strings.Cut(strings.TrimPrefix(m.Subject, prefix), ".")
+		if len(m.Data) == 0 { // the bus says that no agent listens there: it may come back
+			return
+		}
 		if !ok || CheckName(id) != nil || end != "home" && end != "tree" || fn(id, end == "home", m.Data) {
 			return
 		}

@@ -259,3 +259,70 @@ func TestRelayFarewell(t *testing.T) {
 		t.Errorf("error %v, want ErrRelayGone", tree.Err())
 	}
 }
+
+// TestRelayPutAfterShut: the other end takes no more while bytes are being read for it.
+func TestRelayPutAfterShut(t *testing.T) {
+	n := newRelayNet(0)
+	home, tree := n.home(0), n.tree("beta", 1, 0)
+	defer home.Leave()
+	defer tree.Leave()
+	never := make(chan struct{})
+	home.Room(never)
+	tree.Shut()
+	if !home.PeerShut(never) {
+		t.Fatal("nobody says that no more is taken")
+	}
+	home.Put([]byte("too late"))
+	home.Put([]byte("and again"))
+	home.Flush(true)
+	time.Sleep(2 * relayTick) // a frame is made meanwhile
+	if st := home.Stats(); st.Waiting != 0 {
+		t.Errorf("%d bytes wait for nobody", st.Waiting)
+	}
+}
+
+// TestRelayPutBeforeOpen: a tree that moves on before home has answered brings home
+// all that it wrote, behind what was written elsewhere.
+func TestRelayPutBeforeOpen(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	n := newRelayNet(0)
+	home, tree := n.home(0), n.tree("beta", 1, 0)
+	defer home.Leave()
+	tree.Room(ctx.Done())
+	want := "written on beta"
+	tree.Put([]byte(want))
+	if err := tree.Settle(ctx); err != nil {
+		t.Fatal(err)
+	}
+	tree.Leave()
+	n.mu.Lock()
+	n.down = true
+	n.mu.Unlock()
+	tree = n.tree("gamma", 2, 0)
+	defer tree.Leave()
+	tree.Flush(true)
+	for _, s := range []string{", and", " on gamma"} {
+		tree.Put([]byte(s))
+		want += s
+	}
+	tree.Fin()
+	n.mu.Lock()
+	n.down = false
+	n.mu.Unlock()
+	if err := tree.Settle(ctx); err != nil {
+		t.Fatal(err)
+	}
+	got := ""
+	for {
+		p, fin, ok := home.Next(ctx.Done())
+		if !ok || fin {
+			break
+		}
+		got += string(p)
+		home.Took(len(p))
+	}
+	if got != want {
+		t.Errorf("home has %q, want %q", got, want)
+	}
+}
