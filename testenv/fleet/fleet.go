@@ -250,6 +250,25 @@ func (f *Fleet) Run(ctx context.Context, args ...string) (Result, error) {
 	return r, nil
 }
 
+// The modes of a migration.
+const (
+	StopAndCopy = "stop-and-copy"
+	PreCopy     = "precopy"
+)
+
+// Mode gives the arguments that make a migration go by a mode, and whether
+// there are modes: a godwit without them always stops the tree and copies then.
+func (f *Fleet) Mode(ctx context.Context, mode string) (args []string, known bool, err error) {
+	r, err := f.Run(ctx, "migrate", "--help")
+	if err != nil {
+		return nil, false, err
+	}
+	if !strings.Contains(r.Stdout+r.Stderr, "--mode ") {
+		return nil, false, nil
+	}
+	return []string{"--mode", mode}, true, nil
+}
+
 // Migration is godwit's report of a migration, as it is printed for programs.
 type Migration struct {
 	ID          string   `json:"id"`

@@ -16,6 +16,7 @@ import (
 	"bytes"
 	"context"
 	"embed"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -246,6 +247,41 @@ func MaxGap(rs []Record) time.Duration {
 		gap = max(gap, rs[i].At-rs[i-1].At)
 	}
 	return gap
+}
+
+// Heartbeats is what the heart of "selfcheck dirtier" saw from one question to
+// the next, by CLOCK_REALTIME and in nanoseconds.
+type Heartbeats struct {
+	Since     int64  `json:"since_ns"`
+	Until     int64  `json:"until_ns"`
+	Beats     uint64 `json:"beats"`
+	Longest   int64  `json:"longest_ns"`    // pause between two beats
+	LongestAt int64  `json:"longest_at_ns"` // when it began
+	Gaps      uint64 `json:"gaps"`          // pauses of 5 ms and more
+	GapsSum   int64  `json:"gaps_ns"`       // all of them together
+	Dirtied   uint64 `json:"dirtied_bytes"` // in whole pages, by the first process
+}
+
+// Heartbeats asks a running dirtier what it saw since it was last asked.
+func (r *Run) Heartbeats(ctx context.Context) (*Heartbeats, error) {
+	if err := os.Remove(r.Prefix + ".gap"); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	if err := r.Host.Kill(r.Pid, unix.SIGUSR1); err != nil {
+		return nil, errors.Join(err, r.Failed())
+	}
+	if err := r.WaitFile(ctx, "gap"); err != nil {
+		return nil, err
+	}
+	b, err := os.ReadFile(r.Prefix + ".gap")
+	if err != nil {
+		return nil, err
+	}
+	var h Heartbeats
+	if err := json.Unmarshal(b, &h); err != nil {
+		return nil, fmt.Errorf("%s: heartbeats %q: %w", filepath.Base(r.Prefix), b, err)
+	}
+	return &h, nil
 }
 
 // Records reads and checks all records written so far.

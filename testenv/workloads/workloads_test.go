@@ -52,6 +52,9 @@ func TestStandAlone(t *testing.T) {
 	}
 	jobs = append(jobs,
 		job{"creds-root", func(prefix string) []string { return []string{p.Selfcheck, "creds", prefix, "root"} }},
+		job{"dirtier-busy", func(prefix string) []string {
+			return []string{p.Selfcheck, "dirtier", prefix, "16", "20", "8", "50", "2"}
+		}},
 		job{"mem-busy", func(prefix string) []string { return []string{p.Selfcheck, "mem", prefix, "16", "5000"} }},
 		job{"pycheck", func(prefix string) []string { return []string{"/usr/bin/python3", p.Pycheck, prefix, "16"} }},
 		job{"gocheck", func(prefix string) []string { return []string{p.Gocheck, prefix, "127.0.0.1:8099", "16"} }},

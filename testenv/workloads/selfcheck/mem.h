@@ -14,4 +14,5 @@ char *flags_of(const void *p); // all of them, in a static buffer
 long nr_huge(long set); // vm.nr_hugepages, which it sets unless set is negative
 void reserve_huge(int pages); // more than there were
 void unreserve_huge(void);
+uint64_t mix(uint64_t a, uint64_t b, uint64_t c); // a word that looks like noise
 #endif
