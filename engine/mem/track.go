@@ -26,16 +26,15 @@ import (
 // were seen to be written. A mapping that the kernel does not follow,
 // because it is new or took the place of another, is told anew, which empties it.
 type Tracker struct {
-	pid     int
-	image   uint32 // pid in the images
-	uffd    *os.File
-	known   []image.Region // ascending, apart or of different kinds
-	watched []image.Range  // under the userfaultfd, ascending
-	sent    pageSet
-	owed    pageSet
-	buf     []byte
-	vec     []sys.PageRegion
-	batch   []unix.RemoteIovec
+	pid   int
+	image uint32 // pid in the images
+	uffd  *os.File
+	known []image.Region // ascending, apart or of different kinds
+	sent  pageSet
+	owed  pageSet
+	buf   []byte
+	vec   []sys.PageRegion
+	batch []unix.RemoteIovec
 }
 
 // NewTracker follows a process by a userfaultfd of its own, which is the tracker's from
@@ -73,21 +72,10 @@ func (v *VMA) Made(r image.Region) bool {
 // hugeAdvice is what has to be known of memory before it is filled.
 const hugeAdvice = 1<<unix.MADV_HUGEPAGE | 1<<unix.MADV_NOHUGEPAGE
 
-// watches tells whether the userfaultfd in a mapping can be the tracker's.
-func (t *Tracker) watches(start, end uint64) bool {
-	if t == nil {
-		return false
-	}
-	for _, r := range t.watched {
-		if start >= r.Start && start < r.End {
-			if end <= r.End {
-				return true
-			}
-			start = r.End
-		}
-	}
-	return false
-}
+// owns tells whether memory under a userfaultfd in write-protect mode is so because of the
+// tracker: mappings that grow, or come out of others, are under it, too, without its
+// knowledge. A userfaultfd of the program's own is refused as such, for its descriptor.
+func (t *Tracker) owns() bool { return t != nil }
 
 // errUnwatched: a mapping is not under the userfaultfd.
 var errUnwatched = errors.New("memory that is not followed")
@@ -135,8 +123,6 @@ func (t *Tracker) round(ctx context.Context, r *Reader, v *VMA, sink image.Sink)
 	if err != nil {
 		return 0, nil // gone meanwhile, or not to be followed: it travels in the end
 	}
-	t.watched = addRange(cut(t.watched, v.Start, v.End), v.Start, v.End)
-	slices.SortFunc(t.watched, func(a, b image.Range) int { return compare(a.Start, b.Start) })
 	n, err = t.written(ctx, r, v, sink)
 	if errors.Is(err, errUnwatched) {
 		return n, nil // it changes all the time
@@ -152,19 +138,6 @@ func compare(a, b uint64) int {
 		return 1
 	}
 	return 0
-}
-
-// cut takes [start, end) out of ranges.
-func cut(rs []image.Range, start, end uint64) (out []image.Range) {
-	for _, r := range rs {
-		if r.Start < min(r.End, start) {
-			out = append(out, image.Range{Start: r.Start, End: min(r.End, start)})
-		}
-		if max(r.Start, end) < r.End {
-			out = append(out, image.Range{Start: max(r.Start, end), End: r.End})
-		}
-	}
-	return out
 }
 
 // announce tells the other side of the parts of a mapping that it does not know.

@@ -344,7 +344,7 @@ func Read(pid int, t *Tracker) (vmas []*VMA, refused map[*VMA]string, err error)
 	}
 	refused = map[*VMA]string{}
 	for i := range maps {
-		if t.watches(maps[i].Start, maps[i].End) {
+		if t.owns() {
 			maps[i].VmFlags = slices.DeleteFunc(maps[i].VmFlags, func(f string) bool { return f == "uw" })
 		}
 		v, why := Classify(&maps[i])
