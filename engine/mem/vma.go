@@ -59,6 +59,8 @@ type VMA struct {
 	OnFault bool
 	// Name was given to anonymous memory by PR_SET_VMA_ANON_NAME.
 	Name string
+	// Accounted says that it is or was writable, so that the kernel accounts it.
+	Accounted bool
 	// Cow says that pages of it are mapped elsewhere, too: by relatives, since a fork.
 	Cow bool
 	// Kept is the end of what a restored process has of it from the process out of
@@ -172,6 +174,8 @@ func Classify(m *procfs.SmapsEntry) (v *VMA, reason string) {
 			v.Sealed = true
 		case "lf":
 			v.OnFault = true
+		case "ac":
+			v.Accounted = true
 		case "dp":
 			droppable = true
 		}
