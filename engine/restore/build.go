@@ -698,6 +698,9 @@ func (t *Tree) cloneThreads(p *process) error {
 	if len(p.threads) == 1 {
 		return nil
 	}
+	if err := t.widen(p); err != nil {
+		return err
+	}
 	lead := p.remote()
 	var calls []*ptrace.Call
 	for _, th := range p.threads[1:] {
