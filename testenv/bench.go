@@ -292,7 +292,7 @@ func (b *bencher) tell(r benchRow) {
 		b.cells(tree, "skipped: "+r.Skipped)
 	}
 	if r.Error != "" {
-		b.cells(tree, "failed: "+r.Error)
+		b.cells(tree, "failed: "+strings.Join(strings.Fields(r.Error), " ")) // one line
 	}
 }
 
@@ -419,7 +419,7 @@ func (b *bencher) move(ctx context.Context, r *workloads.Run, to *hosts.Host, mo
 		return nil, err
 	}
 	if res.Code != 0 {
-		return nil, fmt.Errorf("godwit migrate: exit code %d, %s %s", res.Code, doc.Reason, res.Stderr)
+		return nil, fmt.Errorf("godwit migrate: exit code %d, %s %s", res.Code, doc.Reason, strings.TrimSpace(res.Stderr))
 	}
 	r.Host = to
 	beats, err := r.Heartbeats(ctx)
