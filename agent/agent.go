@@ -29,6 +29,8 @@ import (
 type Engine interface {
 	// Plan looks at the running tree of pid without touching it.
 	Plan(ctx context.Context, pid int, o engine.DumpOptions) (*engine.Plan, error)
+	// StartLive begins to copy the tree of pid while it runs.
+	StartLive(ctx context.Context, pid int, o engine.DumpOptions, sink image.EarlySink) (engine.Live, error)
 	// Freeze stops every task of the tree of pid.
 	Freeze(ctx context.Context, pid int, o engine.DumpOptions) (engine.Tree, error)
 	// Check says whether a tree that needs p can land on this host.

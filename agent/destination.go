@@ -190,6 +190,7 @@ func (d *destination) receive() error {
 	defer stop()
 	go d.session.report(ctx, d.in, d.src.pages.Load, d.req.Requirements.MemoryBytes)
 
+	d.src.outlined = func() { d.enter(wire.State_STATE_PRE_COPYING) }
 	d.src.complete = func() error {
 		if _, err := d.ledger.move(d.work, wire.State_STATE_RESTORING, nil); err != nil {
 			return err

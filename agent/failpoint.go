@@ -17,7 +17,9 @@ const FailpointEnv = "GODWIT_FAILPOINT"
 // each step that others can see.
 var Failpoints = []string{
 	"destination.prepared", // it was checked, and files are held
-	"source.begun",         // the record says Freezing
+	"source.begun",         // the record says Freezing, or PreCopying
+	"source.followed",      // pre-copy: what the tree writes is noted
+	"source.precopied",     // pre-copy: memory has been sent
 	"source.frozen",
 	"source.copying",      // the record says FinalCopying
 	"source.dumped",       // all of the tree was read

@@ -110,6 +110,10 @@ func (e *fakeEngine) Plan(ctx context.Context, pid int, o engine.DumpOptions) (*
 	}, nil
 }
 
+func (e *fakeEngine) StartLive(context.Context, int, engine.DumpOptions, image.EarlySink) (engine.Live, error) {
+	return nil, engine.ErrNotLive
+}
+
 func (e *fakeEngine) Freeze(ctx context.Context, pid int, o engine.DumpOptions) (engine.Tree, error) {
 	if err := e.w.at(ctx, "freeze"); err != nil {
 		return nil, err

@@ -37,7 +37,8 @@ type session struct {
 
 	// committed says that the record was seen at or past the commit.
 	committed atomic.Bool
-	state     atomic.Int32 // wire.State for progress
+	state     atomic.Int32           // wire.State for progress
+	remark    atomic.Pointer[string] // of progress, for people; nil: none
 	// trouble is set before done is closed if the tree runs nowhere now.
 	trouble error
 	// noted says that the journal has an entry, owes that it is needed further on.
@@ -153,6 +154,9 @@ func (s *session) report(ctx context.Context, m meter, pages func() uint64, tota
 		p := &wire.Progress{
 			Id: s.id, Host: s.a.cfg.Host, State: s.phase(), BytesDone: st.Bytes, BytesTotal: max(total, st.Bytes),
 			PagesDone: pages(), UnixMs: time.Now().UnixMilli(),
+		}
+		if text := s.remark.Load(); text != nil {
+			p.Message = *text
 		}
 		if st.Bytes >= 1<<20 { // before that a rate means nothing
 			p.BytesPerSecond = st.BytesPerSecond

@@ -13,9 +13,9 @@ import (
 
 // source is the session of the host that a tree leaves.
 //
-//	start ─► stream opened ─► Freezing ─► frozen ─► FinalCopying ─► dumped ─► hold
-//	                │             │                      │                     │
-//	                └─ refused    └─ Aborted             └────── hold ◄────────┘
+//	start ─► stream opened ─► [PreCopying ─►] Freezing ─► frozen ─► FinalCopying ─► dumped ─► hold
+//	                │               │             │                      │                     │
+//	                └─ refused      └─ Aborted    └─ Aborted             └────── hold ◄────────┘
 //
 //	hold: before the commit, with a cause     ─► Aborting (compare-and-set)
 //	      Aborting, Aborted, Returning        ─► thaw ─► Aborted
@@ -31,6 +31,7 @@ type source struct {
 	out  outStream
 	sink *streamSink
 	tree engine.Tree
+	live engine.Live // the copy of the running tree; nil: there is none
 	// confirm compares the frozen tree with what was planned; it may be nil.
 	confirm func([]plan.Object) []engine.Problem
 	// leaving are the proxies of the tree.
@@ -41,6 +42,7 @@ type source struct {
 		Kill() error
 	}
 
+	memory   uint64    // of the tree, bytes, as the plan found it
 	frozenAt time.Time // before the first task was told to stop
 	report   *wire.Report
 }
@@ -195,6 +197,9 @@ func (s *source) run() {
 		s.leave()
 	}
 	s.answer(err)
+	if err == nil && s.phase() == wire.State_STATE_PRE_COPYING {
+		err = s.precopy()
+	}
 	if err == nil {
 		err = s.freeze()
 	}
@@ -222,6 +227,11 @@ func (s *source) run() {
 func (s *source) end() {
 	if s.unfeed != nil {
 		s.unfeed()
+	}
+	if s.live != nil {
+		if err := s.live.Close(); err != nil {
+			s.log.Warn("the copy of the running tree could not be ended", "error", err)
+		}
 	}
 	s.forget()
 	s.cancel(nil)
@@ -262,8 +272,13 @@ func (s *source) begin() (touched bool, err error) {
 	if err := s.note(entry{Pid: int(s.req.Pid)}); err != nil {
 		return true, err
 	}
-	s.enter(wire.State_STATE_FREEZING, "pid", s.req.Pid)
-	_, err = s.ledger.move(limit(s.work, s.a.cfg.Timeouts.Begin), wire.State_STATE_FREEZING, nil)
+	first := wire.State_STATE_FREEZING
+	if s.wantsPrecopy(rec) {
+		first = wire.State_STATE_PRE_COPYING
+	}
+	s.memory = rec.MemoryBytes
+	s.enter(first, "pid", s.req.Pid)
+	_, err = s.ledger.move(limit(s.work, s.a.cfg.Timeouts.Begin), first, nil)
 	s.point("begun")
 	return true, err
 }
@@ -278,7 +293,7 @@ func limit(ctx context.Context, d time.Duration) context.Context {
 // freeze stops the tree. If it fails the tree runs.
 func (s *source) freeze() error {
 	o := s.a.dumpOptions(s.req.Options, s.req.Resolutions)
-	o.Confirm = s.confirm
+	o.Confirm, o.Live = s.confirm, s.live
 	frozen := s.a.cfg.Timeouts.Frozen
 	if ms := s.req.Options.GetTimeoutMs(); ms > 0 {
 		frozen = time.Duration(ms) * time.Millisecond

@@ -28,7 +28,7 @@ type chunkWriter interface {
 }
 
 // streamSink sends a dump: Hello, facts and entries as items, ImagesDone, data,
-// StreamEnd. The records and their order are described in wire/stream.go.
+// StreamEnd; in a pre-copy an outline and data before the facts. The records and their order are described in wire/stream.go.
 type streamSink struct {
 	ctx     context.Context // of the calls that an image.Sink has no context for
 	out     chunkWriter
@@ -37,10 +37,11 @@ type streamSink struct {
 	entries uint64
 	bytes   uint64 // of data
 	pages   atomic.Uint64
+	early   bool // data may come before the images
 	sealed  bool
 }
 
-var _ image.Sink = (*streamSink)(nil)
+var _ image.EarlySink = (*streamSink)(nil)
 
 func newStreamSink(ctx context.Context, out chunkWriter) *streamSink {
 	return &streamSink{ctx: ctx, out: out, limit: out.MaxChunk()}
@@ -52,6 +53,16 @@ func (s *streamSink) hello(h *wire.Hello) error {
 		return err
 	}
 	return s.flush()
+}
+
+// Outline implements image.EarlySink.
+func (s *streamSink) Outline(o *image.Outline) error {
+	b, err := json.Marshal(o)
+	if err != nil {
+		return fmt.Errorf("send the outline: %w", err)
+	}
+	s.early = true
+	return s.item(&wire.Item{Item: &wire.Item_Outline{Outline: b}})
 }
 
 // Facts implements image.Sink.
@@ -92,7 +103,7 @@ func (s *streamSink) Sealed() error {
 
 // Data implements image.Sink.
 func (s *streamSink) Data(id image.DataID, off uint64, p []byte) error {
-	if !s.sealed {
+	if !s.sealed && !s.early {
 		return fmt.Errorf("send data of %s: the images are not sealed", id)
 	}
 	s.bytes += uint64(len(p))

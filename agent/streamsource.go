@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -34,11 +35,13 @@ type chunkReader interface {
 type streamSource struct {
 	in       chunkReader
 	complete func() error // called once when all entries are there; may be nil
+	outlined func()       // called when memory comes before the images; may be nil
 
 	rest   []byte // of the chunk in hand
 	inHand bool
-	items  int    // bytes
-	part   []byte // of an item that goes on
+	items  int        // bytes
+	part   []byte     // of an item that goes on
+	back   *wire.Item // read, but not taken yet
 
 	set     *image.Set
 	sealed  bool
@@ -48,7 +51,7 @@ type streamSource struct {
 	pages   atomic.Uint64
 }
 
-var _ image.Source = (*streamSource)(nil)
+var _ image.EarlySource = (*streamSource)(nil)
 
 func newStreamSource(in chunkReader) *streamSource {
 	return &streamSource{in: in, set: image.NewSet()}
@@ -73,6 +76,77 @@ func (s *streamSource) hello(ctx context.Context, patience time.Duration) (*wire
 		return nil, fmt.Errorf("%w: it does not start with a greeting", errStream)
 	}
 	return h, nil
+}
+
+// Outline implements image.EarlySource.
+func (s *streamSource) Outline(ctx context.Context) (*image.Outline, error) {
+	it, _, _, err := s.next(ctx)
+	switch {
+	case errors.Is(err, io.EOF):
+		return nil, fmt.Errorf("%w: it ends among the images", errStream)
+	case err != nil:
+		return nil, err
+	case it == nil:
+		return nil, fmt.Errorf("%w: data before the images", errStream)
+	}
+	text, ok := it.Item.(*wire.Item_Outline)
+	if !ok {
+		s.back = it
+		return nil, nil
+	}
+	o := &image.Outline{}
+	if err := json.Unmarshal(text.Outline, o); err != nil {
+		return nil, fmt.Errorf("%w: outline: %w", errStream, err)
+	}
+	if s.outlined != nil {
+		s.outlined()
+	}
+	return o, nil
+}
+
+// Early implements image.EarlySource.
+func (s *streamSource) Early(ctx context.Context) (image.DataID, uint64, []byte, error) {
+	none := image.DataID{}
+	for {
+		it, h, body, err := s.next(ctx)
+		switch {
+		case errors.Is(err, io.EOF):
+			return none, 0, nil, fmt.Errorf("%w: it ends before the images", errStream)
+		case err != nil:
+			return none, 0, nil, err
+		case it != nil:
+			s.back = it
+			return none, 0, nil, io.EOF
+		}
+		id, err := s.data(h, body, image.Memory, image.Layout)
+		if err != nil {
+			return none, 0, nil, err
+		}
+		if len(body) > 0 {
+			return id, h.Offset, body, nil
+		}
+	}
+}
+
+// data checks a record of data, of one of the kinds that may come now.
+func (s *streamSource) data(h wire.DataHeader, body []byte, kinds ...image.DataKind) (image.DataID, error) {
+	id := image.DataID{Kind: image.DataKind(h.Kind), ID: h.ID}
+	if !slices.Contains(kinds, id.Kind) {
+		return id, fmt.Errorf("%w: data of kind %d at the wrong time", errStream, h.Kind)
+	}
+	switch id.Kind {
+	case image.Memory, image.Shmem:
+		if h.Offset%pageSize != 0 || len(body)%pageSize != 0 {
+			return id, fmt.Errorf("%w: %d bytes of %s at %#x are not whole pages", errStream, len(body), id, h.Offset)
+		}
+		s.pages.Add(uint64(len(body) / pageSize))
+	case image.Digest:
+		if len(body) != sha256.Size {
+			return id, fmt.Errorf("%w: %s has %d bytes", errStream, id, len(body))
+		}
+	}
+	s.bytes += uint64(len(body))
+	return id, nil
 }
 
 // Images implements image.Source.
@@ -188,22 +262,10 @@ func (s *streamSource) Next(ctx context.Context) (image.DataID, uint64, []byte, 
 			}
 			continue
 		}
-		id := image.DataID{Kind: image.DataKind(h.Kind), ID: h.ID}
-		switch id.Kind {
-		case image.Memory, image.Shmem:
-			if h.Offset%pageSize != 0 || len(body)%pageSize != 0 {
-				return none, 0, nil, fmt.Errorf("%w: %d bytes of %s at %#x are not whole pages", errStream, len(body), id, h.Offset)
-			}
-			s.pages.Add(uint64(len(body) / pageSize))
-		case image.Ghost:
-		case image.Digest:
-			if len(body) != sha256.Size {
-				return none, 0, nil, fmt.Errorf("%w: %s has %d bytes", errStream, id, len(body))
-			}
-		default:
-			return none, 0, nil, fmt.Errorf("%w: data of unknown kind %d", errStream, h.Kind)
+		id, err := s.data(h, body, image.Memory, image.Shmem, image.Ghost, image.Digest, image.Holes)
+		if err != nil {
+			return none, 0, nil, err
 		}
-		s.bytes += uint64(len(body))
 		if len(body) == 0 {
 			continue
 		}
@@ -214,6 +276,9 @@ func (s *streamSource) Next(ctx context.Context) (image.DataID, uint64, []byte, 
 // next returns the next whole item, or the next record of data. body is valid
 // until the next call: only then is the chunk that holds it released.
 func (s *streamSource) next(ctx context.Context) (it *wire.Item, h wire.DataHeader, body []byte, err error) {
+	if it, s.back = s.back, nil; it != nil {
+		return it, h, nil, nil
+	}
 	for {
 		if len(s.rest) == 0 {
 			if s.inHand {

@@ -26,6 +26,11 @@ type migrateArgs struct {
 	pidNamespace string
 	bandwidth    string
 	timeout      time.Duration
+	mode         string
+	downtime     time.Duration
+	rounds       uint32
+	total        string
+	noConverge   string
 	detach       bool
 	attach       bool
 }
@@ -38,8 +43,13 @@ func (a *app) cmdMigrate() *cobra.Command {
 		Long: `migrate moves the process PID of host SOURCE, with all its descendants, to host
 DESTINATION, while it runs. First both hosts are asked whether that can work; if
 one refuses, nothing is touched and everything that stands in the way is listed.
-Then the tree is frozen, copied, rebuilt and let go at the destination. Until
-the destination has committed, any failure lets the tree run on at the source.
+Then the tree is copied, rebuilt and let go at the destination. Until the
+destination has committed, any failure lets the tree run on at the source.
+
+Memory travels while the tree runs (pre-copy), round by round what was written
+meanwhile, until the rest fits --max-downtime; then the tree is frozen. A small
+tree is frozen at once: --mode says otherwise. If memory is written faster than it
+travels, --on-no-converge says what comes next.
 
 What becomes of open files is said by entries; "godwit plan" shows what there is,
 and what becomes of each file.
@@ -70,6 +80,11 @@ to the standard output; with --output json that is one document.`,
 	f.StringVar(&args.pidNamespace, "pid-namespace", "same", "`where` the pids are needed: same, or new for a pid namespace of the tree's own")
 	f.StringVar(&args.bandwidth, "bandwidth", "0", "`rate` that the transfer may use, such as 100MiB/s or 800Mbit/s; 0: no cap but the agent's")
 	f.DurationVar(&args.timeout, "timeout", 0, "`time` that the tree may be frozen before the commit; 0: the agent's default")
+	f.StringVar(&args.mode, "mode", "auto", "`when` memory travels: auto, precopy while the tree runs, or stop-and-copy")
+	f.DurationVar(&args.downtime, "max-downtime", 100*time.Millisecond, "`time` that the tree should be frozen at most")
+	f.Uint32Var(&args.rounds, "max-rounds", 0, "`number` of rounds of pre-copy; 0: 30")
+	f.StringVar(&args.total, "max-total", "0", "`size` of what may travel before the freeze, such as 8GiB; 0: four times the memory")
+	f.StringVar(&args.noConverge, "on-no-converge", "freeze", "`what` to do if memory is written faster than it travels: freeze for longer, throttle the tree, or abort")
 	f.BoolVar(&args.attach, "attach", false, "give the tree this terminal, in the place of the one that it was started on, until it ends")
 	f.BoolVar(&args.detach, "detach", false, "return as soon as the source has begun, and print the migration's id")
 	return cmd
@@ -191,8 +206,39 @@ func (m *migrateArgs) options() (*wire.MigrateOptions, error) {
 		return nil, usagef("--timeout %s: want at least 1ms, or 0 for the agent's default", m.timeout)
 	}
 	o.TimeoutMs = uint64(m.timeout.Milliseconds())
-	return o, nil
+	return o, m.copying(o)
 }
+
+// copying says when memory travels.
+func (m *migrateArgs) copying(o *wire.MigrateOptions) error {
+	var ok bool
+	if o.CopyMode, ok = copyModes[m.mode]; !ok {
+		return usagef("--mode %q: want auto, precopy or stop-and-copy", m.mode)
+	}
+	if o.NoConverge, ok = noConverge[m.noConverge]; !ok {
+		return usagef("--on-no-converge %q: want freeze, throttle or abort", m.noConverge)
+	}
+	if m.downtime < time.Millisecond {
+		return usagef("--max-downtime %s: want at least 1ms", m.downtime)
+	}
+	o.MaxDowntimeMs, o.MaxRounds = uint64(m.downtime.Milliseconds()), m.rounds
+	total, err := configs.ParseSize(m.total)
+	if err != nil {
+		return usagef("--max-total %q: %w", m.total, err)
+	}
+	o.MaxCopyBytes = uint64(total)
+	return nil
+}
+
+// copyModes are the values of --mode, noConverge those of --on-no-converge.
+var (
+	copyModes = map[string]wire.CopyMode{
+		"auto": wire.CopyMode_COPY_MODE_AUTO, "precopy": wire.CopyMode_COPY_MODE_PRECOPY, "stop-and-copy": wire.CopyMode_COPY_MODE_STOP,
+	}
+	noConverge = map[string]wire.NoConverge{
+		"freeze": wire.NoConverge_NO_CONVERGE_FREEZE, "throttle": wire.NoConverge_NO_CONVERGE_THROTTLE, "abort": wire.NoConverge_NO_CONVERGE_ABORT,
+	}
+)
 
 // errInterrupted is the cause of a migration that the operator ended before
 // the agents had begun.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/jedib0t/go-pretty/v6/table"
 	"github.com/spf13/cobra"
@@ -59,7 +60,7 @@ func (a *app) runPlan(ctx context.Context, tree, destination string, args planAr
 	if err != nil {
 		return err
 	}
-	args.bandwidth = "0"
+	args.bandwidth, args.mode, args.downtime, args.total, args.noConverge = "0", "auto", 100*time.Millisecond, "0", "freeze"
 	options, err := args.options()
 	if err != nil {
 		return err

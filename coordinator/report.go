@@ -103,6 +103,13 @@ type reportDoc struct {
 	FrozenAt       *time.Time `json:"frozen_at,omitempty"`
 	ResumedAt      *time.Time `json:"resumed_at,omitempty"`
 	PeakRSSBytes   uint64     `json:"peak_rss_bytes"`
+
+	// Of pre-copy, by the source.
+	Rounds              uint32  `json:"rounds,omitempty"`
+	PrecopyMS           float64 `json:"precopy_ms,omitempty"`
+	PrecopyBytes        uint64  `json:"precopy_bytes,omitempty"`
+	DirtyBytesPerSecond uint64  `json:"dirty_bytes_per_second,omitempty"`
+	CopyNote            string  `json:"copy_note,omitempty"`
 }
 
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
@@ -123,6 +130,7 @@ func newReportDoc(r *wire.Report) *reportDoc {
 		FrozenMS: ms(r.FrozenUs), FreezeMS: ms(r.FreezeUs), DumpMS: ms(r.DumpUs), TransferMS: ms(r.TransferUs),
 		RestoreMS: ms(r.RestoreUs), ResumeMS: ms(r.ResumeUs), Bytes: r.Bytes, Pages: r.Pages, ResentBytes: r.ResentBytes,
 		BytesPerSecond: r.BytesPerSecond, FrozenAt: at(r.FrozenAtUnixUs), ResumedAt: at(r.ResumedAtUnixUs), PeakRSSBytes: r.PeakRssBytes,
+		Rounds: r.Rounds, PrecopyMS: ms(r.PrecopyUs), PrecopyBytes: r.PrecopyBytes, DirtyBytesPerSecond: r.DirtyBytesPerSecond, CopyNote: r.CopyNote,
 	}
 }
 
@@ -201,6 +209,16 @@ func printReport(w io.Writer, r *wire.Record, total time.Duration) error {
 	if dst != nil {
 		line("  "+r.Destination, "%s", joined(" · ",
 			timed("frozen since the last byte", dst.FrozenUs), timed("restore", dst.RestoreUs), timed("resume", dst.ResumeUs)))
+	}
+	if src.GetRounds() != 0 {
+		s := fmt.Sprintf("%s in %s, %s while the tree ran", formatBytes(src.PrecopyBytes), plural(src.Rounds, "round"), formatDuration(microseconds(src.PrecopyUs)))
+		if src.DirtyBytesPerSecond != 0 {
+			s += fmt.Sprintf(", which wrote to %s of new pages", formatRate(src.DirtyBytesPerSecond))
+		}
+		line("pre-copy", "%s", s)
+	}
+	if note := src.GetCopyNote(); note != "" {
+		line("note", "%s", printable(note))
 	}
 	if sent := transferOf(r); sent != nil {
 		s := fmt.Sprintf("%s, %s, %s", formatBytes(sent.Bytes), plural(sent.Pages, "page"), formatRate(sent.BytesPerSecond))

@@ -70,6 +70,8 @@ type DumpOptions struct {
 	SkipMounts []string
 	// Files says how open files are dumped.
 	Files FileOptions
+	// Live is what the sink has been given of the running tree already (StartLive).
+	Live Live
 	// Timeout bounds the freezing of all tasks; 0 means 10 s.
 	Timeout time.Duration
 	// FreezeGroup is the directory of a control group, of version 1 or 2, that all of

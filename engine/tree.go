@@ -38,6 +38,10 @@ func (o DumpOptions) internal() (dump.Options, error) {
 	d.ExtUnixSk, d.Ends = o.ExtUnixSk, o.Ends
 	d.Files, d.Carry, d.Confirm = o.Files, o.Carry, o.Confirm
 	d.FreezeGroup = o.FreezeGroup
+	var err error
+	if d.Live, err = o.internalLive(); err != nil {
+		return d, err
+	}
 	if err := o.namespaces(&d); err != nil {
 		return d, err
 	}
@@ -62,7 +66,6 @@ func (o DumpOptions) internal() (dump.Options, error) {
 		d.GhostLimit = defaultGhostLimit
 	}
 	if d.Host == "" {
-		var err error
 		if d.Host, err = os.Hostname(); err != nil {
 			return d, err
 		}

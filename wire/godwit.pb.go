@@ -101,6 +101,106 @@ func (Code) EnumDescriptor() ([]byte, []int) {
 	return file_wire_godwit_proto_rawDescGZIP(), []int{0}
 }
 
+// CopyMode says when memory travels.
+type CopyMode int32
+
+const (
+	CopyMode_COPY_MODE_AUTO    CopyMode = 0 // pre-copy of what is worth it and can be, else stop and copy
+	CopyMode_COPY_MODE_PRECOPY CopyMode = 1 // while the tree runs, and what was written meanwhile at the end
+	CopyMode_COPY_MODE_STOP    CopyMode = 2 // while it is frozen
+)
+
+// Enum value maps for CopyMode.
+var (
+	CopyMode_name = map[int32]string{
+		0: "COPY_MODE_AUTO",
+		1: "COPY_MODE_PRECOPY",
+		2: "COPY_MODE_STOP",
+	}
+	CopyMode_value = map[string]int32{
+		"COPY_MODE_AUTO":    0,
+		"COPY_MODE_PRECOPY": 1,
+		"COPY_MODE_STOP":    2,
+	}
+)
+
+func (x CopyMode) Enum() *CopyMode {
+	p := new(CopyMode)
+	*p = x
+	return p
+}
+
+func (x CopyMode) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (CopyMode) Descriptor() protoreflect.EnumDescriptor {
+	return file_wire_godwit_proto_enumTypes[1].Descriptor()
+}
+
+func (CopyMode) Type() protoreflect.EnumType {
+	return &file_wire_godwit_proto_enumTypes[1]
+}
+
+func (x CopyMode) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use CopyMode.Descriptor instead.
+func (CopyMode) EnumDescriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{1}
+}
+
+// NoConverge says what becomes of a pre-copy of memory that is written faster than it travels.
+type NoConverge int32
+
+const (
+	NoConverge_NO_CONVERGE_FREEZE   NoConverge = 0 // freeze for longer than was asked for
+	NoConverge_NO_CONVERGE_THROTTLE NoConverge = 1 // slow the tree down until it fits, then freeze
+	NoConverge_NO_CONVERGE_ABORT    NoConverge = 2 // end the migration
+)
+
+// Enum value maps for NoConverge.
+var (
+	NoConverge_name = map[int32]string{
+		0: "NO_CONVERGE_FREEZE",
+		1: "NO_CONVERGE_THROTTLE",
+		2: "NO_CONVERGE_ABORT",
+	}
+	NoConverge_value = map[string]int32{
+		"NO_CONVERGE_FREEZE":   0,
+		"NO_CONVERGE_THROTTLE": 1,
+		"NO_CONVERGE_ABORT":    2,
+	}
+)
+
+func (x NoConverge) Enum() *NoConverge {
+	p := new(NoConverge)
+	*p = x
+	return p
+}
+
+func (x NoConverge) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (NoConverge) Descriptor() protoreflect.EnumDescriptor {
+	return file_wire_godwit_proto_enumTypes[2].Descriptor()
+}
+
+func (NoConverge) Type() protoreflect.EnumType {
+	return &file_wire_godwit_proto_enumTypes[2]
+}
+
+func (x NoConverge) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use NoConverge.Descriptor instead.
+func (NoConverge) EnumDescriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{2}
+}
+
 type State int32
 
 const (
@@ -167,11 +267,11 @@ func (x State) String() string {
 }
 
 func (State) Descriptor() protoreflect.EnumDescriptor {
-	return file_wire_godwit_proto_enumTypes[1].Descriptor()
+	return file_wire_godwit_proto_enumTypes[3].Descriptor()
 }
 
 func (State) Type() protoreflect.EnumType {
-	return &file_wire_godwit_proto_enumTypes[1]
+	return &file_wire_godwit_proto_enumTypes[3]
 }
 
 func (x State) Number() protoreflect.EnumNumber {
@@ -180,7 +280,7 @@ func (x State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use State.Descriptor instead.
 func (State) EnumDescriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{1}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{3}
 }
 
 type Owner int32
@@ -213,11 +313,11 @@ func (x Owner) String() string {
 }
 
 func (Owner) Descriptor() protoreflect.EnumDescriptor {
-	return file_wire_godwit_proto_enumTypes[2].Descriptor()
+	return file_wire_godwit_proto_enumTypes[4].Descriptor()
 }
 
 func (Owner) Type() protoreflect.EnumType {
-	return &file_wire_godwit_proto_enumTypes[2]
+	return &file_wire_godwit_proto_enumTypes[4]
 }
 
 func (x Owner) Number() protoreflect.EnumNumber {
@@ -226,7 +326,7 @@ func (x Owner) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Owner.Descriptor instead.
 func (Owner) EnumDescriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{2}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{4}
 }
 
 // Object is one thing that a message speaks about.
@@ -1529,6 +1629,11 @@ type MigrateOptions struct {
 	Bandwidth       uint64      `protobuf:"varint,6,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`                           // bytes per second; 0: no cap
 	Proxied         []*Proxy    `protobuf:"bytes,7,rep,name=proxied,proto3" json:"proxied,omitempty"`                                // of resolutions: objects whose bytes go on flowing
 	Attach          *Attachment `protobuf:"bytes,8,opt,name=attach,proto3" json:"attach,omitempty"`                                  // what stands for the terminal outside the tree; unset: nothing
+	CopyMode        CopyMode    `protobuf:"varint,9,opt,name=copy_mode,json=copyMode,proto3,enum=godwit.wire.v1.CopyMode" json:"copy_mode,omitempty"`
+	MaxDowntimeMs   uint64      `protobuf:"varint,10,opt,name=max_downtime_ms,json=maxDowntimeMs,proto3" json:"max_downtime_ms,omitempty"` // how long the tree should be frozen at most; 0: 100 ms
+	MaxRounds       uint32      `protobuf:"varint,11,opt,name=max_rounds,json=maxRounds,proto3" json:"max_rounds,omitempty"`               // of pre-copy; 0: 30
+	MaxCopyBytes    uint64      `protobuf:"varint,12,opt,name=max_copy_bytes,json=maxCopyBytes,proto3" json:"max_copy_bytes,omitempty"`    // that travel before the freeze; 0: four times the memory
+	NoConverge      NoConverge  `protobuf:"varint,13,opt,name=no_converge,json=noConverge,proto3,enum=godwit.wire.v1.NoConverge" json:"no_converge,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1617,6 +1722,41 @@ func (x *MigrateOptions) GetAttach() *Attachment {
 		return x.Attach
 	}
 	return nil
+}
+
+func (x *MigrateOptions) GetCopyMode() CopyMode {
+	if x != nil {
+		return x.CopyMode
+	}
+	return CopyMode_COPY_MODE_AUTO
+}
+
+func (x *MigrateOptions) GetMaxDowntimeMs() uint64 {
+	if x != nil {
+		return x.MaxDowntimeMs
+	}
+	return 0
+}
+
+func (x *MigrateOptions) GetMaxRounds() uint32 {
+	if x != nil {
+		return x.MaxRounds
+	}
+	return 0
+}
+
+func (x *MigrateOptions) GetMaxCopyBytes() uint64 {
+	if x != nil {
+		return x.MaxCopyBytes
+	}
+	return 0
+}
+
+func (x *MigrateOptions) GetNoConverge() NoConverge {
+	if x != nil {
+		return x.NoConverge
+	}
+	return NoConverge_NO_CONVERGE_FREEZE
 }
 
 // Attachment is the terminal of whoever asked for a migration. Its bytes go on flowing from and to
@@ -3908,22 +4048,27 @@ func (x *Step) GetBy() string {
 // Report is what one agent measured; durations in microseconds of its own
 // monotonic clock, 0 where the phase did not take place.
 type Report struct {
-	state           protoimpl.MessageState `protogen:"open.v1"`
-	FrozenUs        uint64                 `protobuf:"varint,1,opt,name=frozen_us,json=frozenUs,proto3" json:"frozen_us,omitempty"`       // source: first task stopped until killed or thawed; destination: last byte until resumed
-	FreezeUs        uint64                 `protobuf:"varint,2,opt,name=freeze_us,json=freezeUs,proto3" json:"freeze_us,omitempty"`       // stopping all tasks
-	DumpUs          uint64                 `protobuf:"varint,3,opt,name=dump_us,json=dumpUs,proto3" json:"dump_us,omitempty"`             // reading state and pages, overlaps transfer
-	TransferUs      uint64                 `protobuf:"varint,4,opt,name=transfer_us,json=transferUs,proto3" json:"transfer_us,omitempty"` // first to last byte of the stream
-	RestoreUs       uint64                 `protobuf:"varint,5,opt,name=restore_us,json=restoreUs,proto3" json:"restore_us,omitempty"`    // building, from the first byte
-	ResumeUs        uint64                 `protobuf:"varint,6,opt,name=resume_us,json=resumeUs,proto3" json:"resume_us,omitempty"`       // commit until the last task runs
-	Bytes           uint64                 `protobuf:"varint,7,opt,name=bytes,proto3" json:"bytes,omitempty"`                             // on the wire, headers included
-	Pages           uint64                 `protobuf:"varint,8,opt,name=pages,proto3" json:"pages,omitempty"`
-	ResentBytes     uint64                 `protobuf:"varint,9,opt,name=resent_bytes,json=resentBytes,proto3" json:"resent_bytes,omitempty"`
-	BytesPerSecond  uint64                 `protobuf:"varint,10,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"`      // of the transfer
-	FrozenAtUnixUs  int64                  `protobuf:"varint,11,opt,name=frozen_at_unix_us,json=frozenAtUnixUs,proto3" json:"frozen_at_unix_us,omitempty"`    // source wall clock: first task stopped
-	ResumedAtUnixUs int64                  `protobuf:"varint,12,opt,name=resumed_at_unix_us,json=resumedAtUnixUs,proto3" json:"resumed_at_unix_us,omitempty"` // destination wall clock: last task resumed
-	PeakRssBytes    uint64                 `protobuf:"varint,13,opt,name=peak_rss_bytes,json=peakRssBytes,proto3" json:"peak_rss_bytes,omitempty"`            // of the agent
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	state               protoimpl.MessageState `protogen:"open.v1"`
+	FrozenUs            uint64                 `protobuf:"varint,1,opt,name=frozen_us,json=frozenUs,proto3" json:"frozen_us,omitempty"`       // source: first task stopped until killed or thawed; destination: last byte until resumed
+	FreezeUs            uint64                 `protobuf:"varint,2,opt,name=freeze_us,json=freezeUs,proto3" json:"freeze_us,omitempty"`       // stopping all tasks
+	DumpUs              uint64                 `protobuf:"varint,3,opt,name=dump_us,json=dumpUs,proto3" json:"dump_us,omitempty"`             // reading state and pages, overlaps transfer
+	TransferUs          uint64                 `protobuf:"varint,4,opt,name=transfer_us,json=transferUs,proto3" json:"transfer_us,omitempty"` // first to last byte of the stream
+	RestoreUs           uint64                 `protobuf:"varint,5,opt,name=restore_us,json=restoreUs,proto3" json:"restore_us,omitempty"`    // building, from the first byte
+	ResumeUs            uint64                 `protobuf:"varint,6,opt,name=resume_us,json=resumeUs,proto3" json:"resume_us,omitempty"`       // commit until the last task runs
+	Bytes               uint64                 `protobuf:"varint,7,opt,name=bytes,proto3" json:"bytes,omitempty"`                             // on the wire, headers included
+	Pages               uint64                 `protobuf:"varint,8,opt,name=pages,proto3" json:"pages,omitempty"`
+	ResentBytes         uint64                 `protobuf:"varint,9,opt,name=resent_bytes,json=resentBytes,proto3" json:"resent_bytes,omitempty"`
+	BytesPerSecond      uint64                 `protobuf:"varint,10,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"`                  // of the transfer
+	FrozenAtUnixUs      int64                  `protobuf:"varint,11,opt,name=frozen_at_unix_us,json=frozenAtUnixUs,proto3" json:"frozen_at_unix_us,omitempty"`                // source wall clock: first task stopped
+	ResumedAtUnixUs     int64                  `protobuf:"varint,12,opt,name=resumed_at_unix_us,json=resumedAtUnixUs,proto3" json:"resumed_at_unix_us,omitempty"`             // destination wall clock: last task resumed
+	PeakRssBytes        uint64                 `protobuf:"varint,13,opt,name=peak_rss_bytes,json=peakRssBytes,proto3" json:"peak_rss_bytes,omitempty"`                        // of the agent
+	Rounds              uint32                 `protobuf:"varint,14,opt,name=rounds,proto3" json:"rounds,omitempty"`                                                          // source: of pre-copy
+	PrecopyUs           uint64                 `protobuf:"varint,15,opt,name=precopy_us,json=precopyUs,proto3" json:"precopy_us,omitempty"`                                   // source: from its begin to the freeze
+	PrecopyBytes        uint64                 `protobuf:"varint,16,opt,name=precopy_bytes,json=precopyBytes,proto3" json:"precopy_bytes,omitempty"`                          // source: of memory that travelled before the freeze
+	DirtyBytesPerSecond uint64                 `protobuf:"varint,17,opt,name=dirty_bytes_per_second,json=dirtyBytesPerSecond,proto3" json:"dirty_bytes_per_second,omitempty"` // source: at which the tree wrote to new pages in the last round
+	CopyNote            string                 `protobuf:"bytes,18,opt,name=copy_note,json=copyNote,proto3" json:"copy_note,omitempty"`                                       // source: why it was not as asked for, empty if it was
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *Report) Reset() {
@@ -4047,6 +4192,41 @@ func (x *Report) GetPeakRssBytes() uint64 {
 	return 0
 }
 
+func (x *Report) GetRounds() uint32 {
+	if x != nil {
+		return x.Rounds
+	}
+	return 0
+}
+
+func (x *Report) GetPrecopyUs() uint64 {
+	if x != nil {
+		return x.PrecopyUs
+	}
+	return 0
+}
+
+func (x *Report) GetPrecopyBytes() uint64 {
+	if x != nil {
+		return x.PrecopyBytes
+	}
+	return 0
+}
+
+func (x *Report) GetDirtyBytesPerSecond() uint64 {
+	if x != nil {
+		return x.DirtyBytesPerSecond
+	}
+	return 0
+}
+
+func (x *Report) GetCopyNote() string {
+	if x != nil {
+		return x.CopyNote
+	}
+	return ""
+}
+
 // Progress is published while a migration goes on; it is never stored.
 type Progress struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -4167,6 +4347,7 @@ type Item struct {
 	//	*Item_Facts
 	//	*Item_ImagesDone
 	//	*Item_End
+	//	*Item_Outline
 	Item          isItem_Item `protobuf_oneof:"item"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4254,6 +4435,15 @@ func (x *Item) GetEnd() *StreamEnd {
 	return nil
 }
 
+func (x *Item) GetOutline() []byte {
+	if x != nil {
+		if x, ok := x.Item.(*Item_Outline); ok {
+			return x.Outline
+		}
+	}
+	return nil
+}
+
 type isItem_Item interface {
 	isItem_Item()
 }
@@ -4278,6 +4468,10 @@ type Item_End struct {
 	End *StreamEnd `protobuf:"bytes,5,opt,name=end,proto3,oneof"` // last
 }
 
+type Item_Outline struct {
+	Outline []byte `protobuf:"bytes,6,opt,name=outline,proto3,oneof"` // JSON: memory comes before the images (pre-copy)
+}
+
 func (*Item_Hello) isItem_Item() {}
 
 func (*Item_Entry) isItem_Item() {}
@@ -4287,6 +4481,8 @@ func (*Item_Facts) isItem_Item() {}
 func (*Item_ImagesDone) isItem_Item() {}
 
 func (*Item_End) isItem_Item() {}
+
+func (*Item_Outline) isItem_Item() {}
 
 type Hello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -4645,7 +4841,7 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\aInherit\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x18\n" +
-	"\aforward\x18\x03 \x01(\bR\aforward\"\xd2\x02\n" +
+	"\aforward\x18\x03 \x01(\bR\aforward\"\xb3\x04\n" +
 	"\x0eMigrateOptions\x12\x1a\n" +
 	"\bexternal\x18\x01 \x03(\tR\bexternal\x121\n" +
 	"\ainherit\x18\x02 \x03(\v2\x17.godwit.wire.v1.InheritR\ainherit\x12*\n" +
@@ -4655,7 +4851,15 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"timeout_ms\x18\x05 \x01(\x04R\ttimeoutMs\x12\x1c\n" +
 	"\tbandwidth\x18\x06 \x01(\x04R\tbandwidth\x12/\n" +
 	"\aproxied\x18\a \x03(\v2\x15.godwit.wire.v1.ProxyR\aproxied\x122\n" +
-	"\x06attach\x18\b \x01(\v2\x1a.godwit.wire.v1.AttachmentR\x06attach\"`\n" +
+	"\x06attach\x18\b \x01(\v2\x1a.godwit.wire.v1.AttachmentR\x06attach\x125\n" +
+	"\tcopy_mode\x18\t \x01(\x0e2\x18.godwit.wire.v1.CopyModeR\bcopyMode\x12&\n" +
+	"\x0fmax_downtime_ms\x18\n" +
+	" \x01(\x04R\rmaxDowntimeMs\x12\x1d\n" +
+	"\n" +
+	"max_rounds\x18\v \x01(\rR\tmaxRounds\x12$\n" +
+	"\x0emax_copy_bytes\x18\f \x01(\x04R\fmaxCopyBytes\x12;\n" +
+	"\vno_converge\x18\r \x01(\x0e2\x1a.godwit.wire.v1.NoConvergeR\n" +
+	"noConverge\"`\n" +
 	"\n" +
 	"Attachment\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
@@ -4859,7 +5063,7 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x04Step\x12+\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x15.godwit.wire.v1.StateR\x05state\x12\x17\n" +
 	"\aunix_ms\x18\x02 \x01(\x03R\x06unixMs\x12\x0e\n" +
-	"\x02by\x18\x03 \x01(\tR\x02by\"\xaf\x03\n" +
+	"\x02by\x18\x03 \x01(\tR\x02by\"\xdd\x04\n" +
 	"\x06Report\x12\x1b\n" +
 	"\tfrozen_us\x18\x01 \x01(\x04R\bfrozenUs\x12\x1b\n" +
 	"\tfreeze_us\x18\x02 \x01(\x04R\bfreezeUs\x12\x17\n" +
@@ -4876,7 +5080,13 @@ const file_wire_godwit_proto_rawDesc = "" +
 	" \x01(\x04R\x0ebytesPerSecond\x12)\n" +
 	"\x11frozen_at_unix_us\x18\v \x01(\x03R\x0efrozenAtUnixUs\x12+\n" +
 	"\x12resumed_at_unix_us\x18\f \x01(\x03R\x0fresumedAtUnixUs\x12$\n" +
-	"\x0epeak_rss_bytes\x18\r \x01(\x04R\fpeakRssBytes\"\x97\x02\n" +
+	"\x0epeak_rss_bytes\x18\r \x01(\x04R\fpeakRssBytes\x12\x16\n" +
+	"\x06rounds\x18\x0e \x01(\rR\x06rounds\x12\x1d\n" +
+	"\n" +
+	"precopy_us\x18\x0f \x01(\x04R\tprecopyUs\x12#\n" +
+	"\rprecopy_bytes\x18\x10 \x01(\x04R\fprecopyBytes\x123\n" +
+	"\x16dirty_bytes_per_second\x18\x11 \x01(\x04R\x13dirtyBytesPerSecond\x12\x1b\n" +
+	"\tcopy_note\x18\x12 \x01(\tR\bcopyNote\"\x97\x02\n" +
 	"\bProgress\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12+\n" +
@@ -4889,14 +5099,15 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"pages_done\x18\x06 \x01(\x04R\tpagesDone\x12(\n" +
 	"\x10bytes_per_second\x18\a \x01(\x04R\x0ebytesPerSecond\x12\x17\n" +
 	"\aunix_ms\x18\b \x01(\x03R\x06unixMs\x12\x18\n" +
-	"\amessage\x18\t \x01(\tR\amessage\"\xf7\x01\n" +
+	"\amessage\x18\t \x01(\tR\amessage\"\x93\x02\n" +
 	"\x04Item\x12-\n" +
 	"\x05hello\x18\x01 \x01(\v2\x15.godwit.wire.v1.HelloH\x00R\x05hello\x122\n" +
 	"\x05entry\x18\x02 \x01(\v2\x1a.godwit.wire.v1.ImageEntryH\x00R\x05entry\x12\x16\n" +
 	"\x05facts\x18\x03 \x01(\fH\x00R\x05facts\x12=\n" +
 	"\vimages_done\x18\x04 \x01(\v2\x1a.godwit.wire.v1.ImagesDoneH\x00R\n" +
 	"imagesDone\x12-\n" +
-	"\x03end\x18\x05 \x01(\v2\x19.godwit.wire.v1.StreamEndH\x00R\x03endB\x06\n" +
+	"\x03end\x18\x05 \x01(\v2\x19.godwit.wire.v1.StreamEndH\x00R\x03end\x12\x1a\n" +
+	"\aoutline\x18\x06 \x01(\fH\x00R\aoutlineB\x06\n" +
 	"\x04item\"e\n" +
 	"\x05Hello\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
@@ -4929,7 +5140,16 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x12CODE_UNKNOWN_STATE\x10\b\x12\x10\n" +
 	"\fCODE_VERSION\x10\t\x12\r\n" +
 	"\tCODE_BUSY\x10\n" +
-	"*\xac\x02\n" +
+	"*I\n" +
+	"\bCopyMode\x12\x12\n" +
+	"\x0eCOPY_MODE_AUTO\x10\x00\x12\x15\n" +
+	"\x11COPY_MODE_PRECOPY\x10\x01\x12\x12\n" +
+	"\x0eCOPY_MODE_STOP\x10\x02*U\n" +
+	"\n" +
+	"NoConverge\x12\x16\n" +
+	"\x12NO_CONVERGE_FREEZE\x10\x00\x12\x18\n" +
+	"\x14NO_CONVERGE_THROTTLE\x10\x01\x12\x15\n" +
+	"\x11NO_CONVERGE_ABORT\x10\x02*\xac\x02\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fSTATE_REQUESTED\x10\x01\x12\x13\n" +
@@ -4962,134 +5182,138 @@ func file_wire_godwit_proto_rawDescGZIP() []byte {
 	return file_wire_godwit_proto_rawDescData
 }
 
-var file_wire_godwit_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_wire_godwit_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
 var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
 var file_wire_godwit_proto_goTypes = []any{
 	(Code)(0),                // 0: godwit.wire.v1.Code
-	(State)(0),               // 1: godwit.wire.v1.State
-	(Owner)(0),               // 2: godwit.wire.v1.Owner
-	(*Object)(nil),           // 3: godwit.wire.v1.Object
-	(*Problem)(nil),          // 4: godwit.wire.v1.Problem
-	(*Error)(nil),            // 5: godwit.wire.v1.Error
-	(*AgentInfo)(nil),        // 6: godwit.wire.v1.AgentInfo
-	(*InfoRequest)(nil),      // 7: godwit.wire.v1.InfoRequest
-	(*InfoReply)(nil),        // 8: godwit.wire.v1.InfoReply
-	(*PsRequest)(nil),        // 9: godwit.wire.v1.PsRequest
-	(*Process)(nil),          // 10: godwit.wire.v1.Process
-	(*PsReply)(nil),          // 11: godwit.wire.v1.PsReply
-	(*ExternalFile)(nil),     // 12: godwit.wire.v1.ExternalFile
-	(*RequiredFile)(nil),     // 13: godwit.wire.v1.RequiredFile
-	(*RequiredTask)(nil),     // 14: godwit.wire.v1.RequiredTask
-	(*RequiredPort)(nil),     // 15: godwit.wire.v1.RequiredPort
-	(*Rlimit)(nil),           // 16: godwit.wire.v1.Rlimit
-	(*Requirements)(nil),     // 17: godwit.wire.v1.Requirements
-	(*Inherit)(nil),          // 18: godwit.wire.v1.Inherit
-	(*MigrateOptions)(nil),   // 19: godwit.wire.v1.MigrateOptions
-	(*Attachment)(nil),       // 20: godwit.wire.v1.Attachment
-	(*WindowSize)(nil),       // 21: godwit.wire.v1.WindowSize
-	(*ResizeRequest)(nil),    // 22: godwit.wire.v1.ResizeRequest
-	(*ResizeReply)(nil),      // 23: godwit.wire.v1.ResizeReply
-	(*Proxy)(nil),            // 24: godwit.wire.v1.Proxy
-	(*ProxyState)(nil),       // 25: godwit.wire.v1.ProxyState
-	(*Holder)(nil),           // 26: godwit.wire.v1.Holder
-	(*OpenObject)(nil),       // 27: godwit.wire.v1.OpenObject
-	(*JournalStream)(nil),    // 28: godwit.wire.v1.JournalStream
-	(*Resolution)(nil),       // 29: godwit.wire.v1.Resolution
-	(*FileState)(nil),        // 30: godwit.wire.v1.FileState
-	(*ResolveRequest)(nil),   // 31: godwit.wire.v1.ResolveRequest
-	(*Entry)(nil),            // 32: godwit.wire.v1.Entry
-	(*Presence)(nil),         // 33: godwit.wire.v1.Presence
-	(*ResolveReply)(nil),     // 34: godwit.wire.v1.ResolveReply
-	(*PreflightRequest)(nil), // 35: godwit.wire.v1.PreflightRequest
-	(*PreflightReply)(nil),   // 36: godwit.wire.v1.PreflightReply
-	(*PrepareRequest)(nil),   // 37: godwit.wire.v1.PrepareRequest
-	(*PrepareReply)(nil),     // 38: godwit.wire.v1.PrepareReply
-	(*ReserveRequest)(nil),   // 39: godwit.wire.v1.ReserveRequest
-	(*ReserveReply)(nil),     // 40: godwit.wire.v1.ReserveReply
-	(*StartRequest)(nil),     // 41: godwit.wire.v1.StartRequest
-	(*StartReply)(nil),       // 42: godwit.wire.v1.StartReply
-	(*AbortRequest)(nil),     // 43: godwit.wire.v1.AbortRequest
-	(*AbortReply)(nil),       // 44: godwit.wire.v1.AbortReply
-	(*Record)(nil),           // 45: godwit.wire.v1.Record
-	(*Step)(nil),             // 46: godwit.wire.v1.Step
-	(*Report)(nil),           // 47: godwit.wire.v1.Report
-	(*Progress)(nil),         // 48: godwit.wire.v1.Progress
-	(*Item)(nil),             // 49: godwit.wire.v1.Item
-	(*Hello)(nil),            // 50: godwit.wire.v1.Hello
-	(*ImageEntry)(nil),       // 51: godwit.wire.v1.ImageEntry
-	(*ImagesDone)(nil),       // 52: godwit.wire.v1.ImagesDone
-	(*StreamEnd)(nil),        // 53: godwit.wire.v1.StreamEnd
+	(CopyMode)(0),            // 1: godwit.wire.v1.CopyMode
+	(NoConverge)(0),          // 2: godwit.wire.v1.NoConverge
+	(State)(0),               // 3: godwit.wire.v1.State
+	(Owner)(0),               // 4: godwit.wire.v1.Owner
+	(*Object)(nil),           // 5: godwit.wire.v1.Object
+	(*Problem)(nil),          // 6: godwit.wire.v1.Problem
+	(*Error)(nil),            // 7: godwit.wire.v1.Error
+	(*AgentInfo)(nil),        // 8: godwit.wire.v1.AgentInfo
+	(*InfoRequest)(nil),      // 9: godwit.wire.v1.InfoRequest
+	(*InfoReply)(nil),        // 10: godwit.wire.v1.InfoReply
+	(*PsRequest)(nil),        // 11: godwit.wire.v1.PsRequest
+	(*Process)(nil),          // 12: godwit.wire.v1.Process
+	(*PsReply)(nil),          // 13: godwit.wire.v1.PsReply
+	(*ExternalFile)(nil),     // 14: godwit.wire.v1.ExternalFile
+	(*RequiredFile)(nil),     // 15: godwit.wire.v1.RequiredFile
+	(*RequiredTask)(nil),     // 16: godwit.wire.v1.RequiredTask
+	(*RequiredPort)(nil),     // 17: godwit.wire.v1.RequiredPort
+	(*Rlimit)(nil),           // 18: godwit.wire.v1.Rlimit
+	(*Requirements)(nil),     // 19: godwit.wire.v1.Requirements
+	(*Inherit)(nil),          // 20: godwit.wire.v1.Inherit
+	(*MigrateOptions)(nil),   // 21: godwit.wire.v1.MigrateOptions
+	(*Attachment)(nil),       // 22: godwit.wire.v1.Attachment
+	(*WindowSize)(nil),       // 23: godwit.wire.v1.WindowSize
+	(*ResizeRequest)(nil),    // 24: godwit.wire.v1.ResizeRequest
+	(*ResizeReply)(nil),      // 25: godwit.wire.v1.ResizeReply
+	(*Proxy)(nil),            // 26: godwit.wire.v1.Proxy
+	(*ProxyState)(nil),       // 27: godwit.wire.v1.ProxyState
+	(*Holder)(nil),           // 28: godwit.wire.v1.Holder
+	(*OpenObject)(nil),       // 29: godwit.wire.v1.OpenObject
+	(*JournalStream)(nil),    // 30: godwit.wire.v1.JournalStream
+	(*Resolution)(nil),       // 31: godwit.wire.v1.Resolution
+	(*FileState)(nil),        // 32: godwit.wire.v1.FileState
+	(*ResolveRequest)(nil),   // 33: godwit.wire.v1.ResolveRequest
+	(*Entry)(nil),            // 34: godwit.wire.v1.Entry
+	(*Presence)(nil),         // 35: godwit.wire.v1.Presence
+	(*ResolveReply)(nil),     // 36: godwit.wire.v1.ResolveReply
+	(*PreflightRequest)(nil), // 37: godwit.wire.v1.PreflightRequest
+	(*PreflightReply)(nil),   // 38: godwit.wire.v1.PreflightReply
+	(*PrepareRequest)(nil),   // 39: godwit.wire.v1.PrepareRequest
+	(*PrepareReply)(nil),     // 40: godwit.wire.v1.PrepareReply
+	(*ReserveRequest)(nil),   // 41: godwit.wire.v1.ReserveRequest
+	(*ReserveReply)(nil),     // 42: godwit.wire.v1.ReserveReply
+	(*StartRequest)(nil),     // 43: godwit.wire.v1.StartRequest
+	(*StartReply)(nil),       // 44: godwit.wire.v1.StartReply
+	(*AbortRequest)(nil),     // 45: godwit.wire.v1.AbortRequest
+	(*AbortReply)(nil),       // 46: godwit.wire.v1.AbortReply
+	(*Record)(nil),           // 47: godwit.wire.v1.Record
+	(*Step)(nil),             // 48: godwit.wire.v1.Step
+	(*Report)(nil),           // 49: godwit.wire.v1.Report
+	(*Progress)(nil),         // 50: godwit.wire.v1.Progress
+	(*Item)(nil),             // 51: godwit.wire.v1.Item
+	(*Hello)(nil),            // 52: godwit.wire.v1.Hello
+	(*ImageEntry)(nil),       // 53: godwit.wire.v1.ImageEntry
+	(*ImagesDone)(nil),       // 54: godwit.wire.v1.ImagesDone
+	(*StreamEnd)(nil),        // 55: godwit.wire.v1.StreamEnd
 }
 var file_wire_godwit_proto_depIdxs = []int32{
-	3,  // 0: godwit.wire.v1.Problem.object:type_name -> godwit.wire.v1.Object
+	5,  // 0: godwit.wire.v1.Problem.object:type_name -> godwit.wire.v1.Object
 	0,  // 1: godwit.wire.v1.Error.code:type_name -> godwit.wire.v1.Code
-	4,  // 2: godwit.wire.v1.Error.problems:type_name -> godwit.wire.v1.Problem
-	25, // 3: godwit.wire.v1.AgentInfo.proxies:type_name -> godwit.wire.v1.ProxyState
-	6,  // 4: godwit.wire.v1.InfoReply.info:type_name -> godwit.wire.v1.AgentInfo
-	5,  // 5: godwit.wire.v1.InfoReply.error:type_name -> godwit.wire.v1.Error
-	10, // 6: godwit.wire.v1.PsReply.processes:type_name -> godwit.wire.v1.Process
-	5,  // 7: godwit.wire.v1.PsReply.error:type_name -> godwit.wire.v1.Error
-	14, // 8: godwit.wire.v1.Requirements.tasks:type_name -> godwit.wire.v1.RequiredTask
-	13, // 9: godwit.wire.v1.Requirements.files:type_name -> godwit.wire.v1.RequiredFile
-	12, // 10: godwit.wire.v1.Requirements.externals:type_name -> godwit.wire.v1.ExternalFile
-	15, // 11: godwit.wire.v1.Requirements.ports:type_name -> godwit.wire.v1.RequiredPort
-	16, // 12: godwit.wire.v1.Requirements.rlimits:type_name -> godwit.wire.v1.Rlimit
-	18, // 13: godwit.wire.v1.MigrateOptions.inherit:type_name -> godwit.wire.v1.Inherit
-	24, // 14: godwit.wire.v1.MigrateOptions.proxied:type_name -> godwit.wire.v1.Proxy
-	20, // 15: godwit.wire.v1.MigrateOptions.attach:type_name -> godwit.wire.v1.Attachment
-	21, // 16: godwit.wire.v1.Attachment.size:type_name -> godwit.wire.v1.WindowSize
-	21, // 17: godwit.wire.v1.ResizeRequest.size:type_name -> godwit.wire.v1.WindowSize
-	5,  // 18: godwit.wire.v1.ResizeReply.error:type_name -> godwit.wire.v1.Error
-	26, // 19: godwit.wire.v1.OpenObject.holders:type_name -> godwit.wire.v1.Holder
-	28, // 20: godwit.wire.v1.OpenObject.journal:type_name -> godwit.wire.v1.JournalStream
-	24, // 21: godwit.wire.v1.OpenObject.proxy:type_name -> godwit.wire.v1.Proxy
-	26, // 22: godwit.wire.v1.OpenObject.inherited:type_name -> godwit.wire.v1.Holder
-	27, // 23: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
-	24, // 24: godwit.wire.v1.Resolution.proxy:type_name -> godwit.wire.v1.Proxy
-	30, // 25: godwit.wire.v1.Resolution.have:type_name -> godwit.wire.v1.FileState
-	27, // 26: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
-	19, // 27: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	17, // 28: godwit.wire.v1.ResolveRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	29, // 29: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
-	4,  // 30: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
-	32, // 31: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
-	33, // 32: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
-	5,  // 33: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
-	19, // 34: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	29, // 35: godwit.wire.v1.PreflightRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	17, // 36: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
-	10, // 37: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
-	5,  // 38: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
-	27, // 39: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
-	17, // 40: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	19, // 41: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	29, // 42: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	5,  // 43: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
-	5,  // 44: godwit.wire.v1.ReserveReply.error:type_name -> godwit.wire.v1.Error
-	19, // 45: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	29, // 46: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	32, // 47: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
-	5,  // 48: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
-	5,  // 49: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
-	1,  // 50: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
-	2,  // 51: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
-	19, // 52: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
-	5,  // 53: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
-	46, // 54: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
-	47, // 55: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
-	47, // 56: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
-	1,  // 57: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
-	1,  // 58: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
-	50, // 59: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
-	51, // 60: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
-	52, // 61: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
-	53, // 62: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
-	5,  // 63: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
-	64, // [64:64] is the sub-list for method output_type
-	64, // [64:64] is the sub-list for method input_type
-	64, // [64:64] is the sub-list for extension type_name
-	64, // [64:64] is the sub-list for extension extendee
-	0,  // [0:64] is the sub-list for field type_name
+	6,  // 2: godwit.wire.v1.Error.problems:type_name -> godwit.wire.v1.Problem
+	27, // 3: godwit.wire.v1.AgentInfo.proxies:type_name -> godwit.wire.v1.ProxyState
+	8,  // 4: godwit.wire.v1.InfoReply.info:type_name -> godwit.wire.v1.AgentInfo
+	7,  // 5: godwit.wire.v1.InfoReply.error:type_name -> godwit.wire.v1.Error
+	12, // 6: godwit.wire.v1.PsReply.processes:type_name -> godwit.wire.v1.Process
+	7,  // 7: godwit.wire.v1.PsReply.error:type_name -> godwit.wire.v1.Error
+	16, // 8: godwit.wire.v1.Requirements.tasks:type_name -> godwit.wire.v1.RequiredTask
+	15, // 9: godwit.wire.v1.Requirements.files:type_name -> godwit.wire.v1.RequiredFile
+	14, // 10: godwit.wire.v1.Requirements.externals:type_name -> godwit.wire.v1.ExternalFile
+	17, // 11: godwit.wire.v1.Requirements.ports:type_name -> godwit.wire.v1.RequiredPort
+	18, // 12: godwit.wire.v1.Requirements.rlimits:type_name -> godwit.wire.v1.Rlimit
+	20, // 13: godwit.wire.v1.MigrateOptions.inherit:type_name -> godwit.wire.v1.Inherit
+	26, // 14: godwit.wire.v1.MigrateOptions.proxied:type_name -> godwit.wire.v1.Proxy
+	22, // 15: godwit.wire.v1.MigrateOptions.attach:type_name -> godwit.wire.v1.Attachment
+	1,  // 16: godwit.wire.v1.MigrateOptions.copy_mode:type_name -> godwit.wire.v1.CopyMode
+	2,  // 17: godwit.wire.v1.MigrateOptions.no_converge:type_name -> godwit.wire.v1.NoConverge
+	23, // 18: godwit.wire.v1.Attachment.size:type_name -> godwit.wire.v1.WindowSize
+	23, // 19: godwit.wire.v1.ResizeRequest.size:type_name -> godwit.wire.v1.WindowSize
+	7,  // 20: godwit.wire.v1.ResizeReply.error:type_name -> godwit.wire.v1.Error
+	28, // 21: godwit.wire.v1.OpenObject.holders:type_name -> godwit.wire.v1.Holder
+	30, // 22: godwit.wire.v1.OpenObject.journal:type_name -> godwit.wire.v1.JournalStream
+	26, // 23: godwit.wire.v1.OpenObject.proxy:type_name -> godwit.wire.v1.Proxy
+	28, // 24: godwit.wire.v1.OpenObject.inherited:type_name -> godwit.wire.v1.Holder
+	29, // 25: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
+	26, // 26: godwit.wire.v1.Resolution.proxy:type_name -> godwit.wire.v1.Proxy
+	32, // 27: godwit.wire.v1.Resolution.have:type_name -> godwit.wire.v1.FileState
+	29, // 28: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
+	21, // 29: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	19, // 30: godwit.wire.v1.ResolveRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	31, // 31: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
+	6,  // 32: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
+	34, // 33: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
+	35, // 34: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
+	7,  // 35: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
+	21, // 36: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	31, // 37: godwit.wire.v1.PreflightRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	19, // 38: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
+	12, // 39: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
+	7,  // 40: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
+	29, // 41: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
+	19, // 42: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	21, // 43: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	31, // 44: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	7,  // 45: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
+	7,  // 46: godwit.wire.v1.ReserveReply.error:type_name -> godwit.wire.v1.Error
+	21, // 47: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	31, // 48: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	34, // 49: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
+	7,  // 50: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
+	7,  // 51: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
+	3,  // 52: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
+	4,  // 53: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
+	21, // 54: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
+	7,  // 55: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
+	48, // 56: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
+	49, // 57: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
+	49, // 58: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
+	3,  // 59: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
+	3,  // 60: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
+	52, // 61: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
+	53, // 62: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
+	54, // 63: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
+	55, // 64: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
+	7,  // 65: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
+	66, // [66:66] is the sub-list for method output_type
+	66, // [66:66] is the sub-list for method input_type
+	66, // [66:66] is the sub-list for extension type_name
+	66, // [66:66] is the sub-list for extension extendee
+	0,  // [0:66] is the sub-list for field type_name
 }
 
 func init() { file_wire_godwit_proto_init() }
@@ -5103,13 +5327,14 @@ func file_wire_godwit_proto_init() {
 		(*Item_Facts)(nil),
 		(*Item_ImagesDone)(nil),
 		(*Item_End)(nil),
+		(*Item_Outline)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wire_godwit_proto_rawDesc), len(file_wire_godwit_proto_rawDesc)),
-			NumEnums:      3,
+			NumEnums:      5,
 			NumMessages:   51,
 			NumExtensions: 0,
 			NumServices:   0,

@@ -60,6 +60,7 @@ type Options struct {
 	Ends      bool // the tree does not run on
 	Host      string
 	Files     plan.FileOptions
+	Live      *Live // what the sink has been given already; nil: nothing
 }
 
 // process is one process as the collector sees it.
@@ -590,7 +591,7 @@ func ownThread(tid int) bool {
 }
 
 func (c *collector) memory(p *process) error {
-	vmas, refused, err := mem.Read(p.pid)
+	vmas, refused, err := mem.Read(p.pid, c.o.Live.tracker(p.pid))
 	if err != nil {
 		return err
 	}

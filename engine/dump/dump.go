@@ -138,6 +138,7 @@ func dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 	if err != nil {
 		return st, err
 	}
+	facts.Precopied = o.Live.settle(c)
 	facts.Files = c.files.Facts()
 	st.Sockets, st.Moved = c.files.SocketFiles(), c.files.MovedFiles()
 	facts.Ghosts = c.files.GhostFacts()
@@ -435,7 +436,14 @@ func (c *collector) data(ctx context.Context, sink image.Sink, st *Stats) error 
 			return err
 		}
 		begin := time.Now()
-		n, err := r.Dump(ctx, p.vmas, sink, image.DataID{Kind: image.Memory, ID: uint32(p.vpid)})
+		n, vmas := uint64(0), p.vmas
+		if t := c.o.Live.keeps(p.pid); t != nil {
+			if n, vmas, err = t.Final(ctx, vmas, sink); err != nil {
+				return errors.Join(err, r.Close())
+			}
+		}
+		more, err := r.Dump(ctx, vmas, sink, image.DataID{Kind: image.Memory, ID: uint32(p.vpid)})
+		n += more
 		st.Pages += n
 		st.Bytes += n * arch.PageSize
 		scanned := uint64(0)

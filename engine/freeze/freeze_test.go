@@ -133,7 +133,7 @@ func TestDumpLeavesNoTrace(t *testing.T) {
 
 func readAll(tree *freeze.Tree) error {
 	p := tree.Root()
-	vmas, _, err := mem.Read(p.Pid)
+	vmas, _, err := mem.Read(p.Pid, nil)
 	if err != nil {
 		return err
 	}

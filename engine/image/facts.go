@@ -30,6 +30,10 @@ type Facts struct {
 	MonotonicOffsetNS int64 `json:"monotonic_offset_ns,omitempty"`
 	BoottimeOffsetNS  int64 `json:"boottime_offset_ns,omitempty"`
 
+	// Precopied are the processes, by pid in the images, whose memory is what came
+	// before the images (Outline) and what differs from it after them.
+	Precopied []uint32 `json:"precopied,omitempty"`
+
 	Tasks []TaskFacts `json:"tasks"`
 	Files []FileFacts `json:"files,omitempty"`
 	// Ghosts are the deleted files.

@@ -28,6 +28,12 @@ const (
 	// Digest follows the Ghost data of a file that travels with its name and has
 	// the same ID; the data is a SHA-256 of that.
 	Digest DataKind = 4
+	// Layout is new anonymous memory of a process, before the images: Regions; ID is
+	// its pid in the images. What it had there is gone.
+	Layout DataKind = 5
+	// Holes, after the images, are ranges of a process whose memory came before them
+	// (Facts.Precopied) where it has none any more: Ranges; ID is its pid.
+	Holes DataKind = 6
 )
 
 func (k DataKind) String() string {
@@ -40,6 +46,10 @@ func (k DataKind) String() string {
 		return "ghost"
 	case Digest:
 		return "digest"
+	case Layout:
+		return "layout"
+	case Holes:
+		return "holes"
 	}
 	return fmt.Sprintf("data kind %d", uint8(k))
 }

@@ -335,14 +335,18 @@ func FromImage(es []*vma.VmaEntry) ([]*VMA, error) {
 	return out, nil
 }
 
-// Read gives the mappings of a process and those that cannot be carried.
-func Read(pid int) (vmas []*VMA, refused map[*VMA]string, err error) {
+// Read gives the mappings of a process and those that cannot be carried. t follows
+// it; nil: nothing does.
+func Read(pid int, t *Tracker) (vmas []*VMA, refused map[*VMA]string, err error) {
 	maps, err := procfs.ReadSmaps(pid)
 	if err != nil {
 		return nil, nil, fmt.Errorf("read mappings of pid %d: %w", pid, err)
 	}
 	refused = map[*VMA]string{}
 	for i := range maps {
+		if t.owns() {
+			maps[i].VmFlags = slices.DeleteFunc(maps[i].VmFlags, func(f string) bool { return f == "uw" })
+		}
 		v, why := Classify(&maps[i])
 		if v == nil {
 			continue

@@ -80,6 +80,7 @@ type Tree struct {
 	made      []int               // System V segments that go with a Discard
 	spare     uint64
 	filler    *filler // nil: memory is not inherited
+	early     *early  // what came before the images, nil: nothing
 
 	paths  []string               // socket files that go with a Discard
 	extras map[int]*ptrace.Remote // processes made only to act, by pid in the images
@@ -114,6 +115,18 @@ func reap(tid int) error { return freeze.Reap(tid) }
 
 // Restore rebuilds a tree from a source. If it fails, nothing of it is left.
 func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options) (_ *Tree, err error) {
+	t := &Tree{log: log, o: o, model: &model{}, tracer: ptrace.NewTracer(), shmems: map[uint32]*os.File{}, extras: map[int]*ptrace.Remote{}}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, t.Discard())
+		}
+	}()
+	if t.ch, err = newChannel(); err != nil {
+		return nil, err
+	}
+	if err := t.nurse(ctx, src); err != nil {
+		return nil, err
+	}
 	set, err := src.Images(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("read images: %w", err)
@@ -128,13 +141,8 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 		return nil, err
 	}
 	m.outliveAgent(log)
-	t := &Tree{log: log, o: o, model: m, terminals: files.MakesTerminals(set), tracer: ptrace.NewTracer(), shmems: map[uint32]*os.File{}, extras: map[int]*ptrace.Remote{}}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, t.Discard())
-		}
-	}()
-	if t.ch, err = newChannel(); err != nil {
+	t.model, t.terminals = m, files.MakesTerminals(set)
+	if err := t.tracer.Do(func() error { return t.graft(set) }); err != nil {
 		return nil, err
 	}
 	start := time.Now()
@@ -253,6 +261,9 @@ func (t *Tree) loginUID(p *process) error {
 
 // sow starts the stub and gives it the spare memory.
 func (t *Tree) sow() (err error) {
+	if t.early != nil {
+		return t.setClocks()
+	}
 	kind := stubKind{newPid: t.newPid(), sameSession: t.o.ShellJob && !t.o.Lead, terminals: t.terminals}
 	if t.stub, err = startStub(t.ch, kind); err != nil {
 		return err
@@ -476,20 +487,23 @@ func (t *Tree) makeRoom(p *process) error {
 		calls = append(calls, ptrace.NewCall(what, nr, args...))
 	}
 	park := t.spare + ptrace.AreaSize
-	move := func(what string, from, n, to uint64) {
-		add(what, unix.SYS_MREMAP, ptrace.Int(from), ptrace.Int(n), ptrace.Int(n), ptrace.Int(uint64(mremapFixed)), ptrace.Int(to))
-	}
+	move := func(what string, from, n, to uint64) { calls = append(calls, moveCall(what, from, n, to)) }
 	if n := from[len(from)-1].end - from[0].start; n > parkSize {
 		return fmt.Errorf("[vdso] and [vvar] take %d bytes", n)
 	}
 	for _, s := range from {
-		move("park [vdso]", s.start, s.end-s.start, park+s.start-from[0].start)
+		if from[0].start != park { // as that of a process with early memory is
+			move("park [vdso]", s.start, s.end-s.start, park+s.start-from[0].start)
+		}
 	}
-	if p.heritage == nil {
+	switch {
+	case p.graft != nil:
+		calls = append(calls, t.prune(p)...)
+	case p.heritage == nil:
 		for _, s := range t.stub.rest {
 			add("unmap the stub", unix.SYS_MUNMAP, ptrace.Int(s.start), ptrace.Int(s.end-s.start))
 		}
-	} else {
+	default:
 		mem.Inherit(p.vmas, p.heritage.vmas, t.hugeFile)
 		calls = append(calls, t.strip(p)...)
 	}
@@ -543,8 +557,10 @@ func (t *Tree) mapAll(p *process) error {
 			if v.Is(mem.AioRing) { // rings
 				flags = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_FIXED_NOREPLACE
 			}
-			calls = append(calls, ptrace.NewCall("make "+v.String()+hugeHint(v.Flags&unix.MAP_HUGETLB != 0), unix.SYS_MMAP, ptrace.Int(v.Start), ptrace.Int(v.Len()),
-				ptrace.Int(v.Prot), ptrace.Int(flags), ptrace.Int(fd), ptrace.Int(off)))
+			for _, r := range p.missing(v) {
+				calls = append(calls, ptrace.NewCall("make "+v.String()+hugeHint(v.Flags&unix.MAP_HUGETLB != 0), unix.SYS_MMAP, ptrace.Int(r.Start), ptrace.Int(r.End-r.Start),
+					ptrace.Int(v.Prot), ptrace.Int(flags), ptrace.Int(fd), ptrace.Int(off)))
+			}
 		}
 		if v.Is(mem.AioRing) {
 			continue

@@ -221,7 +221,7 @@ func (f *filler) process() (*process, error) {
 func (f *filler) take(ctx context.Context, p *process) error {
 	for began := false; ; {
 		more, err := f.peek(ctx)
-		if err != nil || !more || f.id.Kind != image.Memory {
+		if err != nil || !more || f.id.Kind != image.Memory && f.id.Kind != image.Holes {
 			return err
 		}
 		q, err := f.process()
@@ -237,7 +237,13 @@ func (f *filler) take(ctx context.Context, p *process) error {
 				return err
 			}
 		}
-		if err := f.put(q); err != nil {
+		if f.id.Kind == image.Holes {
+			f.held = false
+			err = f.t.holes(f.id, f.b)
+		} else {
+			err = f.put(q)
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -249,6 +255,13 @@ func (f *filler) rest(ctx context.Context) error {
 		more, err := f.peek(ctx)
 		if err != nil || !more {
 			return errors.Join(err, f.close())
+		}
+		if f.id.Kind == image.Holes {
+			f.held = false
+			if err := f.t.tracer.Do(func() error { return f.t.holes(f.id, f.b) }); err != nil {
+				return err
+			}
+			continue
 		}
 		if f.id.Kind != image.Memory {
 			f.held = false

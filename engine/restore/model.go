@@ -53,10 +53,12 @@ type process struct {
 
 	attached []*mem.Attachment // among vmas
 
-	built    bool     // its mappings are there
-	ripe     bool     // and its memory, for children
-	heritage *process // out of whose mappings it was cloned; nil: the stub's
-	data     progress // of a process with a heritage
+	built    bool                       // its mappings are there
+	ripe     bool                       // and its memory, for children
+	heritage *process                   // out of whose mappings it was cloned; nil: the stub's
+	data     progress                   // of a process with a heritage
+	graft    *nursling                  // what it was before the images were there; nil: nothing
+	early    map[*mem.VMA][]image.Range // of a graft: parts of mappings that are there
 	fs       *fsimg.FsEntry
 
 	curSid    int // session that it is in while the tree is built
@@ -304,15 +306,14 @@ func (m *model) spare(taken []span) (uint64, error) {
 			all = append(all, span{v.Start, v.End})
 		}
 	}
-	return gap(all, spareSize)
+	// Low addresses are left to the programs: brk grows there.
+	return gap(all, spareSize, 0x10_0000_0000)
 }
 
-// gap finds an address whose next size bytes none of taken has.
-func gap(taken []span, size uint64) (uint64, error) {
+// gap finds an address, at or above at, whose next size bytes none of taken has.
+func gap(taken []span, size, at uint64) (uint64, error) {
 	sortSpans(taken)
-	// Low addresses are left to the programs: brk grows there. One page more
-	// on both sides keeps ours apart from theirs.
-	at := uint64(0x10_0000_0000)
+	// One page more on both sides keeps ours apart from theirs.
 	size += 2 * arch.PageSize
 	for _, s := range taken {
 		if s.start > at && s.start-at >= size {

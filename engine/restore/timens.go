@@ -81,7 +81,7 @@ func (c *clocks) plan(how Clocks, boot string, own, kernel procfs.TimeOffsets) (
 
 // setClocks has everything that is cloned from the stub live in a time namespace
 // where it needs one.
-// Preconditions: nothing has been cloned yet.
+// Preconditions: nothing has been cloned yet but processes for early memory.
 func (t *Tree) setClocks() error {
 	own, err := procfs.ReadTimeOffsets(os.Getpid())
 	if err != nil {
@@ -111,7 +111,32 @@ func (t *Tree) setClocks() error {
 	if err := os.WriteFile(procfs.Path(t.stub.remote.Tid, "timens_offsets"), []byte(text), 0); err != nil {
 		return errors.Join(fmt.Errorf("%s: set its time namespace", hint), err)
 	}
+	if err := t.clockGrafts(); err != nil {
+		return fmt.Errorf("%s: %w", hint, err)
+	}
 	t.log.Debug("tree lives in a time namespace", "monotonic_offset_ms", o.Monotonic/1e6, "boottime_offset_ms", o.Boottime/1e6)
+	return nil
+}
+
+// clockGrafts has processes that were made before the clocks were known live in the
+// time namespace of those that are cloned from the stub.
+func (t *Tree) clockGrafts() error {
+	var f *os.File
+	for _, p := range t.model.procs {
+		if p.graft == nil {
+			continue
+		}
+		if f == nil {
+			var err error
+			if f, err = os.Open(procfs.Path(t.stub.remote.Tid, "ns", "time_for_children")); err != nil {
+				return err
+			}
+			defer func() { _ = f.Close() }()
+		}
+		if err := t.setns(p.remote(), f, unix.CLONE_NEWTIME, "enter the time namespace"); err != nil {
+			return fmt.Errorf("%s: %w", p, err)
+		}
+	}
 	return nil
 }
 

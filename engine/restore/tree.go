@@ -95,6 +95,9 @@ func (t *Tree) rootProcess(set *image.Set) error {
 }
 
 func (t *Tree) firstProcess(root *process, flags, exitSignal uint64) (*ptrace.Remote, error) {
+	if root.graft != nil {
+		return root.remote(), nil
+	}
 	if t.o.Sibling {
 		return t.adoptSibling()
 	}
@@ -173,7 +176,14 @@ func (p *process) exitSignal() uint64 {
 func (t *Tree) grow(ctx context.Context, p *process, r *ptrace.Remote) error {
 	p.leader().remote = r
 	before := p.curSid
-	if p.sid == p.vpid {
+	switch {
+	case p.sid != p.vpid:
+	case p.graft != nil: // began its session when it was made
+		p.curSid = p.sid
+		if err := t.takeTerminal(p); err != nil {
+			return fmt.Errorf("%s: %w", p, err)
+		}
+	default:
 		for _, c := range p.children {
 			if c.sid == before && c.sid != p.vpid {
 				if err := t.child(ctx, p, c); err != nil {
@@ -190,6 +200,13 @@ func (t *Tree) grow(ctx context.Context, p *process, r *ptrace.Remote) error {
 		}
 	}
 	for _, c := range p.children {
+		if c.graft != nil {
+			c.curSid = c.sid
+			if err := t.grow(ctx, c, c.remote()); err != nil {
+				return err
+			}
+			continue
+		}
 		if c.remote() == nil && (c.sid == p.curSid || c.sid == c.vpid) {
 			if err := t.child(ctx, p, c); err != nil {
 				return err

@@ -55,8 +55,23 @@ const ioctlPagemapScan = 0xc0606610 // _IOWR('f', 16, struct pm_scan_arg)
 // anyof. It returns how many runs there are and where to go on; n < len(vec)
 // means that the walk is finished.
 func PagemapScan(fd int, start, end uint64, inverted, mask, anyof, ret uint64, vec []PageRegion) (n int, next uint64, err error) {
+	return pagemapScan(fd, 0, start, end, inverted, mask, anyof, ret, vec)
+}
+
+// PagemapWritten is PagemapScan of memory that is under UffdWatch, all of it: else it
+// fails with EPERM. With begin set, what it finds counts as not written from
+// then on, atomically.
+func PagemapWritten(fd int, begin bool, start, end uint64, inverted, mask, anyof, ret uint64, vec []PageRegion) (n int, next uint64, err error) {
+	flags := uint64(pmScanChecked)
+	if begin {
+		flags |= pmScanWP
+	}
+	return pagemapScan(fd, flags, start, end, inverted, mask, anyof, ret, vec)
+}
+
+func pagemapScan(fd int, flags, start, end uint64, inverted, mask, anyof, ret uint64, vec []PageRegion) (n int, next uint64, err error) {
 	arg := pmScanArg{
-		start: start, end: end,
+		flags: flags, start: start, end: end,
 		vec: uint64(uintptr(unsafe.Pointer(unsafe.SliceData(vec)))), vecLen: uint64(len(vec)),
 		inverted: inverted, mask: mask, anyofMask: anyof, retMask: ret,
 	}

@@ -188,7 +188,7 @@ func inventory(t *testing.T, h *hosts.Host) map[string][]string {
 	slices.Sort(inv["namespaces"])
 	for _, dir := range []string{"/tmp", "/run", "/dev/shm", "/dev/mqueue", "/dev/hugepages", "/sys/fs/cgroup"} {
 		err := filepath.WalkDir(h.Path(dir), func(p string, d fs.DirEntry, err error) error {
-			if err == nil && (d.IsDir() || !strings.HasPrefix(p, h.Path("/sys"))) {
+			if err == nil && (d.IsDir() && !inUse(p) || !strings.HasPrefix(p, h.Path("/sys"))) {
 				inv[dir] = append(inv[dir], strings.TrimPrefix(p, h.Path("")))
 			}
 			return nil
@@ -198,4 +198,11 @@ func inventory(t *testing.T, h *hosts.Host) map[string][]string {
 		}
 	}
 	return inv
+}
+
+// inUse tells whether a directory is a control group with processes: those of the
+// soak have ended, but others work on this machine, too.
+func inUse(dir string) bool {
+	b, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	return err == nil && len(b) > 0
 }

@@ -1,0 +1,320 @@
+package dump
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
+
+	"godwit/engine/arch"
+	"godwit/engine/freeze"
+	"godwit/engine/image"
+	"godwit/engine/mem"
+	"godwit/engine/ns"
+	"godwit/engine/procfs"
+	"godwit/engine/ptrace"
+	"godwit/engine/sys"
+)
+
+// Live copies memory of a tree that runs (pre-copy): Start, then Round again and again,
+// then the dump of the frozen tree with Options.Live. Close ends it.
+//
+// Only anonymous memory of a process's own travels early, and only that of processes
+// which have much of it; what else there is travels with the dump.
+type Live struct {
+	log  hclog.Logger
+	root int
+	kept []*followed // the root first, parents before children
+}
+
+// followed is a process whose memory travels early.
+type followed struct {
+	pid     int
+	start   uint64 // ticks, as /proc/PID/stat has it
+	comm    string
+	outline image.OutlineProc
+	tracker *mem.Tracker // nil: it is only there for its children
+	parent  *followed
+	lost    bool // it ended, or executed another program
+}
+
+// earlyLeast is the anonymous memory that a process other than the root has if it is
+// worth an early copy, bytes. The root is always copied.
+const earlyLeast = 8 << 20
+
+// ErrNotLive says that a tree has nothing that could travel while it runs.
+var ErrNotLive = errors.New("memory cannot be copied while the tree runs")
+
+// StartLive begins to follow the tree below pid, which is frozen for a moment, and gives
+// the sink an outline of it. An error that is ErrNotLive leaves the sink untouched.
+func StartLive(ctx context.Context, log hclog.Logger, pid int, o Options, freezer func() (*freeze.Tree, error), sink image.EarlySink) (_ *Live, err error) {
+	procs, err := findQuiet(ctx, pid)
+	if err != nil {
+		return nil, err
+	}
+	c := newCollector(log, o, pid, nil)
+	defer func() { err = errors.Join(err, c.close()) }()
+	if err := c.collect(procs, true); err != nil {
+		return nil, err
+	}
+	if c.own&^ns.Time != 0 {
+		return nil, fmt.Errorf("%w: it has namespaces of its own", ErrNotLive)
+	}
+	l := &Live{log: log, root: pid}
+	if err := l.choose(c); err != nil {
+		return nil, err
+	}
+	t, err := freezer()
+	if err != nil {
+		return nil, err
+	}
+	err = l.follow(c, t)
+	if err := errors.Join(err, t.Thaw()); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	out := &image.Outline{}
+	if out.BootID, err = procfs.BootID(); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	for _, f := range l.kept {
+		out.Procs = append(out.Procs, f.outline)
+	}
+	if err := out.Check(); err != nil {
+		return nil, errors.Join(fmt.Errorf("%w: %w", ErrNotLive, err), l.Close())
+	}
+	log.Debug("tree is followed", "pid", pid, "processes", len(l.kept), "frozen_us", t.FreezeDur.Microseconds())
+	return l, sink.Outline(out)
+}
+
+// choose finds the processes whose memory travels early: they can be made now as they
+// will be in the end.
+func (l *Live) choose(c *collector) error {
+	byPid := map[int]*followed{}
+	shared := map[uint32]int{}
+	for _, p := range c.procs {
+		shared[p.filesID]++
+		shared[p.fsID|1<<31]++
+	}
+	for i, p := range c.procs {
+		st, err := procfs.ReadStat(p.pid)
+		if err != nil {
+			if i == 0 {
+				return err
+			}
+			continue
+		}
+		f := &followed{pid: p.pid, start: st.StartTime, comm: p.comm, parent: byPid[p.ppid],
+			outline: image.OutlineProc{Pid: uint32(p.vpid), Sid: uint32(p.vsid), ExitSignal: uint32(max(st.ExitSignal, 0))}}
+		why := ""
+		switch {
+		case p.zombie || p.headless || p.vfork != 0 || p.vmas == nil:
+			why = "it is ending or just beginning"
+		case st.TTYNr != 0:
+			why = "it has a terminal"
+		case shared[p.filesID] > 1 || shared[p.fsID|1<<31] > 1:
+			why = "it shares descriptors or directories with another process"
+		case i > 0 && f.parent == nil:
+			why = "its parent is made in the end"
+		case i > 0 && p.vsid != p.vpid && uint32(p.vsid) != f.parent.outline.Sid:
+			why = "it is in another session than its parent"
+		case c.elderChildren(p):
+			why = "it leads a session that began after its children"
+		}
+		switch {
+		case why != "" && i == 0:
+			return fmt.Errorf("%w: pid %d (%s): %s", ErrNotLive, p.pid, p.comm, why)
+		case why != "":
+			continue
+		case i > 0:
+			f.outline.Parent = f.parent.outline.Pid
+		default:
+			f.outline.ExitSignal = 0
+		}
+		if i > 0 && p.status.RssAnon < earlyLeast {
+			continue
+		}
+		byPid[p.pid] = f
+		l.kept = append(l.kept, f)
+	}
+	return nil
+}
+
+// elderChildren tells whether a session leader has children of another session that
+// does not begin with them: they can only be made before it begins its own.
+func (c *collector) elderChildren(p *process) bool {
+	return p.vsid == p.vpid && slices.ContainsFunc(c.procs, func(q *process) bool {
+		return q.ppid == p.pid && q.vsid != p.vsid && q.vsid != q.vpid
+	})
+}
+
+// follow gives every process a tracker.
+func (l *Live) follow(c *collector, t *freeze.Tree) error {
+	for _, f := range l.kept {
+		i := slices.IndexFunc(t.Procs, func(p *freeze.Proc) bool { return p.Pid == f.pid && !p.Zombie })
+		p := c.byPid(f.pid)
+		if i < 0 {
+			if f.pid == l.root {
+				return fmt.Errorf("pid %d (%s): %w", f.pid, f.comm, unix.ESRCH)
+			}
+			f.lost = true
+			continue
+		}
+		var fd *os.File
+		err := t.Tracer.Do(func() (err error) {
+			fd, err = c.userfault(t.Procs[i], p)
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("%w: pid %d (%s): %w", ErrNotLive, f.pid, f.comm, err)
+		}
+		if f.tracker, err = mem.NewTracker(f.pid, f.outline.Pid, fd); err != nil {
+			return fmt.Errorf("%w: pid %d (%s): %w", ErrNotLive, f.pid, f.comm, err)
+		}
+	}
+	return nil
+}
+
+// userfault makes a userfaultfd in a frozen process and takes it out of it.
+// Preconditions: on the tracer's thread.
+func (c *collector) userfault(fp *freeze.Proc, p *process) (_ *os.File, err error) {
+	th := fp.Leader()
+	b, err := c.borrow(fp, p, th, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		err = errors.Join(err, b.Return(false))
+		th.Resend = th.Resend || b.Stopped
+	}()
+	call := ptrace.NewCall("make a userfaultfd", unix.SYS_USERFAULTFD, ptrace.Int(unix.O_CLOEXEC|unix.O_NONBLOCK|sys.UffdUserModeOnly))
+	if err := b.Run(call); err != nil {
+		return nil, err
+	}
+	n := int(call.Ret)
+	defer func() {
+		err = errors.Join(err, b.Run(ptrace.NewCall("close the userfaultfd", unix.SYS_CLOSE, ptrace.Int(n))))
+	}()
+	pidfd, err := unix.PidfdOpen(fp.Pid, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("pidfd_open", err)
+	}
+	defer func() { _ = unix.Close(pidfd) }()
+	fd, err := unix.PidfdGetfd(pidfd, n, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("pidfd_getfd", err)
+	}
+	return os.NewFile(uintptr(fd), "userfaultfd"), nil
+}
+
+// LiveRound says what a round did.
+type LiveRound struct {
+	Pages uint64 // that were given to the sink
+}
+
+// Round gives the sink what was written since the last one.
+func (l *Live) Round(ctx context.Context, sink image.Sink) (r LiveRound, err error) {
+	for _, f := range l.kept {
+		n, err := f.each(func(vmas []*mem.VMA) (uint64, error) { return f.tracker.Round(ctx, vmas, sink) })
+		r.Pages += n
+		if err != nil {
+			return r, err
+		}
+	}
+	return r, nil
+}
+
+// Pending is how many bytes a round would give now.
+func (l *Live) Pending() (bytes uint64, err error) {
+	for _, f := range l.kept {
+		n, err := f.each(f.tracker.Pending)
+		bytes += n * arch.PageSize
+		if err != nil {
+			return bytes, err
+		}
+	}
+	return bytes, nil
+}
+
+// each does something with the mappings of a process, unless it is no more what it was.
+func (f *followed) each(do func([]*mem.VMA) (uint64, error)) (uint64, error) {
+	if f.lost {
+		return 0, nil
+	}
+	vmas, _, err := mem.Read(f.pid, f.tracker)
+	var n uint64
+	if err == nil && len(vmas) > 0 {
+		n, err = do(vmas)
+	}
+	if procfs.Gone(err) || errors.Is(err, unix.ESRCH) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
+		f.lost, err = true, nil
+	}
+	return n, err
+}
+
+// tracker finds what follows a process; nil: nothing.
+func (l *Live) tracker(pid int) *mem.Tracker {
+	if l == nil {
+		return nil
+	}
+	for _, f := range l.kept {
+		if f.pid == pid {
+			return f.tracker
+		}
+	}
+	return nil
+}
+
+// settle finds out of which processes of the frozen tree the other side has made good
+// use: those that are still what the outline said.
+func (l *Live) settle(c *collector) (pids []uint32) {
+	if l == nil {
+		return nil
+	}
+	for _, f := range l.kept {
+		p := c.byPid(f.pid)
+		ok := !f.lost && p != nil && !p.zombie && f.tracker != nil
+		if ok {
+			st, err := procfs.ReadStat(f.pid)
+			with := slices.ContainsFunc(c.procs, func(q *process) bool { return q != p && (q.filesID == p.filesID || q.fsID == p.fsID) })
+			ok = err == nil && st.StartTime == f.start && uint32(p.vsid) == f.outline.Sid && !with &&
+				(f.parent == nil || !f.parent.lost && p.ppid == f.parent.pid && uint32(max(st.ExitSignal, 0)) == f.outline.ExitSignal)
+		}
+		if f.lost = !ok; ok {
+			pids = append(pids, f.outline.Pid)
+			continue
+		}
+		c.log.Debug("memory was copied in vain: the process ended or is another one", "pid", f.pid, "comm", f.comm)
+	}
+	return pids
+}
+
+// keeps gives what follows a process of the frozen tree of which the other side has memory.
+func (l *Live) keeps(pid int) *mem.Tracker {
+	if l == nil {
+		return nil
+	}
+	i := slices.IndexFunc(l.kept, func(f *followed) bool { return f.pid == pid && !f.lost })
+	if i < 0 {
+		return nil
+	}
+	return l.kept[i].tracker
+}
+
+// Close ends the following; the tree has nothing left of it.
+func (l *Live) Close() (err error) {
+	if l == nil {
+		return nil
+	}
+	for _, f := range l.kept {
+		if f.tracker != nil {
+			err = errors.Join(err, f.tracker.Close())
+			f.tracker, f.lost = nil, true
+		}
+	}
+	return err
+}

@@ -1,0 +1,137 @@
+package image
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+)
+
+// A dump of a tree that still runs (pre-copy) gives memory before the images:
+// an Outline, then Layout and Memory data of its processes, again and again for
+// what was written meanwhile. The images, and what was written last, follow
+// when the tree is frozen.
+
+// Outline says which processes get memory before the images.
+type Outline struct {
+	BootID string        `json:"boot_id"` // of the host where the tree runs
+	Procs  []OutlineProc `json:"procs"`   // the root first, parents before children
+}
+
+// OutlineProc is one of them.
+type OutlineProc struct {
+	Pid    uint32 `json:"pid"`              // in the images, as all numbers here
+	Parent uint32 `json:"parent,omitempty"` // 0: it is the root
+	Sid    uint32 `json:"sid"`
+	// ExitSignal is what its parent gets at its end, 0 for nothing.
+	ExitSignal uint32 `json:"exit_signal"`
+}
+
+// maxOutline bounds the processes of an outline.
+const maxOutline = 1 << 16
+
+// maxPid is the largest pid of a 64-bit kernel (include/linux/threads.h).
+const maxPid = 4 << 20
+
+// Check refuses what no dump writes.
+func (o *Outline) Check() error {
+	if len(o.Procs) == 0 || len(o.Procs) > maxOutline {
+		return fmt.Errorf("an outline of %d processes", len(o.Procs))
+	}
+	sids := map[uint32]uint32{}
+	for i, p := range o.Procs {
+		switch parent, known := sids[p.Parent]; {
+		case p.Pid < 2 || p.Pid > maxPid || p.Sid > maxPid || p.ExitSignal > 64:
+			return fmt.Errorf("an outline with impossible numbers of pid %d", p.Pid)
+		case (i == 0) != (p.Parent == 0), i > 0 && !known:
+			return fmt.Errorf("an outline in which pid %d has no parent before it", p.Pid)
+		case i > 0 && p.Sid != p.Pid && p.Sid != parent:
+			return fmt.Errorf("an outline in which pid %d is in another session than its parent", p.Pid)
+		}
+		if _, twice := sids[p.Pid]; twice {
+			return fmt.Errorf("an outline with pid %d twice", p.Pid)
+		}
+		sids[p.Pid] = p.Sid
+	}
+	return nil
+}
+
+// EarlySink is a Sink that takes what comes before the images.
+type EarlySink interface {
+	Sink
+	// Outline comes first; Data of kinds Layout and Memory may come before Sealed
+	// from then on, at any offset and again.
+	Outline(*Outline) error
+}
+
+// EarlySource is a Source that may have something before the images.
+type EarlySource interface {
+	Source
+	// Outline returns nil if there is nothing. It is asked for once, before Images.
+	Outline(ctx context.Context) (*Outline, error)
+	// Early returns the next run of data before the images, or io.EOF at their
+	// beginning. The bytes are valid until the next call.
+	Early(ctx context.Context) (DataID, uint64, []byte, error)
+}
+
+// Region is anonymous memory of a process.
+type Region struct {
+	Range
+	Prot    uint32 // PROT_*
+	Flags   uint32 // MAP_* as they would make it
+	Madvise uint64 // bit n for advice n (MADV_*)
+}
+
+const (
+	regionLen = 32
+	rangeLen  = 16
+	pageSize  = 4096
+)
+
+// ErrMalformed is what data of Layout and Holes is reported as that no dump writes.
+var ErrMalformed = errors.New("malformed data")
+
+// AppendRegion appends r as Layout has it.
+func AppendRegion(b []byte, r Region) []byte {
+	b = AppendRange(b, r.Range)
+	b = binary.LittleEndian.AppendUint32(b, r.Prot)
+	b = binary.LittleEndian.AppendUint32(b, r.Flags)
+	return binary.LittleEndian.AppendUint64(b, r.Madvise)
+}
+
+// ParseRegions reads the body of Layout.
+func ParseRegions(b []byte) ([]Region, error) {
+	if len(b) == 0 || len(b)%regionLen != 0 {
+		return nil, fmt.Errorf("%w: %d bytes of a layout", ErrMalformed, len(b))
+	}
+	var out []Region
+	for ; len(b) > 0; b = b[regionLen:] {
+		rs, err := ParseRanges(b[:rangeLen])
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, Region{Range: rs[0], Prot: binary.LittleEndian.Uint32(b[16:]), Flags: binary.LittleEndian.Uint32(b[20:]), Madvise: binary.LittleEndian.Uint64(b[24:])})
+	}
+	return out, nil
+}
+
+// AppendRange appends r as Holes has it.
+func AppendRange(b []byte, r Range) []byte {
+	return binary.LittleEndian.AppendUint64(binary.LittleEndian.AppendUint64(b, r.Start), r.End)
+}
+
+// ParseRanges reads the body of Holes.
+func ParseRanges(b []byte) ([]Range, error) {
+	if len(b) == 0 || len(b)%rangeLen != 0 {
+		return nil, fmt.Errorf("%w: %d bytes of ranges", ErrMalformed, len(b))
+	}
+	var out []Range
+	for ; len(b) > 0; b = b[rangeLen:] {
+		r := Range{Start: binary.LittleEndian.Uint64(b), End: binary.LittleEndian.Uint64(b[8:])}
+		if r.Start >= r.End || r.Start%pageSize != 0 || r.End%pageSize != 0 || r.End > 1<<47 {
+			return nil, fmt.Errorf("%w: a range %#x-%#x", ErrMalformed, r.Start, r.End)
+		}
+		out = append(out, r)
+	}
+	return out, nil
+}

@@ -1,0 +1,68 @@
+package mem
+
+import (
+	"math/rand/v2"
+	"testing"
+
+	"godwit/engine/arch"
+)
+
+// TestPageSet compares the set with a map of pages.
+func TestPageSet(t *testing.T) {
+	rng := rand.New(rand.NewPCG(1, 2))
+	const base, pages = 0x7f00_0000_0000 - 700*arch.PageSize, 3000
+	var s pageSet
+	model := map[uint64]bool{}
+	for range 400 {
+		a := rng.Uint64N(pages)
+		b := a + rng.Uint64N(min(pages-a, 1<<rng.UintN(12))+1)
+		start, end := base+a*arch.PageSize, base+b*arch.PageSize
+		put := rng.IntN(2) == 0
+		if put {
+			s.add(start, end)
+		} else {
+			s.remove(start, end)
+		}
+		for p := start; p < end; p += arch.PageSize {
+			model[p] = put
+		}
+		a = rng.Uint64N(pages)
+		start, end = base+a*arch.PageSize, base+(a+rng.Uint64N(pages-a+1))*arch.PageSize
+		if rng.IntN(10) == 0 {
+			start, end = 0, arch.TaskSize
+		}
+		seen := map[uint64]bool{}
+		last := uint64(0)
+		s.runs(start, end, func(from, to uint64) {
+			if from >= to || from < start || to > end || last != 0 && from <= last {
+				t.Fatalf("run %x-%x of %x-%x after one up to %x", from, to, start, end, last)
+			}
+			last = to
+			for p := from; p < to; p += arch.PageSize {
+				seen[p] = true
+			}
+		})
+		lo, hi := max(start, base), min(end, base+pages*arch.PageSize)
+		for p := lo; p < hi; p += arch.PageSize {
+			if seen[p] != model[p] {
+				t.Fatalf("page %x is in the set: %v, want %v", p, seen[p], model[p])
+			}
+		}
+		n := uint64(0)
+		s.absent(lo, hi, func(from, to uint64) {
+			for p := from; p < to; p += arch.PageSize {
+				if model[p] {
+					t.Fatalf("page %x is absent", p)
+				}
+				n++
+			}
+		})
+		if want := (hi-lo)/arch.PageSize - uint64(len(seen)); lo < hi && n != want {
+			t.Fatalf("%d pages are absent, want %d", n, want)
+		}
+	}
+	s.remove(0, arch.TaskSize)
+	if len(s.blocks) != 0 {
+		t.Errorf("%d blocks are left", len(s.blocks))
+	}
+}

@@ -1,0 +1,447 @@
+package mem
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"godwit/engine/arch"
+	"godwit/engine/image"
+	"godwit/engine/procfs"
+	"godwit/engine/sys"
+)
+
+// Tracker gives the anonymous memory of a running process to a sink, and then, round by
+// round, what was written meanwhile. It learns that from a userfaultfd of the
+// process in its asynchronous write-protect mode: the kernel notes the first
+// write to a page since the last look and lets it go on at once. Closing the
+// userfaultfd undoes everything.
+//
+// What the other side has is known at any moment: known are the mappings that it was
+// told of, sent the pages that it has, owed those that could not be read when they
+// were seen to be written. A mapping that the kernel does not follow,
+// because it is new or took the place of another, is told anew, which empties it.
+type Tracker struct {
+	pid   int
+	image uint32 // pid in the images
+	uffd  *os.File
+	known []image.Region // ascending, apart or of different kinds
+	sent  pageSet
+	owed  pageSet
+	buf   []byte
+	vec   []sys.PageRegion
+	batch []unix.RemoteIovec
+}
+
+// NewTracker follows a process by a userfaultfd of its own, which is the tracker's from
+// then on. errors.ErrUnsupported: the kernel cannot. image is its pid in the images.
+func NewTracker(pid int, image uint32, uffd *os.File) (*Tracker, error) {
+	if err := sys.UffdTrack(int(uffd.Fd())); err != nil {
+		return nil, errors.Join(err, uffd.Close())
+	}
+	return &Tracker{pid: pid, image: image, uffd: uffd, buf: make([]byte, ChunkSize), vec: make([]sys.PageRegion, 4096)}, nil
+}
+
+// Close ends the following; the process has nothing left of it.
+func (t *Tracker) Close() error { return t.uffd.Close() }
+
+// Image is the pid of the process in the images.
+func (t *Tracker) Image() uint32 { return t.image }
+
+// Early tells whether memory of a mapping can travel before the images.
+func (v *VMA) Early() bool {
+	const never = unix.MAP_HUGETLB | Droppable
+	return v.Is(AnonPrivate) && !v.Special() && !v.Is(AioRing) && v.Flags&never == 0 && !v.Guarded
+}
+
+// region is v as the other side is told of it. What can be changed later is not part of it.
+func (v *VMA) region() image.Region {
+	return image.Region{Range: image.Range{Start: v.Start, End: v.End}, Prot: uint32(v.Prot), Flags: uint32(v.Flags &^ unix.MAP_LOCKED), Madvise: v.Madvise & hugeAdvice}
+}
+
+// Made tells whether a mapping can be what such a region has become.
+func (v *VMA) Made(r image.Region) bool {
+	own := v.region()
+	return own.Flags == r.Flags && own.Madvise == r.Madvise
+}
+
+// hugeAdvice is what has to be known of memory before it is filled.
+const hugeAdvice = 1<<unix.MADV_HUGEPAGE | 1<<unix.MADV_NOHUGEPAGE
+
+// owns tells whether memory under a userfaultfd in write-protect mode is so because of the
+// tracker: mappings that grow, or come out of others, are under it, too, without its
+// knowledge. A userfaultfd of the program's own is refused as such, for its descriptor.
+func (t *Tracker) owns() bool { return t != nil }
+
+// errUnwatched: a mapping is not under the userfaultfd.
+var errUnwatched = errors.New("memory that is not followed")
+
+// Round gives what was written since the last round, or everything there is, and
+// returns how many pages that were. vmas are the mappings of the process a moment ago.
+func (t *Tracker) Round(ctx context.Context, vmas []*VMA, sink image.Sink) (pages uint64, err error) {
+	r, err := NewReader(t.pid)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, r.Close()) }()
+	for _, v := range vmas {
+		if !v.Early() {
+			continue
+		}
+		n, err := t.round(ctx, r, v, sink)
+		pages += n
+		if procfs.Gone(err) {
+			return pages, err
+		}
+		if err != nil {
+			return pages, fmt.Errorf("copy %s of pid %d: %w", v, t.pid, err)
+		}
+	}
+	return pages, nil
+}
+
+func (t *Tracker) round(ctx context.Context, r *Reader, v *VMA, sink image.Sink) (uint64, error) {
+	if err := t.announce(v, sink); err != nil {
+		return 0, err
+	}
+	n, err := t.written(ctx, r, v, sink)
+	if !errors.Is(err, errUnwatched) {
+		return n, err
+	}
+	err = sys.UffdWatch(int(t.uffd.Fd()), v.Start, v.End)
+	if errors.Is(err, unix.ESRCH) {
+		return 0, err
+	}
+	// Whatever the other side has there may be another mapping's.
+	if terr := t.tell(v.region(), sink); terr != nil {
+		return 0, terr
+	}
+	if err != nil {
+		return 0, nil // gone meanwhile, or not to be followed: it travels in the end
+	}
+	n, err = t.written(ctx, r, v, sink)
+	if errors.Is(err, errUnwatched) {
+		return n, nil // it changes all the time
+	}
+	return n, err
+}
+
+func compare(a, b uint64) int {
+	switch {
+	case a < b:
+		return -1
+	case a > b:
+		return 1
+	}
+	return 0
+}
+
+// announce tells the other side of the parts of a mapping that it does not know.
+func (t *Tracker) announce(v *VMA, sink image.Sink) error {
+	for _, p := range t.unknown(v) {
+		if err := t.tell(p, sink); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// unknown are the parts of a mapping that the other side does not have as such.
+func (t *Tracker) unknown(v *VMA) (out []image.Region) {
+	whole := v.region()
+	at := v.Start
+	for _, k := range t.known {
+		if k.End <= at || !v.Made(k) {
+			continue
+		}
+		if k.Start >= v.End {
+			break
+		}
+		if k.Start > at {
+			p := whole
+			p.Start, p.End = at, k.Start
+			out = append(out, p)
+		}
+		at = k.End
+	}
+	if at < v.End {
+		p := whole
+		p.Start = at
+		out = append(out, p)
+	}
+	return out
+}
+
+// tell gives the other side new, empty memory.
+func (t *Tracker) tell(p image.Region, sink image.Sink) error {
+	if err := sink.Data(t.id(image.Layout), 0, image.AppendRegion(nil, p)); err != nil {
+		return err
+	}
+	t.known = Lay(t.known, p)
+	t.forget(p.Start, p.End)
+	return nil
+}
+
+// forget notes that the other side has nothing in a range.
+func (t *Tracker) forget(start, end uint64) {
+	t.sent.remove(start, end)
+	t.owed.remove(start, end)
+}
+
+func (t *Tracker) id(kind image.DataKind) image.DataID { return image.DataID{Kind: kind, ID: t.image} }
+
+// Lay puts a region into an ascending list, in the place of what is there.
+func Lay(list []image.Region, p image.Region) []image.Region {
+	out := make([]image.Region, 0, len(list)+2)
+	for _, k := range list {
+		if k.Start < min(k.End, p.Start) {
+			left := k
+			left.End = min(k.End, p.Start)
+			out = append(out, left)
+		}
+		if max(k.Start, p.End) < k.End {
+			right := k
+			right.Start = max(k.Start, p.End)
+			out = append(out, right)
+		}
+	}
+	i, _ := slices.BinarySearchFunc(out, p.Start, func(k image.Region, at uint64) int { return compare(k.Start, at) })
+	return slices.Insert(out, i, p)
+}
+
+// pagesOwn are the categories that pages do not have which are a process's own.
+const pagesOwn = sys.PageIsFile | sys.PageIsPfnZero
+
+// written gives the pages of a mapping that were written since the last look.
+func (t *Tracker) written(ctx context.Context, r *Reader, v *VMA, sink image.Sink) (pages uint64, err error) {
+	for at := v.Start; at < v.End; {
+		n, next, err := sys.PagemapWritten(int(r.pagemap.Fd()), true, at, v.End, pagesOwn, pagesOwn|sys.PageIsWritten, sys.PageIsPresent|sys.PageIsSwapped, 0, t.vec)
+		if errors.Is(err, unix.EPERM) {
+			return pages, errUnwatched
+		}
+		if err != nil {
+			return pages, err
+		}
+		got, err := t.give(ctx, r, v, t.vec[:n], true, sink)
+		pages += got
+		if err != nil {
+			return pages, err
+		}
+		if n < len(t.vec) {
+			break
+		}
+		at = next
+	}
+	return pages, nil
+}
+
+// Pending counts the pages that a round would give now.
+func (t *Tracker) Pending(vmas []*VMA) (pages uint64, err error) {
+	f, err := os.Open(procfs.Path(t.pid, "pagemap"))
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = f.Close() }()
+	for _, v := range vmas {
+		if !v.Early() {
+			continue
+		}
+		for at := v.Start; at < v.End; {
+			n, next, err := sys.PagemapWritten(int(f.Fd()), false, at, v.End, pagesOwn, pagesOwn|sys.PageIsWritten, sys.PageIsPresent|sys.PageIsSwapped, 0, t.vec)
+			if errors.Is(err, unix.EPERM) {
+				n, next, err = sys.PagemapScan(int(f.Fd()), at, v.End, pagesOwn, pagesOwn, sys.PageIsPresent|sys.PageIsSwapped, 0, t.vec)
+			}
+			if err != nil {
+				return pages, err
+			}
+			for _, run := range t.vec[:n] {
+				pages += (run.End - run.Start) / arch.PageSize
+			}
+			if n < len(t.vec) {
+				break
+			}
+			at = next
+		}
+	}
+	return pages, nil
+}
+
+// Final gives what the other side lacks of the memory of the process, which is frozen:
+// what was written since the last round, what it was never given, and where it
+// has something that is no more. rest are the mappings that it has nothing of.
+func (t *Tracker) Final(ctx context.Context, vmas []*VMA, sink image.Sink) (pages uint64, rest []*VMA, err error) {
+	r, err := NewReader(t.pid)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer func() { err = errors.Join(err, r.Close()) }()
+	var holes []image.Range
+	for _, v := range vmas {
+		if !v.HasPages() {
+			continue
+		}
+		if !v.Early() {
+			t.sent.runs(v.Start, v.End, func(a, b uint64) { holes = append(holes, image.Range{Start: a, End: b}) })
+			rest = append(rest, v)
+			continue
+		}
+		n, gone, err := t.last(ctx, r, v, sink)
+		pages += n
+		if errors.Is(err, errUnwatched) {
+			gone = nil
+			t.sent.runs(v.Start, v.End, func(a, b uint64) { gone = addRange(gone, a, b) })
+			t.forget(v.Start, v.End)
+			rest, err = append(rest, v), nil
+		}
+		if err != nil {
+			return pages, nil, fmt.Errorf("dump %s of pid %d: %w", v, t.pid, err)
+		}
+		holes = append(holes, gone...)
+	}
+	for part := range slices.Chunk(holes, holesAtOnce) {
+		var b []byte
+		for _, h := range part {
+			b = image.AppendRange(b, h)
+		}
+		if err := sink.Data(t.id(image.Holes), 0, b); err != nil {
+			return pages, nil, err
+		}
+	}
+	return pages, rest, nil
+}
+
+// holesAtOnce bounds the data of one message.
+const holesAtOnce = 4096
+
+// last is Final of one mapping.
+func (t *Tracker) last(ctx context.Context, r *Reader, v *VMA, sink image.Sink) (pages uint64, gone []image.Range, err error) {
+	// Where a part of it took another's place the sent pages are not its own.
+	for _, p := range t.unknown(v) {
+		t.forget(p.Start, p.End)
+	}
+	var runs []sys.PageRegion
+	behind := v.Start // everything before it has been looked at
+	drop := func(start, end uint64) {
+		t.sent.runs(start, end, func(a, b uint64) { gone = append(gone, image.Range{Start: a, End: b}) })
+	}
+	for at := v.Start; at < v.End; {
+		n, next, err := sys.PagemapWritten(int(r.pagemap.Fd()), false, at, v.End, pagesOwn, pagesOwn, sys.PageIsPresent|sys.PageIsSwapped, sys.PageIsWritten, t.vec)
+		if errors.Is(err, unix.EPERM) {
+			return pages, nil, errUnwatched
+		}
+		if err != nil {
+			return pages, nil, err
+		}
+		runs = runs[:0]
+		for _, run := range t.vec[:n] {
+			drop(behind, run.Start)
+			behind = run.End
+			if run.Categories&sys.PageIsWritten != 0 {
+				runs = append(runs, run)
+				continue
+			}
+			t.lacks(run.Start, run.End, func(a, b uint64) { runs = append(runs, sys.PageRegion{Start: a, End: b}) })
+		}
+		got, err := t.give(ctx, r, v, runs, false, sink)
+		pages += got
+		if err != nil {
+			return pages, nil, err
+		}
+		if n < len(t.vec) {
+			break
+		}
+		at = next
+	}
+	drop(behind, v.End)
+	return pages, gone, nil
+}
+
+// lacks calls fn for the runs of pages in [start, end) that the other side has not, or
+// has as they were before.
+func (t *Tracker) lacks(start, end uint64, fn func(start, end uint64)) {
+	t.owed.runs(start, end, func(a, b uint64) { t.sent.remove(a, b) }) // as if it had not
+	t.sent.absent(start, end, fn)
+}
+
+// give reads runs of pages and gives them to the sink; of a running process, what goes
+// away meanwhile is left out.
+func (t *Tracker) give(ctx context.Context, r *Reader, v *VMA, runs []sys.PageRegion, running bool, sink image.Sink) (pages uint64, err error) {
+	t.batch = t.batch[:0]
+	size := 0
+	flush := func() error {
+		if len(t.batch) == 0 {
+			return nil
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		n, err := t.giveBatch(r, v, size, running, sink)
+		pages += n
+		t.batch, size = t.batch[:0], 0
+		return err
+	}
+	for _, run := range runs {
+		for a := run.Start; a < run.End; {
+			if size == len(t.buf) || len(t.batch) == sys.IovMax {
+				if err := flush(); err != nil {
+					return pages, err
+				}
+			}
+			n := min(run.End-a, uint64(len(t.buf)-size))
+			t.batch = append(t.batch, unix.RemoteIovec{Base: uintptr(a), Len: int(n)})
+			size += int(n)
+			a += n
+		}
+	}
+	return pages, flush()
+}
+
+func (t *Tracker) giveBatch(r *Reader, v *VMA, size int, running bool, sink image.Sink) (pages uint64, err error) {
+	whole := false
+	if v.Prot&unix.PROT_READ != 0 && !v.Cow {
+		n, err := sys.ProcessVMRead(t.pid, t.buf[:size], t.batch)
+		whole = err == nil && n == size
+	}
+	b := t.buf[:size]
+	put := func(at uint64, b []byte) error {
+		if err := sink.Data(t.id(image.Memory), at, b); err != nil {
+			return err
+		}
+		t.sent.add(at, at+uint64(len(b)))
+		t.owed.remove(at, at+uint64(len(b)))
+		pages += uint64(len(b)) / arch.PageSize
+		return nil
+	}
+	for _, x := range t.batch {
+		at, p := uint64(x.Base), b[:x.Len]
+		b = b[x.Len:]
+		var err error
+		if !whole {
+			err = r.read(v, at, p)
+		}
+		if err == nil {
+			if err := put(at, p); err != nil {
+				return pages, err
+			}
+			continue
+		}
+		if !running {
+			return pages, err
+		}
+		for len(p) > 0 {
+			if r.read(v, at, p[:arch.PageSize]) == nil {
+				if err := put(at, p[:arch.PageSize]); err != nil {
+					return pages, err
+				}
+			} else {
+				t.owed.add(at, at+arch.PageSize) // the look has noted it as seen
+			}
+			at, p = at+arch.PageSize, p[arch.PageSize:]
+		}
+	}
+	return pages, nil
+}
