@@ -12,6 +12,10 @@ demo:
 test *ARGS:
     go run ./testenv test {{ARGS}}
 
+# moves of trees of many kinds, measured (root)
+bench *ARGS:
+    go run ./testenv bench {{ARGS}}
+
 # format, vet, staticcheck
 lint:
     gofmt -l . && go vet ./... && go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...

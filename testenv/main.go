@@ -1,8 +1,9 @@
-// Command testenv runs the tests and the demo. It needs root and installs by
+// Command testenv runs the tests, the benchmarks and the demo. It needs root and installs by
 // itself what is missing.
 //
 //	go run ./testenv demo [--keep]
 //	go run ./testenv test [go test arguments]
+//	go run ./testenv bench [--json] [--quick] [names]
 package main
 
 import (
@@ -24,8 +25,11 @@ const usage = `usage:
   go run ./testenv test [go test arguments]
       installs what the tests need and runs all of them, or those of the
       packages that the arguments name
+  go run ./testenv bench [--json] [--quick] [names]
+      moves trees of many kinds, or those named, by each mode and measures
+      that; --quick with a quarter of the memory (docs/benchmarks.md)
 
-Both need root. Exit codes: 0 done; 1 failed; 2 usage.
+All need root. Exit codes: 0 done; 1 failed; 2 usage.
 `
 
 func main() {
@@ -57,6 +61,8 @@ func run(ctx context.Context, args []string) error {
 		return demo(ctx, args[1:])
 	case "test":
 		return test(ctx, args[1:])
+	case "bench":
+		return bench(ctx, args[1:])
 	}
 	return errUsage
 }

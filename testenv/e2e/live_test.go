@@ -72,8 +72,12 @@ func TestLiveChurn(t *testing.T) {
 	ctx := deadline(t, 2*time.Minute)
 	f, alpha, _ := newFleet(ctx, t)
 	r := selfcheck(ctx, t, alpha, newDir(t), "churner")
-	for range 5 {
-		live(ctx, t, f, r, 1)
+	for i := range 5 {
+		var slowly []string
+		if i%2 == 1 { // so that more changes while it is on its way
+			slowly = []string{"--bandwidth", "40MiB/s"}
+		}
+		live(ctx, t, f, r, 1, slowly...)
 		goes(ctx, t, r, 50)
 	}
 	stop(ctx, t, r)

@@ -164,6 +164,9 @@ func (f *Fleet) StartAgent(ctx context.Context, host string, env ...string) erro
 // AgentPid is the pid of a host's agent inside the host.
 func (f *Fleet) AgentPid(host string) int { return f.agents[host] }
 
+// ServePid is the pid of the coordinator, with its bus, inside the hub.
+func (f *Fleet) ServePid() int { return f.serve }
+
 // StopAgent ends the agent of a host by a signal and waits until it is gone.
 func (f *Fleet) StopAgent(ctx context.Context, host string, sig unix.Signal) error {
 	h := f.Env.Host(host)
@@ -185,7 +188,12 @@ func (f *Fleet) Log(name string) string {
 
 // PeakRSS is the largest resident size that a host's agent ever had, in bytes.
 func (f *Fleet) PeakRSS(host string) (uint64, error) {
-	b, err := os.ReadFile(f.Env.Host(host).Path(fmt.Sprintf("/proc/%d/status", f.agents[host])))
+	return PeakRSS(f.Env.Host(host), f.agents[host])
+}
+
+// PeakRSS is the largest resident size that a process of a host ever had, in bytes.
+func PeakRSS(h *hosts.Host, pid int) (uint64, error) {
+	b, err := os.ReadFile(h.Path(fmt.Sprintf("/proc/%d/status", pid)))
 	if err != nil {
 		return 0, err
 	}
@@ -195,7 +203,7 @@ func (f *Fleet) PeakRSS(host string) (uint64, error) {
 			return kb << 10, err
 		}
 	}
-	return 0, fmt.Errorf("status of the agent of %s has no VmHWM", host)
+	return 0, fmt.Errorf("status of pid %d of %s has no VmHWM", pid, h.Name())
 }
 
 // Godwit prepares a command of the coordinator's program on the hub.

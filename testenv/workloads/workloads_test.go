@@ -52,6 +52,9 @@ func TestStandAlone(t *testing.T) {
 	}
 	jobs = append(jobs,
 		job{"creds-root", func(prefix string) []string { return []string{p.Selfcheck, "creds", prefix, "root"} }},
+		job{"heart", func(prefix string) []string {
+			return []string{p.Selfcheck, "heart", prefix, p.Selfcheck, "dirtier", prefix + "-child", "8", "10"}
+		}},
 		job{"dirtier-busy", func(prefix string) []string {
 			return []string{p.Selfcheck, "dirtier", prefix, "16", "20", "8", "50", "2"}
 		}},
@@ -85,7 +88,7 @@ func TestStandAlone(t *testing.T) {
 
 // notAlone are commands of selfcheck that want arguments, a partner, a terminal or a dump.
 var notAlone = []string{
-	"container", "execed", "external", "hold", "manyfds", "netns", "numbered", "proxyfeed", "proxywork", "rehomed", "sharing", "shelljob", "sigsender",
+	"container", "execed", "external", "heart", "hold", "manyfds", "netns", "numbered", "proxyfeed", "proxywork", "rehomed", "sharing", "shelljob", "sigsender",
 	"sigtarget", "tcpclose", "tcpflight", "tcpout", "tcppeer", "unixbusy", "unixlogger", "unixpeer", "unixserver", "userns",
 }
 

@@ -1,9 +1,10 @@
 """drive: runs a real program under load, as its child, and checks its work.
 
-    python3 drive.py PREFIX PROGRAM DIR
+    python3 drive.py PREFIX PROGRAM DIR [MIB]
 
 Same files and signals as selfcheck: PREFIX.ready, .log, .ok, .fail, SIGTERM.
-PROGRAM is the name of one of the classes below; DIR holds its files. The tree
+PROGRAM is the name of one of the classes below; DIR holds its files; MIB is how
+much redis holds, beside what its clients do. The tree
 that is moved is this process with the program and all its clients.
 
 While PREFIX.hold exists, PREFIX.held appears and no new work is begun (only
@@ -263,9 +264,14 @@ class redis(Work):
     port = 8093
 
     def begin(self):
-        self.p = spawn(["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--dir", work],
-                       stdout=subprocess.DEVNULL)
+        self.p = spawn(["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--dir", work,
+                        "--enable-debug-command", "local"], stdout=subprocess.DEVNULL)
         listening(self.port)
+        if len(sys.argv) > 4:
+            with socket.create_connection(("127.0.0.1", self.port)) as s:
+                s.sendall(f"DEBUG POPULATE {int(sys.argv[4]) * 220} key 4096\r\n".encode())
+                got = s.makefile("rb").readline()
+                check(got == b"+OK\r\n", f"DEBUG POPULATE gave {got}")
         self.done = [0] * 3
         self.threads = [self.client(i) for i in range(3)]
 

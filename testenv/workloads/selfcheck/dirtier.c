@@ -175,6 +175,33 @@ static void check_fds(int n) {
 	}
 }
 
+// ---- heart COMMAND [ARG...]: the same heart in a program that does nothing
+// but watch another one, its child, which must end well once SIGTERM is handed
+// on to it.
+
+COMMAND(heart) {
+	CHECK(arg_count > 0, "usage: heart PREFIX COMMAND [ARG...]");
+	sigset_t usr1;
+	sigemptyset(&usr1);
+	sigaddset(&usr1, SIGUSR1);
+	pid_t pid = child();
+	if (pid == 0) {
+		execvp(arg_values[0], arg_values);
+		fail("execute %s: %s", arg_values[0], strerror(errno));
+	}
+	SYS(pthread_sigmask(SIG_BLOCK, &usr1, NULL));
+	spawn(t_heart, NULL);
+	close(SYS(open(path_of("ready"), O_WRONLY | O_CREAT | O_CLOEXEC, 0644)));
+	for (; !stopping; nap_ms(10)) {
+		expect_alive(pid);
+		beat();
+		if (sigtimedwait(&usr1, NULL, &(struct timespec){0, 0}) == SIGUSR1) tell();
+	}
+	int st;
+	SYS(kill(pid, SIGTERM));
+	CHECK(SYS(waitpid(pid, &st, 0)) == pid && st == 0, "%s ended with %x", arg_values[0], st);
+}
+
 static uint64_t arg(int i, uint64_t otherwise) { return arg_count > i ? strtoul(arg_values[i], NULL, 10) : otherwise; }
 
 COMMAND(dirtier) {
