@@ -190,7 +190,10 @@ func (d *destination) receive() error {
 	defer stop()
 	go d.session.report(ctx, d.in, d.src.pages.Load, d.req.Requirements.MemoryBytes)
 
-	d.src.outlined = func() { d.enter(wire.State_STATE_PRE_COPYING) }
+	d.src.outlined = func() {
+		d.enter(wire.State_STATE_PRE_COPYING)
+		d.point("outlined")
+	}
 	// The record is brought up to date while the tree is built.
 	var told *pledge
 	d.src.complete = func() error {

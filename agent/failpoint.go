@@ -19,6 +19,7 @@ var Failpoints = []string{
 	"destination.prepared", // it was checked, and files are held
 	"source.begun",         // the record says Freezing, or PreCopying
 	"source.followed",      // pre-copy: what the tree writes is noted
+	"destination.outlined", // pre-copy: memory is about to come
 	"source.precopied",     // pre-copy: memory has been sent
 	"source.frozen",
 	"source.copying",      // the record says FinalCopying

@@ -11,10 +11,6 @@ import (
 )
 
 const (
-	// precopyWorth is the memory of a tree from which on it is copied while it runs
-	// unless somebody asks for it, bytes: less is sent as fast as the rest.
-	precopyWorth = 64 << 20
-
 	defaultDowntime = 100 * time.Millisecond
 	defaultRounds   = 30
 	defaultCopies   = 4 // times the memory that travels before the freeze
@@ -34,7 +30,7 @@ func (s *source) wantsPrecopy(rec *wire.Record) bool {
 	switch {
 	case o.GetCopyMode() == wire.CopyMode_COPY_MODE_STOP:
 		return false
-	case o.GetCopyMode() == wire.CopyMode_COPY_MODE_AUTO && rec.MemoryBytes < precopyWorth:
+	case o.GetCopyMode() == wire.CopyMode_COPY_MODE_AUTO && rec.MemoryBytes < wire.PrecopyWorth:
 		return false
 	case o.GetAttach() != nil:
 		s.report.CopyNote = "a tree that gets another terminal is not copied while it runs"

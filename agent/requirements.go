@@ -12,14 +12,14 @@ import (
 // requirements is p in the form that travels to the destination.
 func requirements(p *engine.Plan) *wire.Requirements {
 	r := &wire.Requirements{
-		MemoryBytes: p.MemoryBytes,
-		Xfeatures:   p.XFeatures,
-		CpuFlags:    p.CPUFlags,
-		VdsoSha256:  p.VdsoSHA256,
-		Kernel:      p.Kernel,
-		Arch:        p.Arch,
-		PageSize:    uint64(os.Getpagesize()),
-		OpenFiles:   uint32(p.OpenFiles),
+		MemoryBytes: p.MemoryBytes, EarlyBytes: p.EarlyBytes, NotEarly: p.NotEarly,
+		Xfeatures:  p.XFeatures,
+		CpuFlags:   p.CPUFlags,
+		VdsoSha256: p.VdsoSHA256,
+		Kernel:     p.Kernel,
+		Arch:       p.Arch,
+		PageSize:   uint64(os.Getpagesize()),
+		OpenFiles:  uint32(p.OpenFiles),
 
 		Capabilities: p.Capabilities,
 	}
@@ -55,13 +55,13 @@ func requirements(p *engine.Plan) *wire.Requirements {
 // use for (parents, memory of each task) is not in it.
 func planOf(r *wire.Requirements) *engine.Plan {
 	p := &engine.Plan{
-		MemoryBytes: r.GetMemoryBytes(),
-		XFeatures:   r.GetXfeatures(),
-		CPUFlags:    r.GetCpuFlags(),
-		VdsoSHA256:  r.GetVdsoSha256(),
-		Kernel:      r.GetKernel(),
-		Arch:        r.GetArch(),
-		OpenFiles:   int(r.GetOpenFiles()),
+		MemoryBytes: r.GetMemoryBytes(), EarlyBytes: r.GetEarlyBytes(), NotEarly: r.GetNotEarly(),
+		XFeatures:  r.GetXfeatures(),
+		CPUFlags:   r.GetCpuFlags(),
+		VdsoSHA256: r.GetVdsoSha256(),
+		Kernel:     r.GetKernel(),
+		Arch:       r.GetArch(),
+		OpenFiles:  int(r.GetOpenFiles()),
 
 		Capabilities: r.GetCapabilities(),
 	}

@@ -96,16 +96,19 @@ func (a *app) runPlan(ctx context.Context, tree, destination string, args planAr
 
 // planDoc is a plan for programs.
 type planDoc struct {
-	Source      string          `json:"source"`
-	Destination string          `json:"destination"`
-	PID         int32           `json:"pid"`
-	Comm        string          `json:"comm"`
-	Command     string          `json:"command"`
-	Processes   int             `json:"processes"`
-	MemoryBytes uint64          `json:"memory_bytes"`
-	Objects     []planObjectDoc `json:"objects"`
-	Error       *errorDoc       `json:"error,omitempty"`
-	ExitCode    int             `json:"exit_code"`
+	Source      string `json:"source"`
+	Destination string `json:"destination"`
+	PID         int32  `json:"pid"`
+	Comm        string `json:"comm"`
+	Command     string `json:"command"`
+	Processes   int    `json:"processes"`
+	MemoryBytes uint64 `json:"memory_bytes"`
+	// EarlyBytes can travel while the tree runs; NotEarly says why nothing can.
+	EarlyBytes uint64          `json:"early_bytes"`
+	NotEarly   string          `json:"not_early,omitempty"`
+	Objects    []planObjectDoc `json:"objects"`
+	Error      *errorDoc       `json:"error,omitempty"`
+	ExitCode   int             `json:"exit_code"`
 }
 
 type planObjectDoc struct {
@@ -153,7 +156,7 @@ type holderDoc struct {
 
 func newPlanDoc(r *wire.Record, s *survey) *planDoc {
 	d := &planDoc{Source: r.Source, Destination: r.Destination, PID: r.Pid, Comm: s.root.GetComm(), Command: s.root.GetCommand(),
-		Processes: len(s.req.GetTasks()), MemoryBytes: s.req.GetMemoryBytes(), Objects: []planObjectDoc{}}
+		Processes: len(s.req.GetTasks()), MemoryBytes: s.req.GetMemoryBytes(), EarlyBytes: s.req.GetEarlyBytes(), NotEarly: s.req.GetNotEarly(), Objects: []planObjectDoc{}}
 	resolved := map[string]*wire.Resolution{}
 	for _, x := range s.resolutions {
 		resolved[x.Key] = x
@@ -190,8 +193,8 @@ func newPlanObjectDoc(o *wire.OpenObject, r *wire.Resolution, p *wire.Presence) 
 
 // print prints the plan; width bounds a line, 0 does not.
 func (d *planDoc) print(w io.Writer, width int) error {
-	if _, err := fmt.Fprintf(w, "pid %d (%s) of %s to %s: %s, %s of memory, %s\n\n", d.PID, printable(d.Comm), d.Source, d.Destination,
-		plural(d.Processes, "process"), formatBytes(d.MemoryBytes), plural(len(d.Objects), "object")); err != nil {
+	if _, err := fmt.Fprintf(w, "pid %d (%s) of %s to %s: %s, %s of memory, %s\n%s\n\n", d.PID, printable(d.Comm), d.Source, d.Destination,
+		plural(d.Processes, "process"), formatBytes(d.MemoryBytes), plural(len(d.Objects), "object"), d.copyText()); err != nil {
 		return err
 	}
 	t := newTable(w, "HELD BY", "KIND", "KEY", "OBJECT", "AT "+strings.ToUpper(d.Destination), "CARRIED")
@@ -203,6 +206,17 @@ func (d *planDoc) print(w io.Writer, width int) error {
 	}
 	t.Render()
 	return nil
+}
+
+// copyText says when the memory travels.
+func (d *planDoc) copyText() string {
+	switch {
+	case d.NotEarly != "":
+		return "its memory travels while the tree is frozen: " + printable(d.NotEarly)
+	case d.MemoryBytes < wire.PrecopyWorth:
+		return "its memory travels while the tree is frozen, which takes no longer than all else (--mode precopy: while it runs)"
+	}
+	return fmt.Sprintf("%s of its memory travels while the tree runs, round by round what was written meanwhile, the rest while it is frozen", formatBytes(min(d.EarlyBytes, d.MemoryBytes)))
 }
 
 func (o *planObjectDoc) name() string {

@@ -239,6 +239,10 @@ func TestMigrateUsage(t *testing.T) {
 		{"migrate alpha:1 beta --pid-namespace other", "want same or new"},
 		{"migrate alpha:1 beta --bandwidth fast", "want bytes or bits per second"},
 		{"migrate alpha:1 beta --timeout -1s", "--timeout"},
+		{"migrate alpha:1 beta --mode live", "want auto, precopy or stop-and-copy"},
+		{"migrate alpha:1 beta --on-no-converge wait", "want freeze, throttle or abort"},
+		{"migrate alpha:1 beta --max-downtime 0", "want at least 1ms"},
+		{"migrate alpha:1 beta --max-total much", "--max-total"},
 		{"migrate alpha:1 beta --nonsense", "unknown flag: --nonsense; see godwit migrate --help"},
 		{"nonsense", `unknown command "nonsense"`},
 		{"hosts -o xml", "want text or json"},
@@ -257,12 +261,14 @@ func TestMigrateOptions(t *testing.T) {
 	got, err := (&migrateArgs{
 		external: []string{"file[1:2]"}, inherit: []string{"file[3:4]=/run/a,b=c", "file[5:6]=/x,forward", "file[1:2]=/y"},
 		pidNamespace: "new", bandwidth: "100MB/s", timeout: 1500 * time.Millisecond,
+		mode: "precopy", downtime: 30 * time.Millisecond, rounds: 7, total: "8GiB", noConverge: "abort",
 	}).options()
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := `{"external":["file[1:2]","file[3:4]","file[5:6]"],"inherit":[{"key":"file[3:4]","path":"/run/a,b=c"},` +
-		`{"key":"file[5:6]","path":"/x","forward":true},{"key":"file[1:2]","path":"/y"}],"pid_namespace_new":true,"timeout_ms":1500,"bandwidth":100000000}`
+		`{"key":"file[5:6]","path":"/x","forward":true},{"key":"file[1:2]","path":"/y"}],"pid_namespace_new":true,"timeout_ms":1500,"bandwidth":100000000,` +
+		`"copy_mode":1,"max_downtime_ms":30,"max_rounds":7,"max_copy_bytes":8589934592,"no_converge":2}`
 	if b, _ := json.Marshal(got); string(b) != want {
 		t.Errorf("options %s\nwant    %s", b, want)
 	}

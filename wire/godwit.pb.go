@@ -1422,8 +1422,10 @@ type Requirements struct {
 	Arch          string                 `protobuf:"bytes,10,opt,name=arch,proto3" json:"arch,omitempty"`
 	Rlimits       []*Rlimit              `protobuf:"bytes,11,rep,name=rlimits,proto3" json:"rlimits,omitempty"` // highest hard limits needed
 	PageSize      uint64                 `protobuf:"varint,12,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	OpenFiles     uint32                 `protobuf:"varint,13,opt,name=open_files,json=openFiles,proto3" json:"open_files,omitempty"` // descriptions that the restorer holds at once
-	Capabilities  uint64                 `protobuf:"varint,14,opt,name=capabilities,proto3" json:"capabilities,omitempty"`            // all permitted ones of the tree, bit n for capability n
+	OpenFiles     uint32                 `protobuf:"varint,13,opt,name=open_files,json=openFiles,proto3" json:"open_files,omitempty"`    // descriptions that the restorer holds at once
+	Capabilities  uint64                 `protobuf:"varint,14,opt,name=capabilities,proto3" json:"capabilities,omitempty"`               // all permitted ones of the tree, bit n for capability n
+	EarlyBytes    uint64                 `protobuf:"varint,15,opt,name=early_bytes,json=earlyBytes,proto3" json:"early_bytes,omitempty"` // of memory_bytes: can travel while the tree runs
+	NotEarly      string                 `protobuf:"bytes,16,opt,name=not_early,json=notEarly,proto3" json:"not_early,omitempty"`        // why nothing can, empty if it can
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1554,6 +1556,20 @@ func (x *Requirements) GetCapabilities() uint64 {
 		return x.Capabilities
 	}
 	return 0
+}
+
+func (x *Requirements) GetEarlyBytes() uint64 {
+	if x != nil {
+		return x.EarlyBytes
+	}
+	return 0
+}
+
+func (x *Requirements) GetNotEarly() string {
+	if x != nil {
+		return x.NotEarly
+	}
+	return ""
 }
 
 // Inherit hands a file of the destination to an external key.
@@ -4819,7 +4835,7 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\bresource\x18\x01 \x01(\rR\bresource\x12\x10\n" +
 	"\x03cur\x18\x02 \x01(\x04R\x03cur\x12\x10\n" +
 	"\x03max\x18\x03 \x01(\x04R\x03max\x12\x10\n" +
-	"\x03pid\x18\x04 \x01(\x05R\x03pid\"\xa3\x04\n" +
+	"\x03pid\x18\x04 \x01(\x05R\x03pid\"\xe1\x04\n" +
 	"\fRequirements\x122\n" +
 	"\x05tasks\x18\x01 \x03(\v2\x1c.godwit.wire.v1.RequiredTaskR\x05tasks\x122\n" +
 	"\x05files\x18\x02 \x03(\v2\x1c.godwit.wire.v1.RequiredFileR\x05files\x12:\n" +
@@ -4837,7 +4853,10 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\tpage_size\x18\f \x01(\x04R\bpageSize\x12\x1d\n" +
 	"\n" +
 	"open_files\x18\r \x01(\rR\topenFiles\x12\"\n" +
-	"\fcapabilities\x18\x0e \x01(\x04R\fcapabilities\"I\n" +
+	"\fcapabilities\x18\x0e \x01(\x04R\fcapabilities\x12\x1f\n" +
+	"\vearly_bytes\x18\x0f \x01(\x04R\n" +
+	"earlyBytes\x12\x1b\n" +
+	"\tnot_early\x18\x10 \x01(\tR\bnotEarly\"I\n" +
 	"\aInherit\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x18\n" +

@@ -193,3 +193,7 @@ func (r *Record) enter(s State, who string, now time.Time) {
 	}
 	r.Steps = append(r.Steps, &Step{State: s, UnixMs: now.UnixMilli(), By: who})
 }
+
+// PrecopyWorth is the memory of a tree from which on it travels while the tree runs,
+// unless somebody wants it otherwise, bytes: less takes no longer than all else.
+const PrecopyWorth = 64 << 20

@@ -113,6 +113,7 @@ type collector struct {
 	userns     *ns.Users    // its own user namespace, nil: none
 	rss        uint64
 	limits     map[int]plan.Rlimit
+	notEarly   string // why no memory can travel while the tree runs
 }
 
 func newCollector(log hclog.Logger, o Options, root int, emit func(image.Entry) error) *collector {
@@ -769,6 +770,16 @@ func (c *collector) plan() (*plan.Plan, error) {
 	pl.Objects = c.files.Objects()
 	if c.running {
 		files.NoteInherited(c.procs[0].pid, pl.Objects)
+		early, err := c.early()
+		if err != nil {
+			return nil, err
+		}
+		for _, f := range early {
+			pl.EarlyBytes += f.bytes
+		}
+		if early == nil {
+			pl.NotEarly = c.notEarly
+		}
 	}
 	if c.own.Has(ns.Pid) {
 		for i := range pl.Tasks {

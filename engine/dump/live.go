@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
@@ -38,6 +39,7 @@ type followed struct {
 	start   uint64 // ticks, as /proc/PID/stat has it
 	comm    string
 	outline image.OutlineProc
+	bytes   uint64       // of memory that can travel early
 	tracker *mem.Tracker // nil: it is only there for its children
 	parent  *followed
 	lost    bool // it ended, or executed another program
@@ -62,12 +64,12 @@ func StartLive(ctx context.Context, log hclog.Logger, pid int, o Options, freeze
 	if err := c.collect(procs, true); err != nil {
 		return nil, err
 	}
-	if c.own&^ns.Time != 0 {
-		return nil, fmt.Errorf("%w: it has namespaces of its own", ErrNotLive)
-	}
 	l := &Live{log: log, root: pid}
-	if err := l.choose(c); err != nil {
+	if l.kept, err = c.early(); err != nil {
 		return nil, err
+	}
+	if l.kept == nil {
+		return nil, fmt.Errorf("%w: %s", ErrNotLive, c.notEarly)
 	}
 	t, err := freezer()
 	if err != nil {
@@ -91,9 +93,13 @@ func StartLive(ctx context.Context, log hclog.Logger, pid int, o Options, freeze
 	return l, sink.Outline(out)
 }
 
-// choose finds the processes whose memory travels early: they can be made now as they
-// will be in the end.
-func (l *Live) choose(c *collector) error {
+// early finds the processes whose memory can travel early: they can be made now as they
+// will be in the end. If there are none, notEarly says why.
+func (c *collector) early() (kept []*followed, err error) {
+	if own := c.own &^ ns.Time; own != 0 {
+		c.notEarly = "it has a " + strings.Join(own.Names(), " and a ") + " namespace of its own"
+		return nil, nil
+	}
 	byPid := map[int]*followed{}
 	shared := map[uint32]int{}
 	for _, p := range c.procs {
@@ -104,7 +110,7 @@ func (l *Live) choose(c *collector) error {
 		st, err := procfs.ReadStat(p.pid)
 		if err != nil {
 			if i == 0 {
-				return err
+				return nil, err
 			}
 			continue
 		}
@@ -127,7 +133,8 @@ func (l *Live) choose(c *collector) error {
 		}
 		switch {
 		case why != "" && i == 0:
-			return fmt.Errorf("%w: pid %d (%s): %s", ErrNotLive, p.pid, p.comm, why)
+			c.notEarly = fmt.Sprintf("pid %d (%s): %s", p.pid, p.comm, why)
+			return nil, nil
 		case why != "":
 			continue
 		case i > 0:
@@ -138,10 +145,15 @@ func (l *Live) choose(c *collector) error {
 		if i > 0 && !worthEarly(p.vmas) {
 			continue
 		}
+		for _, v := range p.vmas {
+			if v.Early() {
+				f.bytes += v.Own + v.Common
+			}
+		}
 		byPid[p.pid] = f
-		l.kept = append(l.kept, f)
+		kept = append(kept, f)
 	}
-	return nil
+	return kept, nil
 }
 
 // worthEarly tells whether a process other than the root has enough memory. What is

@@ -7,16 +7,20 @@ type Plan struct {
 	Pid         int // root on this host
 	Tasks       []Task
 	MemoryBytes uint64 // resident private and shared memory, estimate of what travels
-	Files       []File
-	External    []External
-	Objects     []Object // everything that is open, mapped or stood on
-	Ports       []Port
-	XFeatures   uint64   // XCR0 of this CPU
-	CPUFlags    []string // of /proc/cpuinfo
-	VdsoSHA256  string
-	Kernel      string
-	Arch        string
-	Rlimits     []Rlimit // highest hard limit of each resource below infinity and those at infinity
+	// EarlyBytes are those of MemoryBytes that can travel while the tree runs; NotEarly says
+	// why none can, empty if they can.
+	EarlyBytes uint64
+	NotEarly   string
+	Files      []File
+	External   []External
+	Objects    []Object // everything that is open, mapped or stood on
+	Ports      []Port
+	XFeatures  uint64   // XCR0 of this CPU
+	CPUFlags   []string // of /proc/cpuinfo
+	VdsoSHA256 string
+	Kernel     string
+	Arch       string
+	Rlimits    []Rlimit // highest hard limit of each resource below infinity and those at infinity
 	// Capabilities are all permitted ones of the tree, bit n for capability n.
 	Capabilities uint64
 	OpenFiles    int // distinct open file descriptions

@@ -71,7 +71,7 @@ func TestAgentsDie(t *testing.T) {
 				t.Fatal(err)
 			}
 			r := selfcheck(ctx, t, alpha, newDir(t), "tree")
-			cmd := f.Godwit(ctx, "migrate", fmt.Sprintf("alpha:%d", r.Pid), "beta", "--output", "json")
+			cmd := f.Godwit(ctx, "migrate", fmt.Sprintf("alpha:%d", r.Pid), "beta", "--mode", fleet.PreCopy, "--output", "json")
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
