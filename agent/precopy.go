@@ -205,6 +205,9 @@ func (c *convergence) round(sent uint64, took time.Duration, pending uint64) cop
 		return copyAgain // as long as it shrinks a round costs little and shortens the freeze
 	case over == "" && c.stuck < stuckRounds:
 		return copyAgain
+	case c.expected(pending) <= c.downtime/3*2: // more than it should, but it may do
+		c.why = ""
+		return copyFreeze
 	}
 	c.why = fmt.Sprintf("memory is written at %s/s and travels at %s/s: %s %s are left, which take %s", mib(uint64(c.dirty)), mib(uint64(c.rate)), over, mib(pending), c.expected(pending).Round(time.Millisecond))
 	switch c.policy {

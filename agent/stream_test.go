@@ -195,6 +195,7 @@ func TestStreamMalformed(t *testing.T) {
 	}
 	gaveUp := &wire.Item{Item: &wire.Item_End{End: &wire.StreamEnd{Error: &wire.Error{Code: wire.Code_CODE_INTERNAL, Message: "pid 3 died"}}}}
 	facts := &wire.Item{Item: &wire.Item_Facts{Facts: []byte(`{"version":1}`)}}
+	outline := &wire.Item{Item: &wire.Item_Outline{Outline: []byte(`{"procs":[{"pid":7,"sid":7}]}`)}}
 	more := wire.DataHeader{Type: wire.RecordItem, Flags: wire.FlagMore, Length: 1}
 	tests := []struct {
 		name   string
@@ -225,6 +226,15 @@ func TestStreamMalformed(t *testing.T) {
 		{"odd address", [][]byte{items(hello, done(0)), dataRecord(2, 12, pageSize)}, "not whole pages"},
 		{"unknown data", [][]byte{items(hello, done(0)), dataRecord(9, 0, pageSize)}, "unknown kind 9"},
 		{"image after the seal", [][]byte{items(hello, done(0), facts)}, "unexpected item"},
+		{"holes before the images", [][]byte{items(hello, outline), dataRecord(6, 0, 16)}, "at the wrong time"},
+		{"layout after the images", [][]byte{items(hello, outline, done(0)), dataRecord(5, 0, 32)}, "at the wrong time"},
+		{"early data without an outline", [][]byte{items(hello), dataRecord(1, 0, pageSize)}, "data before the images"},
+		{"two outlines", [][]byte{items(hello, outline, outline)}, "unexpected item"},
+		{"outline late", [][]byte{items(hello, facts, outline)}, "unexpected item"},
+		{"outline no JSON", [][]byte{items(hello, &wire.Item{Item: &wire.Item_Outline{Outline: []byte("{")}})}, "outline"},
+		{"half an early page", [][]byte{items(hello, outline), dataRecord(1, 0, 100)}, "not whole pages"},
+		{"early data cut off", [][]byte{items(hello, outline)}, "ends before the images"},
+		{"source gave up after the outline", [][]byte{items(hello, outline, gaveUp)}, "pid 3 died"},
 		{"source gave up", [][]byte{items(hello, done(0), gaveUp)}, "pid 3 died"},
 		{"source gave up early", [][]byte{items(hello, gaveUp)}, "pid 3 died"},
 	}
@@ -239,6 +249,9 @@ func TestStreamMalformed(t *testing.T) {
 	if err := readAllOf(&chunkList{chunks: [][]byte{items(hello, facts, done(0), end(0))}}); err != nil {
 		t.Errorf("a sound stream: %v", err)
 	}
+	if err := readAllOf(&chunkList{chunks: [][]byte{items(hello, outline), dataRecord(5, 0, 32), dataRecord(1, 0, pageSize), items(facts, done(0)), dataRecord(6, 0, 16), items(end(pageSize + 48))}}); err != nil {
+		t.Errorf("a sound stream with early memory: %v", err)
+	}
 }
 
 // readAllOf reads a stream as a restore would; nil after a sound end.
@@ -247,6 +260,19 @@ func readAllOf(c chunkReader) error {
 	ctx := context.Background()
 	if _, err := src.hello(ctx, time.Minute); err != nil {
 		return err
+	}
+	if o, err := src.Outline(ctx); err != nil {
+		return err
+	} else if o != nil {
+		for {
+			_, _, _, err := src.Early(ctx)
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			if err != nil {
+				return err
+			}
+		}
 	}
 	if _, err := src.Images(ctx); err != nil {
 		return err

@@ -287,7 +287,7 @@ func (f *fakeAgent) preflight(ctx context.Context, req *wire.PreflightRequest) (
 	f.mu.Unlock()
 	return &wire.PreflightReply{Root: root, Objects: f.objects, Requirements: &wire.Requirements{
 		MemoryBytes: 1 << 30, EarlyBytes: 1000 << 20,
-		Tasks:       []*wire.RequiredTask{{Pid: req.Pid, Tids: []int32{req.Pid, req.Pid + 1, req.Pid + 2}}, {Pid: req.Pid + 9, Tids: []int32{req.Pid + 9}}},
+		Tasks: []*wire.RequiredTask{{Pid: req.Pid, Tids: []int32{req.Pid, req.Pid + 1, req.Pid + 2}}, {Pid: req.Pid + 9, Tids: []int32{req.Pid + 9}}},
 	}}, nil
 }
 
