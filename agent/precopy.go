@@ -34,8 +34,6 @@ func (s *source) wantsPrecopy(rec *wire.Record) bool {
 		return false
 	case o.GetAttach() != nil:
 		s.report.CopyNote = "a tree that gets another terminal is not copied while it runs"
-	case o.GetPidNamespaceNew():
-		s.report.CopyNote = "a tree that lands in a pid namespace of its own is not copied while it runs"
 	default:
 		return true
 	}

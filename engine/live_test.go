@@ -267,7 +267,7 @@ func TestLiveHostile(t *testing.T) {
 			}
 		})
 	}
-	for name, o := range map[string]engine.RestoreOptions{"new pid namespace": {NewPidNamespace: true}, "sibling": {Sibling: true}} {
+	for name, o := range map[string]engine.RestoreOptions{"lead": {Lead: true}, "sibling": {Sibling: true}} {
 		if _, err := e.Restore(context.Background(), &playback{tape: *good}, o); err == nil || !strings.Contains(err.Error(), "before the images") {
 			t.Errorf("%s: error %v", name, err)
 		}

@@ -435,6 +435,7 @@ func (c *collector) data(ctx context.Context, sink image.Sink, st *Stats) error 
 		if err != nil {
 			return err
 		}
+		r.NoZeros = c.o.Elsewhere
 		begin := time.Now()
 		n, vmas := uint64(0), p.vmas
 		if t := c.o.Live.keeps(p.pid); t != nil {

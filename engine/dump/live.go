@@ -17,6 +17,7 @@ import (
 	"godwit/engine/image"
 	"godwit/engine/mem"
 	"godwit/engine/ns"
+	"godwit/engine/plan"
 	"godwit/engine/procfs"
 	"godwit/engine/ptrace"
 	"godwit/engine/sys"
@@ -79,7 +80,7 @@ func StartLive(ctx context.Context, log hclog.Logger, pid int, o Options, freeze
 	if err := errors.Join(err, t.Thaw()); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
-	out := &image.Outline{}
+	out := &image.Outline{Terminals: slices.ContainsFunc(c.files.Objects(), func(o plan.Object) bool { return strings.Contains(o.Link, "ptmx") })}
 	if out.BootID, err = procfs.BootID(); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}

@@ -173,6 +173,7 @@ ep, event = libc.epoll_create1(0), ctypes.create_string_buffer(12)
 child = subprocess.Popen(["sleep", "1000"])
 bad = [0]
 def wait():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]) # which would end the call, too
     while True:
         bad[0] += libc.epoll_wait(ep, event, 1, 1000) != 0
 threading.Thread(target=wait, daemon=True).start()

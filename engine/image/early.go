@@ -16,6 +16,8 @@ import (
 type Outline struct {
 	BootID string        `json:"boot_id"` // of the host where the tree runs
 	Procs  []OutlineProc `json:"procs"`   // the root first, parents before children
+	// Terminals says that the tree has masters of pseudoterminals.
+	Terminals bool `json:"terminals,omitempty"`
 }
 
 // OutlineProc is one of them.

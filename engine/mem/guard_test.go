@@ -77,7 +77,7 @@ func TestAdjacent(t *testing.T) {
 	}
 	want := []*VMA{
 		vmas[0],
-		{Start: 3, End: 7, Prot: 0, Status: Regular | AnonPrivate, Guards: []image.Range{{Start: 3, End: 4}, {Start: 6, End: 7}}},
+		{Start: 3, End: 7, Prot: 0, Status: Regular, Guards: []image.Range{{Start: 3, End: 4}, {Start: 6, End: 7}}},
 		vmas[6],
 	}
 	if d := cmp.Diff(want, adjacent(vmas)); d != "" {

@@ -24,6 +24,8 @@ const ChunkSize = 256 << 10
 type Reader struct {
 	// Running says that the process runs meanwhile: what goes away is left out.
 	Running bool
+	// NoZeros leaves out pages of anonymous memory that hold nothing but zeros.
+	NoZeros bool
 
 	pid     int
 	pagemap *os.File
@@ -82,6 +84,7 @@ func adjacent(vmas []*VMA) (out []*VMA) {
 		}
 		last.End = v.End
 		last.Prot &= v.Prot
+		last.Status &= v.Status
 		last.Cow = last.Cow || v.Cow
 		last.Guards = append(last.Guards, v.Guards...)
 	}
@@ -138,7 +141,14 @@ func (r *Reader) dumpVMA(ctx context.Context, v *VMA, sink image.Sink, id image.
 						continue
 					}
 				}
-				if err := sink.Data(id, a, b); err != nil {
+				err := split(b, func(from, to int, zero bool) error {
+					if zero && r.NoZeros && v.Is(AnonPrivate) {
+						pages -= uint64(to-from) / arch.PageSize
+						return nil
+					}
+					return sink.Data(id, a+uint64(from), b[from:to])
+				})
+				if err != nil {
 					return pages, err
 				}
 				a += uint64(len(b))
@@ -150,6 +160,22 @@ func (r *Reader) dumpVMA(ctx context.Context, v *VMA, sink image.Sink, id image.
 		at = next
 	}
 	return pages, nil
+}
+
+// split calls fn for every run of pages in b that are all zeros, or none of which is.
+func split(b []byte, fn func(from, to int, zero bool) error) error {
+	zero := func(at int) bool { return bytes.Equal(b[at:at+arch.PageSize], zeros[:arch.PageSize]) }
+	for from := 0; from < len(b); {
+		is, to := zero(from), from+arch.PageSize
+		for to < len(b) && zero(to) == is {
+			to += arch.PageSize
+		}
+		if err := fn(from, to, is); err != nil {
+			return err
+		}
+		from = to
+	}
+	return nil
 }
 
 // scan finds runs of pages that are present or swapped and neither the file's

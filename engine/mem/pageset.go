@@ -136,3 +136,9 @@ func (s *pageSet) absent(start, end uint64, fn func(start, end uint64)) {
 		fn(at, end)
 	}
 }
+
+// any tells whether a page of [start, end) is in the set.
+func (s *pageSet) any(start, end uint64) (found bool) {
+	s.runs(start, end, func(uint64, uint64) { found = true })
+	return found
+}

@@ -412,13 +412,20 @@ func (t *Tracker) giveBatch(r *Reader, v *VMA, size int, running bool, sink imag
 	}
 	b := t.buf[:size]
 	put := func(at uint64, b []byte) error {
-		if err := sink.Data(t.id(image.Memory), at, b); err != nil {
-			return err
-		}
-		t.sent.add(at, at+uint64(len(b)))
-		t.owed.remove(at, at+uint64(len(b)))
-		pages += uint64(len(b)) / arch.PageSize
-		return nil
+		return split(b, func(from, to int, zero bool) error {
+			start, end := at+uint64(from), at+uint64(to)
+			if zero && !t.sent.any(start, end) {
+				t.sent.add(start, end) // new memory is as empty there
+				return nil
+			}
+			if err := sink.Data(t.id(image.Memory), start, b[from:to]); err != nil {
+				return err
+			}
+			t.sent.add(start, end)
+			t.owed.remove(start, end)
+			pages += (end - start) / arch.PageSize
+			return nil
+		})
 	}
 	for _, x := range t.batch {
 		at, p := uint64(x.Base), b[:x.Len]

@@ -23,7 +23,7 @@ func TestClassify(t *testing.T) {
 		refused bool
 	}{
 		{name: "heap", m: procfs.Mapping{Read: true, Write: true, Path: "[heap]"}, flags: []string{"rd", "wr", "ac"},
-			want: &VMA{Prot: 3, Flags: private | unix.MAP_ANONYMOUS, Status: Regular | AnonPrivate | Heap}},
+			want: &VMA{Accounted: true, Prot: 3, Flags: private | unix.MAP_ANONYMOUS, Status: Regular | AnonPrivate | Heap}},
 		{name: "stack", m: procfs.Mapping{Read: true, Write: true, Path: "[stack]"}, flags: []string{"gd"},
 			want: &VMA{Prot: 3, Flags: private | unix.MAP_ANONYMOUS | unix.MAP_GROWSDOWN, Status: Regular | AnonPrivate | Stack}},
 		{name: "named anonymous", m: procfs.Mapping{Path: "[anon:Go: heap]"}, flags: []string{"nr", "hg"},

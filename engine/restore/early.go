@@ -26,6 +26,8 @@ type early struct {
 	procs   []*nursling // parents before children
 	byPid   map[int]*nursling
 	special []span // where [vdso] and [vvar] are parked
+	// terminals: there are places for pseudoterminals.
+	terminals bool
 }
 
 // nursling is a process that has only memory yet.
@@ -55,7 +57,7 @@ func (t *Tree) nurse(ctx context.Context, src image.Source) error {
 	if err := out.Check(); err != nil {
 		return err
 	}
-	if t.o.NewPidNamespace || t.o.ShellJob || t.o.Lead || t.o.Sibling || len(t.o.Namespaces.Join) > 0 {
+	if t.o.ShellJob || t.o.Lead || t.o.Sibling || len(t.o.Namespaces.Join) > 0 {
 		return errors.New("memory comes before the images, although a tree that is restored in this way cannot be made without them")
 	}
 	if err := t.tracer.Do(func() error { return t.bear(out) }); err != nil {
@@ -94,10 +96,11 @@ func (t *Tree) nurse(ctx context.Context, src image.Source) error {
 // bear makes the processes.
 // Preconditions: on the tracer's thread.
 func (t *Tree) bear(out *image.Outline) (err error) {
-	if t.stub, err = startStub(t.ch, stubKind{}); err != nil {
+	kind := stubKind{newPid: t.newPid(), terminals: out.Terminals}
+	if t.stub, err = startStub(t.ch, kind); err != nil {
 		return err
 	}
-	t.early = &early{byPid: map[int]*nursling{}}
+	t.early = &early{byPid: map[int]*nursling{}, terminals: out.Terminals}
 	if t.spare, err = gap(append(slices.Clone(t.stub.special), t.stub.rest...), spareSize, earlySpare); err != nil {
 		return err
 	}
@@ -107,7 +110,8 @@ func (t *Tree) bear(out *image.Outline) (err error) {
 	for _, op := range out.Procs {
 		n := &nursling{OutlineProc: op}
 		if parent := t.early.byPid[int(op.Parent)]; parent == nil {
-			n.remote, err = t.clone(t.stub.remote, unix.CLONE_PARENT, 0, int(op.Pid))
+			flags, exitSignal := t.rootFlags()
+			n.remote, err = t.clone(t.stub.remote, flags, exitSignal, int(op.Pid))
 			if err == nil {
 				err = t.hollow(n.remote)
 			}
@@ -245,6 +249,9 @@ func (t *Tree) graft(set *image.Set) error {
 			return errors.New("images need memory that should have come before them")
 		}
 		return nil
+	}
+	if t.newPid() && t.terminals && !t.early.terminals {
+		return errors.New("images have pseudoterminals, of which nothing was said when memory came before them")
 	}
 	for i := len(t.early.procs) - 1; i >= 0; i-- {
 		n := t.early.procs[i]

@@ -57,11 +57,7 @@ func (t *Tree) stage(name string) error {
 // rootProcess makes the root.
 func (t *Tree) rootProcess(set *image.Set) error {
 	root := t.model.procs[0]
-	flags, exitSignal := uint64(unix.CLONE_PARENT), uint64(0)
-	if t.newPid() {
-		// The stub is the init of the namespace and stays the root's parent.
-		flags, exitSignal = 0, uint64(unix.SIGCHLD)
-	}
+	flags, exitSignal := t.rootFlags()
 	r, err := t.firstProcess(root, flags, exitSignal)
 	if err != nil {
 		return fmt.Errorf("make %s: %w", root, err)
@@ -92,6 +88,15 @@ func (t *Tree) rootProcess(set *image.Set) error {
 		t.init = t.stub.remote.Tid
 	}
 	return nil
+}
+
+// rootFlags are those with which the root is cloned from the stub.
+func (t *Tree) rootFlags() (flags, exitSignal uint64) {
+	if t.newPid() {
+		// The stub is the init of the namespace and stays the root's parent.
+		return 0, uint64(unix.SIGCHLD)
+	}
+	return unix.CLONE_PARENT, 0
 }
 
 func (t *Tree) firstProcess(root *process, flags, exitSignal uint64) (*ptrace.Remote, error) {

@@ -308,7 +308,7 @@ func TestMigratePids(t *testing.T) {
 	if gap := longestGap(t, r, n); gap > smallGap {
 		t.Errorf("the process stood for %v though nothing was to be touched", gap)
 	}
-	m, res, err := f.Migrate(ctx, "alpha", r.Pid, "beta", "--pid-namespace", "new")
+	m, res, err := f.Migrate(ctx, "alpha", r.Pid, "beta", "--pid-namespace", "new", "--mode", fleet.PreCopy)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"godwit/testenv/fleet"
 	"godwit/testenv/hosts"
 	"godwit/testenv/workloads"
 )
@@ -32,7 +33,7 @@ func TestMigratePrograms(t *testing.T) {
 			ctx := deadline(t, 2*time.Minute)
 			r := start(ctx, t)
 			for i := range 10 {
-				migrate(ctx, t, f, r, to[i%2])
+				migrate(ctx, t, f, r, to[i%2], "--mode", []string{fleet.StopAndCopy, fleet.PreCopy}[i/2%2])
 			}
 			stop(ctx, t, r)
 		})
