@@ -191,14 +191,25 @@ func (d *destination) receive() error {
 	go d.session.report(ctx, d.in, d.src.pages.Load, d.req.Requirements.MemoryBytes)
 
 	d.src.outlined = func() { d.enter(wire.State_STATE_PRE_COPYING) }
+	// The record is brought up to date while the tree is built.
+	var told *pledge
 	d.src.complete = func() error {
-		if _, err := d.ledger.move(d.work, wire.State_STATE_RESTORING, nil); err != nil {
-			return err
-		}
-		d.enter(wire.State_STATE_RESTORING)
+		told = promise(func() error {
+			if _, err := d.ledger.move(d.work, wire.State_STATE_RESTORING, nil); err != nil {
+				return err
+			}
+			d.enter(wire.State_STATE_RESTORING)
+			return nil
+		})
 		return nil
 	}
 	tree, err := d.a.cfg.Engine.Restore(d.work, d.src, d.options())
+	if terr := told.wait(); terr != nil {
+		if tree != nil {
+			d.tree = tree // for abandon
+		}
+		return d.because(terr)
+	}
 	if err != nil {
 		return d.because(fmt.Errorf("build the tree from %s: %w", d.req.Source, err))
 	}

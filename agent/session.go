@@ -223,3 +223,28 @@ func belongs(rec *wire.Record, source, destination string) error {
 	}
 	return wire.Errorf(wire.Code_CODE_CONFLICT, "migration %s is already %s", rec.Id, rec.State.Word())
 }
+
+// pledge is something that is being done meanwhile; nil: nothing.
+type pledge struct {
+	done chan struct{}
+	err  error
+}
+
+// promise begins to do something.
+func promise(do func() error) *pledge {
+	p := &pledge{done: make(chan struct{})}
+	go func() {
+		defer close(p.done)
+		p.err = do()
+	}()
+	return p
+}
+
+// wait waits until it is done, and says how it went.
+func (p *pledge) wait() error {
+	if p == nil {
+		return nil
+	}
+	<-p.done
+	return p.err
+}

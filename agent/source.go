@@ -340,17 +340,25 @@ func (s *session) because(err error) error {
 
 // copy sends the frozen tree. It returns once all of it has been applied.
 func (s *source) copy() error {
-	rec, err := s.ledger.move(s.work, wire.State_STATE_FINAL_COPYING, nil)
-	if err != nil {
-		return s.because(err)
-	}
-	s.enter(wire.State_STATE_FINAL_COPYING, "pid", s.req.Pid)
-	s.point("copying")
+	// Every millisecond counts now: the record is brought up to date while the tree is
+	// read, before the destination has enough to go on.
+	told := promise(func() error {
+		if _, err := s.ledger.move(s.work, wire.State_STATE_FINAL_COPYING, nil); err != nil {
+			return err
+		}
+		s.enter(wire.State_STATE_FINAL_COPYING, "pid", s.req.Pid)
+		s.point("copying")
+		return nil
+	})
+	s.sink.complete = told.wait
 	ctx, stop := context.WithCancel(s.work)
 	defer stop()
-	go s.session.report(ctx, s.out, s.sink.pages.Load, rec.MemoryBytes)
+	go s.session.report(ctx, s.out, s.sink.pages.Load, s.memory)
 
 	stats, err := s.tree.Dump(s.work, s.sink)
+	if terr := told.wait(); terr != nil {
+		err = terr // the other one is a consequence
+	}
 	s.point("dumped")
 	if err == nil {
 		err = s.secure()

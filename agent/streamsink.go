@@ -38,7 +38,10 @@ type streamSink struct {
 	bytes   uint64 // of data
 	pages   atomic.Uint64
 	early   bool // data may come before the images
-	sealed  bool
+	// complete is called when all entries have been given, before the reader hears of it;
+	// it may be nil.
+	complete func() error
+	sealed   bool
 }
 
 var _ image.EarlySink = (*streamSink)(nil)
@@ -93,6 +96,11 @@ func (s *streamSink) Entry(e image.Entry) error {
 func (s *streamSink) Sealed() error {
 	if s.sealed {
 		return fmt.Errorf("send the images: they were sealed twice")
+	}
+	if s.complete != nil {
+		if err := s.complete(); err != nil {
+			return err
+		}
 	}
 	s.sealed = true
 	if err := s.item(&wire.Item{Item: &wire.Item_ImagesDone{ImagesDone: &wire.ImagesDone{Entries: s.entries}}}); err != nil {

@@ -131,7 +131,10 @@ func (s *streamSource) Early(ctx context.Context) (image.DataID, uint64, []byte,
 // data checks a record of data, of one of the kinds that may come now.
 func (s *streamSource) data(h wire.DataHeader, body []byte, kinds ...image.DataKind) (image.DataID, error) {
 	id := image.DataID{Kind: image.DataKind(h.Kind), ID: h.ID}
-	if !slices.Contains(kinds, id.Kind) {
+	switch {
+	case id.Kind > image.Holes:
+		return id, fmt.Errorf("%w: data of unknown kind %d", errStream, h.Kind)
+	case !slices.Contains(kinds, id.Kind):
 		return id, fmt.Errorf("%w: data of kind %d at the wrong time", errStream, h.Kind)
 	}
 	switch id.Kind {

@@ -43,8 +43,8 @@ type followed struct {
 	lost    bool // it ended, or executed another program
 }
 
-// earlyLeast is the anonymous memory that a process other than the root has if it is
-// worth an early copy, bytes. The root is always copied.
+// earlyLeast is the anonymous memory of its own that a process other than the root has if
+// it is worth an early copy, bytes. The root is always copied.
 const earlyLeast = 8 << 20
 
 // ErrNotLive says that a tree has nothing that could travel while it runs.
@@ -135,13 +135,25 @@ func (l *Live) choose(c *collector) error {
 		default:
 			f.outline.ExitSignal = 0
 		}
-		if i > 0 && p.status.RssAnon < earlyLeast {
+		if i > 0 && !worthEarly(p.vmas) {
 			continue
 		}
 		byPid[p.pid] = f
 		l.kept = append(l.kept, f)
 	}
 	return nil
+}
+
+// worthEarly tells whether a process other than the root has enough memory. What is
+// copied early is shared with relatives no more.
+func worthEarly(vmas []*mem.VMA) bool {
+	var own, common uint64
+	for _, v := range vmas {
+		if v.Early() {
+			own, common = own+v.Own, common+v.Common
+		}
+	}
+	return own >= earlyLeast && common < own/4
 }
 
 // elderChildren tells whether a session leader has children of another session that

@@ -77,7 +77,7 @@ type EarlySource interface {
 // Region is anonymous memory of a process.
 type Region struct {
 	Range
-	Prot    uint32 // PROT_*
+	Prot    uint32 // PROT_* with which it is made; what it has in the end is in the images
 	Flags   uint32 // MAP_* as they would make it
 	Madvise uint64 // bit n for advice n (MADV_*)
 }

@@ -60,7 +60,11 @@ func (v *VMA) Early() bool {
 
 // region is v as the other side is told of it. What can be changed later is not part of it.
 func (v *VMA) region() image.Region {
-	return image.Region{Range: image.Range{Start: v.Start, End: v.End}, Prot: uint32(v.Prot), Flags: uint32(v.Flags &^ unix.MAP_LOCKED), Madvise: v.Madvise & hugeAdvice}
+	prot := v.Prot
+	if v.Accounted {
+		prot = unix.PROT_READ | unix.PROT_WRITE
+	}
+	return image.Region{Range: image.Range{Start: v.Start, End: v.End}, Prot: uint32(prot), Flags: uint32(v.Flags &^ unix.MAP_LOCKED), Madvise: v.Madvise & hugeAdvice}
 }
 
 // Made tells whether a mapping can be what such a region has become.

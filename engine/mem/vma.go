@@ -59,8 +59,12 @@ type VMA struct {
 	OnFault bool
 	// Name was given to anonymous memory by PR_SET_VMA_ANON_NAME.
 	Name string
+	// Accounted says that it is or was writable, so that the kernel accounts it.
+	Accounted bool
 	// Cow says that pages of it are mapped elsewhere, too: by relatives, since a fork.
-	Cow bool
+	// Own and Common are how much of its pages are not, and are; bytes.
+	Cow         bool
+	Own, Common uint64
 	// Kept is the end of what a restored process has of it from the process out of
 	// which it was cloned, KeptProt its protection there; 0: nothing. See Inherit.
 	Kept     uint64
@@ -134,7 +138,7 @@ func keyed(m *procfs.SmapsEntry) bool {
 func Classify(m *procfs.SmapsEntry) (v *VMA, reason string) {
 	v = &VMA{
 		Start: m.Start, End: m.End, Offset: m.Offset, Prot: int(m.Prot()), Status: Regular,
-		Dev: unix.Mkdev(m.Major, m.Minor), Ino: m.Inode, Path: m.Path, Cow: m.Elsewhere > 0,
+		Dev: unix.Mkdev(m.Major, m.Minor), Ino: m.Inode, Path: m.Path, Cow: m.Elsewhere > 0, Own: m.Rss - min(m.Rss, m.Elsewhere) + m.Swap, Common: m.Elsewhere,
 	}
 	switch {
 	case m.Path == "[vsyscall]":
@@ -172,6 +176,8 @@ func Classify(m *procfs.SmapsEntry) (v *VMA, reason string) {
 			v.Sealed = true
 		case "lf":
 			v.OnFault = true
+		case "ac":
+			v.Accounted = true
 		case "dp":
 			droppable = true
 		}

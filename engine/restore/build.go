@@ -348,7 +348,7 @@ func (t *Tree) build(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := t.addressSpace(p); err != nil {
+		if err := t.addressSpace(ctx, p); err != nil {
 			return err
 		}
 	}
@@ -463,10 +463,13 @@ const mremapFixed = unix.MREMAP_MAYMOVE | unix.MREMAP_FIXED
 
 // addressSpace replaces the mappings that a process was cloned with by its own,
 // empty but for what it has from its parent.
-func (t *Tree) addressSpace(p *process) error {
+func (t *Tree) addressSpace(ctx context.Context, p *process) error {
 	err := t.makeRoom(p)
 	if err == nil {
 		err = t.mapAll(p)
+	}
+	if err == nil && p.graft != nil {
+		err = t.heal(ctx, p)
 	}
 	if err != nil {
 		return fmt.Errorf("build the address space of %s: %w", p, err)
@@ -559,12 +562,13 @@ func (t *Tree) mapAll(p *process) error {
 			}
 			for _, r := range p.missing(v) {
 				calls = append(calls, ptrace.NewCall("make "+v.String()+hugeHint(v.Flags&unix.MAP_HUGETLB != 0), unix.SYS_MMAP, ptrace.Int(r.Start), ptrace.Int(r.End-r.Start),
-					ptrace.Int(v.Prot), ptrace.Int(flags), ptrace.Int(fd), ptrace.Int(off)))
+					ptrace.Int(p.firstProt(v)), ptrace.Int(flags), ptrace.Int(fd), ptrace.Int(off)))
 			}
 		}
 		if v.Is(mem.AioRing) {
 			continue
 		}
+		calls = append(calls, p.protect(v)...)
 		calls = append(calls, advise(v)...)
 		if v.Flags&unix.MAP_LOCKED != 0 {
 			c := lock(v)
@@ -693,6 +697,9 @@ const threadFlags = unix.CLONE_VM | unix.CLONE_FS | unix.CLONE_FILES | unix.CLON
 func (t *Tree) cloneThreads(p *process) error {
 	if len(p.threads) == 1 {
 		return nil
+	}
+	if err := t.widen(p); err != nil {
+		return err
 	}
 	lead := p.remote()
 	var calls []*ptrace.Call

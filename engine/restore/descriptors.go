@@ -72,22 +72,48 @@ func enter(nums []int) (calls []*ptrace.Call) {
 	return calls
 }
 
-// descriptors fills the descriptor table of a process, and of those that share it.
-func (t *Tree) descriptors(p *process) error {
-	list := t.files.Descriptors(p.filesID)
+// numbers gives the first descriptor above all that a process will have, and whether
+// there is room above for as many again.
+func (t *Tree) numbers(p *process) (list []files.Descriptor, above int, room bool, err error) {
+	list = t.files.Descriptors(p.filesID)
 	high := t.ch.fd
 	for _, d := range list {
 		high = max(high, d.FD)
 	}
 	var lim unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
-		return os.NewSyscallError("getrlimit", err)
+		return nil, 0, false, os.NewSyscallError("getrlimit", err)
+	}
+	// The new processes have the same limit.
+	return list, high + 1, uint64(high)+uint64(len(list))+maxRights < lim.Max, nil
+}
+
+// widen makes the descriptor table of a process as large as it will be. Once threads
+// share it the kernel waits for all of its processors before it does that
+// (expand_fdtable, fs/file.c), some 10 ms.
+func (t *Tree) widen(p *process) error {
+	list, above, room, err := t.numbers(p)
+	if err != nil || !room {
+		return err
+	}
+	c := ptrace.NewCall("widen the descriptor table", unix.SYS_FCNTL, ptrace.Int(t.ch.fd), ptrace.Int(unix.F_DUPFD_CLOEXEC), ptrace.Int(above+len(list)))
+	if err := p.remote().Run(c); err != nil {
+		return err
+	}
+	return p.remote().Run(closeCall(int(c.Ret)))
+}
+
+// descriptors fills the descriptor table of a process, and of those that share it.
+func (t *Tree) descriptors(p *process) error {
+	list, above, room, err := t.numbers(p)
+	if err != nil {
+		return err
 	}
 	fill := t.placeFromAbove
-	if uint64(high)+uint64(len(list))+maxRights >= lim.Max { // which the new processes have, too
+	if !room {
 		fill = t.placeFromBelow
 	}
-	if err := fill(p, list, high+1); err != nil {
+	if err := fill(p, list, above); err != nil {
 		return err
 	}
 	t.files.Placed(p.filesID, p.remote().Tid, list)

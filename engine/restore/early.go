@@ -12,6 +12,7 @@ import (
 	"godwit/engine/arch"
 	"godwit/engine/image"
 	"godwit/engine/mem"
+	"godwit/engine/procfs"
 	"godwit/engine/ptrace"
 )
 
@@ -324,11 +325,18 @@ func (t *Tree) shadow(n *nursling) []*mem.VMA {
 	return out
 }
 
+// there is what a graft has of a mapping already.
+type there struct {
+	parts []image.Range
+	// writable: it was made writable, for which the kernel has accounted it; what was
+	// not is never one mapping with it.
+	writable bool
+}
+
 // prune makes the calls that leave a process with early memory what of it is part of
-// its mappings, as these want it, and the spare memory; what that is goes to
-// p.early.
+// its mappings, and the spare memory; what that is goes to p.early.
 func (t *Tree) prune(p *process) (calls []*ptrace.Call) {
-	p.early = map[*mem.VMA][]image.Range{}
+	p.early = map[*mem.VMA]*there{}
 	keep := []span{{t.spare, t.spare + spareSize}}
 	have := p.graft.have
 	for _, v := range p.vmas {
@@ -345,8 +353,13 @@ func (t *Tree) prune(p *process) (calls []*ptrace.Call) {
 			if !v.Made(h) {
 				continue
 			}
+			e := p.early[v]
+			if e == nil {
+				e = &there{writable: v.Prot&unix.PROT_WRITE != 0}
+				p.early[v] = e
+			}
 			r := image.Range{Start: max(h.Start, v.Start), End: min(h.End, v.End)}
-			p.early[v] = append(p.early[v], r)
+			e.parts, e.writable = append(e.parts, r), e.writable || h.Prot&unix.PROT_WRITE != 0
 			keep = append(keep, span{r.Start, r.End})
 		}
 	}
@@ -358,18 +371,41 @@ func (t *Tree) prune(p *process) (calls []*ptrace.Call) {
 		}
 		at = s.end
 	}
-	for _, v := range p.vmas {
-		for _, r := range p.early[v] {
-			calls = append(calls, ptrace.NewCall("protect "+v.String(), unix.SYS_MPROTECT, ptrace.Int(r.Start), ptrace.Int(r.End-r.Start), ptrace.Int(v.Prot)))
-		}
+	return calls
+}
+
+// firstProt is the protection with which a part of a mapping is made.
+func (p *process) firstProt(v *mem.VMA) int {
+	if e := p.early[v]; e != nil && e.writable {
+		return unix.PROT_READ | unix.PROT_WRITE
 	}
+	return v.Prot
+}
+
+// protect makes the calls that give a mapping its protection, if it may have another one.
+func (p *process) protect(v *mem.VMA) (calls []*ptrace.Call) {
+	e := p.early[v]
+	if e == nil {
+		return nil
+	}
+	call := func(prot int) {
+		calls = append(calls, ptrace.NewCall("protect "+v.String(), unix.SYS_MPROTECT, ptrace.Int(v.Start), ptrace.Int(v.Len()), ptrace.Int(prot)))
+	}
+	if e.writable {
+		call(unix.PROT_READ | unix.PROT_WRITE)
+	}
+	call(v.Prot)
 	return calls
 }
 
 // missing are the parts of a mapping that are to be made.
 func (p *process) missing(v *mem.VMA) (out []image.Range) {
 	at := v.Start
-	for _, r := range p.early[v] {
+	e := p.early[v]
+	if e == nil {
+		return []image.Range{{Start: v.Start, End: v.End}}
+	}
+	for _, r := range e.parts {
 		if r.Start > at {
 			out = append(out, image.Range{Start: at, End: r.Start})
 		}
@@ -418,5 +454,103 @@ func (t *Tree) holes(id image.DataID, b []byte) error {
 			return fmt.Errorf("memory of %s: %w", p, err)
 		}
 	}
+	return nil
+}
+
+// healPiece is how much of a mapping is in this process's memory at once, bytes.
+const healPiece = 4 << 20
+
+// heal joins what the kernel keeps apart although it is one mapping of the images: parts
+// that got memory before what lies between them was there. A program could not
+// resize or move such a mapping.
+// Preconditions: on the tracer's thread; the mappings are there.
+func (t *Tree) heal(ctx context.Context, p *process) error {
+	maps, err := procfs.ReadMaps(p.remote().Tid)
+	if err != nil {
+		return err
+	}
+	i := 0
+	for _, v := range p.vmas {
+		if p.early[v] == nil {
+			continue
+		}
+		for i < len(maps) && maps[i].End <= v.Start {
+			i++
+		}
+		for start := v.Start; i < len(maps) && maps[i].End < v.End; i++ {
+			// What is on the smaller side of the border is made anew, from there on.
+			border := maps[i].End
+			end := v.End
+			if i+1 < len(maps) {
+				end = min(end, maps[i+1].End)
+			}
+			t.log.Debug("parts of a mapping are joined", "pid", p.vpid, "mapping", v, "at", fmt.Sprintf("%x", border))
+			if border-start <= end-border {
+				for at := border; at > start; at -= min(healPiece, at-start) {
+					err = errors.Join(err, t.remake(ctx, p, v, at-min(healPiece, at-start), at))
+				}
+			} else {
+				for at := border; at < end; at += min(healPiece, end-at) {
+					err = errors.Join(err, t.remake(ctx, p, v, at, at+min(healPiece, end-at)))
+				}
+			}
+			if err != nil {
+				return fmt.Errorf("join the parts of %s: %w", v, err)
+			}
+		}
+	}
+	return nil
+}
+
+// remake maps a part of a mapping anew, with what is in it.
+func (t *Tree) remake(ctx context.Context, p *process, v *mem.VMA, start, end uint64) (err error) {
+	part := *v
+	part.Start, part.End = start, end
+	r, err := mem.NewReader(p.remote().Tid)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, r.Close()) }()
+	var kept kept
+	if _, err := r.Dump(ctx, []*mem.VMA{&part}, &kept, image.DataID{}); err != nil {
+		return err
+	}
+	calls := append([]*ptrace.Call{ptrace.NewCall("make "+v.String(), unix.SYS_MMAP, ptrace.Int(start), ptrace.Int(end-start), ptrace.Int(p.firstProt(v)),
+		ptrace.Int(v.Flags&^unix.MAP_LOCKED|unix.MAP_FIXED), ptrace.Int(^uint64(0)), ptrace.Int(0))}, advise(v)...)
+	calls = append(calls, ptrace.NewCall("protect "+v.String(), unix.SYS_MPROTECT, ptrace.Int(v.Start), ptrace.Int(v.Len()), ptrace.Int(v.Prot)))
+	if v.Flags&unix.MAP_LOCKED != 0 {
+		calls = append(calls, lock(v))
+	}
+	if err := p.remote().Run(calls...); err != nil {
+		return err
+	}
+	w, err := mem.NewWriter(p.remote().Tid, p.vmas)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, w.Close()) }()
+	for _, k := range kept {
+		if err := w.Write(k.at, k.b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// kept is a sink that keeps data.
+type kept []struct {
+	at uint64
+	b  []byte
+}
+
+func (*kept) Facts(*image.Facts) error { return nil }
+func (*kept) Entry(image.Entry) error  { return nil }
+func (*kept) Sealed() error            { return nil }
+
+func (k *kept) Data(_ image.DataID, at uint64, b []byte) error {
+	*k = append(*k, struct {
+		at uint64
+		b  []byte
+	}{at, slices.Clone(b)})
 	return nil
 }

@@ -74,7 +74,7 @@ func (t *Tree) ripen(ctx context.Context, p, c *process) error {
 		return nil
 	}
 	if !p.built {
-		if err := t.addressSpace(p); err != nil {
+		if err := t.addressSpace(ctx, p); err != nil {
 			return err
 		}
 	}
@@ -233,7 +233,7 @@ func (f *filler) take(ctx context.Context, p *process) error {
 		}
 		began = began || q == p
 		if !q.built {
-			if err := f.t.addressSpace(q); err != nil {
+			if err := f.t.addressSpace(ctx, q); err != nil {
 				return err
 			}
 		}

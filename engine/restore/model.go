@@ -53,12 +53,12 @@ type process struct {
 
 	attached []*mem.Attachment // among vmas
 
-	built    bool                       // its mappings are there
-	ripe     bool                       // and its memory, for children
-	heritage *process                   // out of whose mappings it was cloned; nil: the stub's
-	data     progress                   // of a process with a heritage
-	graft    *nursling                  // what it was before the images were there; nil: nothing
-	early    map[*mem.VMA][]image.Range // of a graft: parts of mappings that are there
+	built    bool                // its mappings are there
+	ripe     bool                // and its memory, for children
+	heritage *process            // out of whose mappings it was cloned; nil: the stub's
+	data     progress            // of a process with a heritage
+	graft    *nursling           // what it was before the images were there; nil: nothing
+	early    map[*mem.VMA]*there // of a graft: mappings of which something is there
 	fs       *fsimg.FsEntry
 
 	curSid    int // session that it is in while the tree is built

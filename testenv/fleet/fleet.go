@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -264,6 +265,10 @@ const (
 	PreCopy     = "precopy"
 )
 
+// ModeEnv names a mode for all migrations that do not say theirs: to look how tests do
+// with another one than is usual for what they move.
+const ModeEnv = "GODWIT_TEST_MODE"
+
 // Mode gives the arguments that make a migration go by a mode, and whether
 // there are modes: a godwit without them always stops the tree and copies then.
 func (f *Fleet) Mode(ctx context.Context, mode string) (args []string, known bool, err error) {
@@ -314,6 +319,9 @@ type Migration struct {
 // Migrate moves a tree with --output json and returns the report and the
 // result of the command.
 func (f *Fleet) Migrate(ctx context.Context, source string, pid int, destination string, args ...string) (*Migration, Result, error) {
+	if mode := os.Getenv(ModeEnv); mode != "" && !slices.Contains(args, "--mode") && !slices.Contains(args, "--attach") {
+		args = append(args, "--mode", mode)
+	}
 	r, err := f.Run(ctx, append([]string{"migrate", fmt.Sprintf("%s:%d", source, pid), destination, "--output", "json"}, args...)...)
 	if err != nil {
 		return nil, r, err
