@@ -117,7 +117,10 @@ func (t *Tree) strip(p *process) (calls []*ptrace.Call) {
 			continue
 		}
 		if v.Kept < v.End {
-			calls = append(calls, ptrace.NewCall("extend "+v.String(), unix.SYS_MREMAP, ptrace.Int(v.Start), ptrace.Int(v.Kept-v.Start), ptrace.Int(v.Len()), ptrace.Int(0)))
+			// By its last page: what comes before may be several mappings for the kernel, of
+			// which mremap(2) resizes no two at once.
+			last := v.Kept - arch.PageSize
+			calls = append(calls, ptrace.NewCall("extend "+v.String(), unix.SYS_MREMAP, ptrace.Int(last), ptrace.Int(uint64(arch.PageSize)), ptrace.Int(v.End-last), ptrace.Int(0)))
 		}
 		if v.Prot != v.KeptProt {
 			calls = append(calls, ptrace.NewCall("protect "+v.String(), unix.SYS_MPROTECT, ptrace.Int(v.Start), ptrace.Int(v.Len()), ptrace.Int(v.Prot)))

@@ -20,6 +20,11 @@ func live(ctx context.Context, t *testing.T, f *fleet.Fleet, r *workloads.Run, n
 	if !known {
 		t.Log("godwit migrate has no --mode: moved by stop-and-copy")
 	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the workload says: %v", r.Failed())
+		}
+	})
 	to := map[string]*hosts.Host{"alpha": f.Env.Host("beta"), "beta": f.Env.Host("alpha")}
 	for range n {
 		m := migrate(ctx, t, f, r, to[r.Host.Name()], append(mode, args...)...)

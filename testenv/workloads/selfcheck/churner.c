@@ -120,8 +120,15 @@ static void op_remap(void) {
 		uint64_t *there = SYS(mmap(NULL, (size_t)to * PAGE, PROT_NONE, PA, -1, 0));
 		if (how == 1) p = mremap(a->p, (size_t)n * PAGE, (size_t)to * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, there);
 		else p = mremap(a->p, (size_t)n * PAGE, (size_t)to * PAGE, MREMAP_MAYMOVE);
-		// mremap(2): what was at the new place may be gone even if it fails.
+		int failed = errno;
+		// Several mappings of the kernel's move one by one, and it may stop at one of them
+		// (mm/mremap.c, remap_move, Linux 6.17): what has gone is fetched back.
+		unsigned char in;
+		for (int i = 0; how == 1 && p == MAP_FAILED && i < n; i++)
+			if (mincore(a->p + (size_t)i * WORDS, PAGE, &in) < 0)
+				SYS(mremap(there + (size_t)i * WORDS, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, a->p + (size_t)i * WORDS));
 		if (how != 1 || p == MAP_FAILED) SYS(munmap(there, (size_t)to * PAGE));
+		errno = failed;
 		if (p != MAP_FAILED) {
 			for (int i = n; i < to; i++) a->seed[i] = 0, a->prot[i] = RW;
 			mapped += to - n;
@@ -256,7 +263,29 @@ static __attribute__((noinline)) void deeper(int depth, uint64_t seed) {
 	for (int k = 0; k < WORDS - 32; k++) CHECK(frame[k] == mix(seed, k, depth), "stack frame %d, word %d changed", depth, k);
 }
 
+// What is not there at all says so, too: the areas around, and what the kernel has there.
+static void on_segv(int sig, siginfo_t *si, void *context) {
+	(void)sig, (void)context;
+	static char text[900];
+	uintptr_t at = (uintptr_t)si->si_addr;
+	int n = 0;
+	for (int i = 0; i < SLOTS; i++) {
+		uintptr_t p = (uintptr_t)areas[i].p, page = (at - p) / PAGE;
+		if (areas[i].n && at >= p && page < (uintptr_t)areas[i].n)
+			n += snprintf(text + n, sizeof text - n, "page %lu of a mapping of %d at %lx, content %u, protection %d;", page, areas[i].n, p, areas[i].seed[page], areas[i].prot[page]);
+	}
+	FILE *f = fopen("/proc/self/maps", "re");
+	for (char line[300]; f && n < 700 && fgets(line, sizeof line, f);) {
+		uintptr_t a, b;
+		if (sscanf(line, "%lx-%lx", &a, &b) == 2 && b + 64 * PAGE > at && a < at + 64 * PAGE) n += snprintf(text + n, sizeof text - n, " %.26s %.4s;", line, strchr(line, ' ') + 1);
+	}
+	fail("no access to %lx, code %d: %s", at, si->si_code, text);
+}
+
 COMMAND(churner) {
+	static unsigned char stack[64 << 10];
+	SYS(sigaltstack(&(stack_t){.ss_sp = stack, .ss_size = sizeof stack}, NULL));
+	SYS(sigaction(SIGSEGV, &(struct sigaction){.sa_sigaction = on_segv, .sa_flags = SA_SIGINFO | SA_ONSTACK}, NULL));
 	most = (arg_count > 0 ? atoi(arg_values[0]) : 24) * 256;
 	areas = SYS(mmap(NULL, SLOTS * sizeof *areas, RW, PA, -1, 0));
 	common = SYS(mmap(NULL, SHARED * PAGE, RW, SA, -1, 0));
