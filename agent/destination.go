@@ -29,8 +29,9 @@ type destination struct {
 	in     inStream
 	src    *streamSource
 	tree   engine.Standing
-	// entry is the journal's, from the commit on.
-	entry entry
+	// entry is the journal's, from the commit on, and landing its writing.
+	entry   entry
+	landing *pledge
 
 	report *wire.Report
 }
@@ -225,10 +226,12 @@ func (d *destination) receive() error {
 	d.report.RestoreUs = us(time.Since(st.First))
 	transferred(d.report, st, d.src.pages.Load())
 	d.in.Close(nil)
+	// What the commit needs is written to the disk meanwhile.
+	d.landing = promise(d.noteLanding)
 	if _, err := d.ledger.move(d.work, wire.State_STATE_STAGED, func(r *wire.Record) {
 		r.LandedPid = int32(tree.Root())
 	}); err != nil {
-		return d.because(err)
+		return d.because(errors.Join(err, d.landing.wait()))
 	}
 	d.point("staged")
 	d.enter(wire.State_STATE_STAGED, "pid", tree.Root(), "processes", len(tree.Pids()))
@@ -251,11 +254,11 @@ func (d *destination) drained() error {
 // commit makes the destination the owner. An error means that it is not, and
 // that it can no longer become it.
 func (d *destination) commit() error {
+	if err := d.landing.wait(); err != nil {
+		return err
+	}
 	if d.work.Err() != nil {
 		return context.Cause(d.work)
-	}
-	if err := d.noteLanding(); err != nil {
-		return err
 	}
 	d.point("noted")
 	// From the first attempt on, the answer is needed whatever else happens: the

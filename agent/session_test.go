@@ -449,11 +449,17 @@ func TestRaces(t *testing.T) {
 		r := newRig(t, nil)
 		// The source wants to abort after all was copied, and while it does
 		// the destination commits.
-		goOn, trying := make(chan struct{}), make(chan struct{})
-		r.w.on("restore-end", func(context.Context) error {
-			<-trying
-			return nil
-		})
+		goOn, trying, sent := make(chan struct{}), make(chan struct{}), make(chan struct{})
+		r.src.cfg.Failpoint = func(point string) {
+			if point == "source.sent" {
+				close(sent)
+			}
+		}
+		r.dst.recs.before = func(_, to wire.State) {
+			if to == wire.State_STATE_STAGED {
+				<-trying
+			}
+		}
 		var once sync.Once
 		r.src.recs.before = func(_, to wire.State) {
 			if to == wire.State_STATE_ABORTING {
@@ -464,7 +470,7 @@ func TestRaces(t *testing.T) {
 			}
 		}
 		id := r.begin()
-		r.until("restoring", func() bool { return r.w.count("restore-end") > 0 })
+		<-sent
 		aborted := make(chan error, 1)
 		go func() { aborted <- r.abort("alpha", id) }()
 		r.until("the commit", func() bool { return r.state(id) >= wire.State_STATE_HANDING_OFF })

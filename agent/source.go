@@ -361,6 +361,9 @@ func (s *source) copy() error {
 	}
 	s.point("dumped")
 	if err == nil {
+		err = s.sink.dataDone()
+	}
+	if err == nil {
 		err = s.secure()
 	}
 	s.point("held")

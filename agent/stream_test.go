@@ -195,6 +195,7 @@ func TestStreamMalformed(t *testing.T) {
 	}
 	gaveUp := &wire.Item{Item: &wire.Item_End{End: &wire.StreamEnd{Error: &wire.Error{Code: wire.Code_CODE_INTERNAL, Message: "pid 3 died"}}}}
 	facts := &wire.Item{Item: &wire.Item_Facts{Facts: []byte(`{"version":1}`)}}
+	allData := &wire.Item{Item: &wire.Item_DataDone{DataDone: &wire.DataDone{}}}
 	outline := &wire.Item{Item: &wire.Item_Outline{Outline: []byte(`{"procs":[{"pid":7,"sid":7}]}`)}}
 	more := wire.DataHeader{Type: wire.RecordItem, Flags: wire.FlagMore, Length: 1}
 	tests := []struct {
@@ -226,6 +227,9 @@ func TestStreamMalformed(t *testing.T) {
 		{"odd address", [][]byte{items(hello, done(0)), dataRecord(2, 12, pageSize)}, "not whole pages"},
 		{"unknown data", [][]byte{items(hello, done(0)), dataRecord(9, 0, pageSize)}, "unknown kind 9"},
 		{"image after the seal", [][]byte{items(hello, done(0), facts)}, "unexpected item"},
+		{"data after all data", [][]byte{items(hello, done(0), allData), dataRecord(1, 0, pageSize)}, "data after all data"},
+		{"all data twice", [][]byte{items(hello, done(0), allData, allData)}, "done twice"},
+		{"no end after all data", [][]byte{items(hello, done(0), allData)}, "ends without an end"},
 		{"holes before the images", [][]byte{items(hello, outline), dataRecord(6, 0, 16)}, "at the wrong time"},
 		{"layout after the images", [][]byte{items(hello, outline, done(0)), dataRecord(5, 0, 32)}, "at the wrong time"},
 		{"early data without an outline", [][]byte{items(hello), dataRecord(1, 0, pageSize)}, "data before the images"},
@@ -279,6 +283,9 @@ func readAllOf(c chunkReader) error {
 	}
 	for {
 		if _, _, _, err := src.Next(ctx); err != nil {
+			if errors.Is(err, io.EOF) && src.noData && src.ended == nil {
+				continue
+			}
 			if errors.Is(err, io.EOF) {
 				return nil
 			}

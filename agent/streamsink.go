@@ -28,7 +28,7 @@ type chunkWriter interface {
 }
 
 // streamSink sends a dump: Hello, facts and entries as items, ImagesDone, data,
-// StreamEnd; in a pre-copy an outline and data before the facts. The records and their order are described in wire/stream.go.
+// DataDone, StreamEnd; in a pre-copy an outline and data before the facts. The records and their order are described in wire/stream.go.
 type streamSink struct {
 	ctx     context.Context // of the calls that an image.Sink has no context for
 	out     chunkWriter
@@ -149,6 +149,15 @@ func (s *streamSink) Data(id image.DataID, off uint64, p []byte) error {
 		}
 	}
 	return nil
+}
+
+// dataDone tells the reader that no more data comes: it can go on while it waits for
+// the end.
+func (s *streamSink) dataDone() error {
+	if err := s.item(&wire.Item{Item: &wire.Item_DataDone{DataDone: &wire.DataDone{}}}); err != nil {
+		return err
+	}
+	return s.flush()
 }
 
 // end sends the last item: the sums, or why there is nothing more.

@@ -45,6 +45,7 @@ type streamSource struct {
 
 	set     *image.Set
 	sealed  bool
+	noData  bool // all data has come
 	ended   *wire.StreamEnd
 	entries uint64
 	bytes   uint64
@@ -237,7 +238,8 @@ func (s *streamSource) finish(end *wire.StreamEnd) error {
 	return nil
 }
 
-// Next implements image.Source.
+// Next implements image.Source. It returns io.EOF at the end of the data, and when it is
+// called again, at the verified end of the stream.
 func (s *streamSource) Next(ctx context.Context) (image.DataID, uint64, []byte, error) {
 	none := image.DataID{}
 	if !s.sealed {
@@ -256,14 +258,22 @@ func (s *streamSource) Next(ctx context.Context) (image.DataID, uint64, []byte, 
 		case s.ended != nil:
 			return none, 0, nil, fmt.Errorf("%w: it goes on after its end", errStream)
 		case it != nil:
-			end, ok := it.Item.(*wire.Item_End)
-			if !ok {
-				return none, 0, nil, fmt.Errorf("%w: unexpected item %T among the data", errStream, it.Item)
+			switch it := it.Item.(type) {
+			case *wire.Item_DataDone:
+				if s.noData {
+					return none, 0, nil, fmt.Errorf("%w: its data is done twice", errStream)
+				}
+				s.noData = true
+				return none, 0, nil, io.EOF
+			case *wire.Item_End:
+				if err := s.finish(it.End); err != nil {
+					return none, 0, nil, err
+				}
+				continue
 			}
-			if err := s.finish(end.End); err != nil {
-				return none, 0, nil, err
-			}
-			continue
+			return none, 0, nil, fmt.Errorf("%w: unexpected item %T among the data", errStream, it.Item)
+		case s.noData:
+			return none, 0, nil, fmt.Errorf("%w: data after all data", errStream)
 		}
 		id, err := s.data(h, body, image.Memory, image.Shmem, image.Ghost, image.Digest, image.Holes)
 		if err != nil {

@@ -4364,6 +4364,7 @@ type Item struct {
 	//	*Item_ImagesDone
 	//	*Item_End
 	//	*Item_Outline
+	//	*Item_DataDone
 	Item          isItem_Item `protobuf_oneof:"item"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4460,6 +4461,15 @@ func (x *Item) GetOutline() []byte {
 	return nil
 }
 
+func (x *Item) GetDataDone() *DataDone {
+	if x != nil {
+		if x, ok := x.Item.(*Item_DataDone); ok {
+			return x.DataDone
+		}
+	}
+	return nil
+}
+
 type isItem_Item interface {
 	isItem_Item()
 }
@@ -4488,6 +4498,10 @@ type Item_Outline struct {
 	Outline []byte `protobuf:"bytes,6,opt,name=outline,proto3,oneof"` // JSON: memory comes before the images (pre-copy)
 }
 
+type Item_DataDone struct {
+	DataDone *DataDone `protobuf:"bytes,7,opt,name=data_done,json=dataDone,proto3,oneof"` // after it only the end follows
+}
+
 func (*Item_Hello) isItem_Item() {}
 
 func (*Item_Entry) isItem_Item() {}
@@ -4499,6 +4513,8 @@ func (*Item_ImagesDone) isItem_Item() {}
 func (*Item_End) isItem_Item() {}
 
 func (*Item_Outline) isItem_Item() {}
+
+func (*Item_DataDone) isItem_Item() {}
 
 type Hello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -4680,6 +4696,42 @@ func (x *ImagesDone) GetEntries() uint64 {
 	return 0
 }
 
+type DataDone struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DataDone) Reset() {
+	*x = DataDone{}
+	mi := &file_wire_godwit_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DataDone) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DataDone) ProtoMessage() {}
+
+func (x *DataDone) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DataDone.ProtoReflect.Descriptor instead.
+func (*DataDone) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{50}
+}
+
 type StreamEnd struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	DataBytes     uint64                 `protobuf:"varint,1,opt,name=data_bytes,json=dataBytes,proto3" json:"data_bytes,omitempty"`
@@ -4691,7 +4743,7 @@ type StreamEnd struct {
 
 func (x *StreamEnd) Reset() {
 	*x = StreamEnd{}
-	mi := &file_wire_godwit_proto_msgTypes[50]
+	mi := &file_wire_godwit_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4703,7 +4755,7 @@ func (x *StreamEnd) String() string {
 func (*StreamEnd) ProtoMessage() {}
 
 func (x *StreamEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[50]
+	mi := &file_wire_godwit_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4716,7 +4768,7 @@ func (x *StreamEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamEnd.ProtoReflect.Descriptor instead.
 func (*StreamEnd) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{50}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *StreamEnd) GetDataBytes() uint64 {
@@ -5118,7 +5170,7 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"pages_done\x18\x06 \x01(\x04R\tpagesDone\x12(\n" +
 	"\x10bytes_per_second\x18\a \x01(\x04R\x0ebytesPerSecond\x12\x17\n" +
 	"\aunix_ms\x18\b \x01(\x03R\x06unixMs\x12\x18\n" +
-	"\amessage\x18\t \x01(\tR\amessage\"\x93\x02\n" +
+	"\amessage\x18\t \x01(\tR\amessage\"\xcc\x02\n" +
 	"\x04Item\x12-\n" +
 	"\x05hello\x18\x01 \x01(\v2\x15.godwit.wire.v1.HelloH\x00R\x05hello\x122\n" +
 	"\x05entry\x18\x02 \x01(\v2\x1a.godwit.wire.v1.ImageEntryH\x00R\x05entry\x12\x16\n" +
@@ -5126,7 +5178,8 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\vimages_done\x18\x04 \x01(\v2\x1a.godwit.wire.v1.ImagesDoneH\x00R\n" +
 	"imagesDone\x12-\n" +
 	"\x03end\x18\x05 \x01(\v2\x19.godwit.wire.v1.StreamEndH\x00R\x03end\x12\x1a\n" +
-	"\aoutline\x18\x06 \x01(\fH\x00R\aoutlineB\x06\n" +
+	"\aoutline\x18\x06 \x01(\fH\x00R\aoutline\x127\n" +
+	"\tdata_done\x18\a \x01(\v2\x18.godwit.wire.v1.DataDoneH\x00R\bdataDoneB\x06\n" +
 	"\x04item\"e\n" +
 	"\x05Hello\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
@@ -5141,7 +5194,9 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x05extra\x18\x04 \x01(\fR\x05extra\"&\n" +
 	"\n" +
 	"ImagesDone\x12\x18\n" +
-	"\aentries\x18\x01 \x01(\x04R\aentries\"m\n" +
+	"\aentries\x18\x01 \x01(\x04R\aentries\"\n" +
+	"\n" +
+	"\bDataDone\"m\n" +
 	"\tStreamEnd\x12\x1d\n" +
 	"\n" +
 	"data_bytes\x18\x01 \x01(\x04R\tdataBytes\x12\x14\n" +
@@ -5202,7 +5257,7 @@ func file_wire_godwit_proto_rawDescGZIP() []byte {
 }
 
 var file_wire_godwit_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
+var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
 var file_wire_godwit_proto_goTypes = []any{
 	(Code)(0),                // 0: godwit.wire.v1.Code
 	(CopyMode)(0),            // 1: godwit.wire.v1.CopyMode
@@ -5259,7 +5314,8 @@ var file_wire_godwit_proto_goTypes = []any{
 	(*Hello)(nil),            // 52: godwit.wire.v1.Hello
 	(*ImageEntry)(nil),       // 53: godwit.wire.v1.ImageEntry
 	(*ImagesDone)(nil),       // 54: godwit.wire.v1.ImagesDone
-	(*StreamEnd)(nil),        // 55: godwit.wire.v1.StreamEnd
+	(*DataDone)(nil),         // 55: godwit.wire.v1.DataDone
+	(*StreamEnd)(nil),        // 56: godwit.wire.v1.StreamEnd
 }
 var file_wire_godwit_proto_depIdxs = []int32{
 	5,  // 0: godwit.wire.v1.Problem.object:type_name -> godwit.wire.v1.Object
@@ -5326,13 +5382,14 @@ var file_wire_godwit_proto_depIdxs = []int32{
 	52, // 61: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
 	53, // 62: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
 	54, // 63: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
-	55, // 64: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
-	7,  // 65: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
-	66, // [66:66] is the sub-list for method output_type
-	66, // [66:66] is the sub-list for method input_type
-	66, // [66:66] is the sub-list for extension type_name
-	66, // [66:66] is the sub-list for extension extendee
-	0,  // [0:66] is the sub-list for field type_name
+	56, // 64: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
+	55, // 65: godwit.wire.v1.Item.data_done:type_name -> godwit.wire.v1.DataDone
+	7,  // 66: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
+	67, // [67:67] is the sub-list for method output_type
+	67, // [67:67] is the sub-list for method input_type
+	67, // [67:67] is the sub-list for extension type_name
+	67, // [67:67] is the sub-list for extension extendee
+	0,  // [0:67] is the sub-list for field type_name
 }
 
 func init() { file_wire_godwit_proto_init() }
@@ -5347,6 +5404,7 @@ func file_wire_godwit_proto_init() {
 		(*Item_ImagesDone)(nil),
 		(*Item_End)(nil),
 		(*Item_Outline)(nil),
+		(*Item_DataDone)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -5354,7 +5412,7 @@ func file_wire_godwit_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wire_godwit_proto_rawDesc), len(file_wire_godwit_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   51,
+			NumMessages:   52,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
