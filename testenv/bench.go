@@ -76,10 +76,8 @@ func benchCases(quick bool) []benchCase {
 
 // benchDoc is what a run found out.
 type benchDoc struct {
-	Started time.Time `json:"started"`
-	Quick   bool      `json:"quick"`
-	// Modes is false for a godwit that knows none: it was moved by stop-and-copy only.
-	Modes       bool       `json:"modes"`
+	Started     time.Time  `json:"started"`
+	Quick       bool       `json:"quick"`
 	CPUs        int        `json:"cpus"`
 	MemoryBytes uint64     `json:"memory_bytes"`
 	Kernel      string     `json:"kernel"`
@@ -222,17 +220,11 @@ func runBench(ctx context.Context, out io.Writer, cases []benchCase, quick bool)
 		return nil, os.NewSyscallError("uname", err)
 	}
 	doc.Kernel = unix.ByteSliceToString(uts.Release[:])
-	if _, doc.Modes, err = b.fleet.Mode(ctx, fleet.PreCopy); err != nil {
-		return nil, err
-	}
-	if !doc.Modes {
-		b.say("This godwit knows no modes: every tree is moved by stop-and-copy only.")
-	}
 	b.say("%d CPUs, %.0f GiB, Linux %s\n", doc.CPUs, float64(doc.MemoryBytes)/(1<<30), doc.Kernel)
 	b.head()
 	var errs []error
 	for _, c := range cases {
-		row := b.row(ctx, c, doc.Modes)
+		row := b.row(ctx, c)
 		doc.Rows = append(doc.Rows, row)
 		b.tell(row)
 		if row.Error != "" {
@@ -297,7 +289,7 @@ func (b *bencher) tell(r benchRow) {
 }
 
 // row runs one case. Its workload is gone when it returns.
-func (b *bencher) row(ctx context.Context, c benchCase, modes bool) benchRow {
+func (b *bencher) row(ctx context.Context, c benchCase) benchRow {
 	row := benchRow{Name: c.name, What: c.what}
 	size := uint64(c.mib) << 20
 	free, err := memInfo("MemAvailable")
@@ -312,13 +304,13 @@ func (b *bencher) row(ctx context.Context, c benchCase, modes bool) benchRow {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute)
 	defer cancel()
-	if err := b.measure(ctx, c, modes, &row); err != nil {
+	if err := b.measure(ctx, c, &row); err != nil {
 		row.Error = err.Error()
 	}
 	return row
 }
 
-func (b *bencher) measure(ctx context.Context, c benchCase, modes bool, row *benchRow) (err error) {
+func (b *bencher) measure(ctx context.Context, c benchCase, row *benchRow) (err error) {
 	size := uint64(c.mib) << 20
 	prefix := filepath.Join(b.dir, "work", c.name, "w")
 	alpha, beta := b.env.Host("alpha"), b.env.Host("beta")
@@ -364,9 +356,6 @@ func (b *bencher) measure(ctx context.Context, c benchCase, modes bool, row *ben
 		mode string
 		to   *hosts.Host
 	}{{fleet.StopAndCopy, beta}, {fleet.PreCopy, alpha}}
-	if !modes {
-		todo = todo[:1]
-	}
 	for _, t := range todo {
 		m, err := b.move(ctx, r, t.to, t.mode, size, row)
 		if err != nil {
@@ -386,10 +375,6 @@ func (b *bencher) measure(ctx context.Context, c benchCase, modes bool, row *ben
 
 // move moves a workload and measures that.
 func (b *bencher) move(ctx context.Context, r *workloads.Run, to *hosts.Host, mode string, size uint64, row *benchRow) (*benchMove, error) {
-	args, _, err := b.fleet.Mode(ctx, mode)
-	if err != nil {
-		return nil, err
-	}
 	from := r.Host
 	if err := warm(size + 256<<20); err != nil {
 		return nil, err
@@ -414,7 +399,7 @@ func (b *bencher) move(ctx context.Context, r *workloads.Run, to *hosts.Host, mo
 	if _, err := r.Heartbeats(ctx); err != nil {
 		return nil, err
 	}
-	doc, res, err := b.fleet.Migrate(ctx, from.Name(), r.Pid, to.Name(), args...)
+	doc, res, err := b.fleet.Migrate(ctx, from.Name(), r.Pid, to.Name(), "--mode", mode)
 	if err != nil {
 		return nil, err
 	}

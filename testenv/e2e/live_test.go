@@ -2,6 +2,9 @@ package e2e
 
 import (
 	"context"
+	"fmt"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -13,21 +16,9 @@ import (
 // live moves a workload n times to and fro while it runs.
 func live(ctx context.Context, t *testing.T, f *fleet.Fleet, r *workloads.Run, n int, args ...string) {
 	t.Helper()
-	mode, known, err := f.Mode(ctx, fleet.PreCopy)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !known {
-		t.Log("godwit migrate has no --mode: moved by stop-and-copy")
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("the workload says: %v", r.Failed())
-		}
-	})
 	to := map[string]*hosts.Host{"alpha": f.Env.Host("beta"), "beta": f.Env.Host("alpha")}
 	for range n {
-		m := migrate(ctx, t, f, r, to[r.Host.Name()], append(mode, args...)...)
+		m := migrate(ctx, t, f, r, to[r.Host.Name()], append([]string{"--mode", fleet.PreCopy}, args...)...)
 		if m.FrozenMS == nil {
 			t.Fatal("no frozen time is reported")
 		}
@@ -102,15 +93,8 @@ func TestLiveTree(t *testing.T) {
 func TestLiveShort(t *testing.T) {
 	ctx := deadline(t, 2*time.Minute)
 	f, alpha, beta := newFleet(ctx, t)
-	mode, known, err := f.Mode(ctx, fleet.PreCopy)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !known {
-		t.Skip("godwit migrate has no --mode")
-	}
 	r := selfcheck(ctx, t, alpha, newDir(t), "dirtier", "256", "200")
-	m, res, err := f.Migrate(ctx, "alpha", r.Pid, "beta", append(mode, "--max-downtime", "1ms")...)
+	m, res, err := f.Migrate(ctx, "alpha", r.Pid, "beta", "--mode", fleet.PreCopy, "--max-downtime", "1ms")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -119,5 +103,53 @@ func TestLiveShort(t *testing.T) {
 		r.Host = beta
 	}
 	goes(ctx, t, r, 20)
+	stop(ctx, t, r)
+}
+
+// TestLiveNoConverge moves memory that is written faster than it travels, as it is
+// wanted then.
+func TestLiveNoConverge(t *testing.T) {
+	ctx := deadline(t, 3*time.Minute)
+	f, alpha, beta := newFleet(ctx, t)
+	r := selfcheck(ctx, t, alpha, newDir(t), "dirtier", "24", "200")
+	args := []string{"--mode", fleet.PreCopy, "--bandwidth", "30MiB/s", "--max-rounds", "6", "--on-no-converge"}
+
+	m, res, err := f.Migrate(ctx, "alpha", r.Pid, "beta", append(args, "abort")...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.Code != 3 || m.State != "aborted" || !strings.Contains(res.Stderr+res.Stdout, "memory is written at") {
+		t.Errorf("exit code %d, %s: %s", res.Code, m.State, res.Stderr)
+	}
+	goes(ctx, t, r, 20)
+	if err := beta.WaitGone(ctx, r.Pid); err != nil {
+		t.Errorf("something of it is left on beta: %v", err)
+	}
+
+	m = migrate(ctx, t, f, r, beta, append(args, "freeze")...)
+	if src := m.SourceReport; src == nil || src.Rounds == 0 || src.CopyNote == "" {
+		t.Errorf("the report does not say that it was frozen for longer: %+v", src)
+	}
+	m = migrate(ctx, t, f, r, alpha, append(args, "throttle")...)
+	if src := m.SourceReport; src == nil || src.Rounds < 4 {
+		t.Errorf("the report does not tell of rounds: %+v", src)
+	}
+	stop(ctx, t, r)
+}
+
+// TestLiveNotes: what cannot be copied early travels all the same, and the plan says so.
+func TestLiveNotes(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	f, alpha, beta := newFleet(ctx, t)
+	prefix := filepath.Join(newDir(t), "counter")
+	r := start(ctx, t, alpha, prefix, "unshare", "--uts", programs.Selfcheck, "counter", prefix)
+	res, err := f.Run(ctx, "plan", fmt.Sprintf("alpha:%d", r.Pid), "beta")
+	if err != nil || !strings.Contains(res.Stdout, "travels while the tree is frozen: it has a uts namespace") {
+		t.Errorf("plan: %s%s, %v", res.Stdout, res.Stderr, err)
+	}
+	m := migrate(ctx, t, f, r, beta, "--mode", fleet.PreCopy)
+	if src := m.SourceReport; src == nil || src.Rounds != 0 || !strings.Contains(src.CopyNote, "namespace of its own") {
+		t.Errorf("the report: %+v", src)
+	}
 	stop(ctx, t, r)
 }

@@ -269,19 +269,6 @@ const (
 // with another one than is usual for what they move.
 const ModeEnv = "GODWIT_TEST_MODE"
 
-// Mode gives the arguments that make a migration go by a mode, and whether
-// there are modes: a godwit without them always stops the tree and copies then.
-func (f *Fleet) Mode(ctx context.Context, mode string) (args []string, known bool, err error) {
-	r, err := f.Run(ctx, "migrate", "--help")
-	if err != nil {
-		return nil, false, err
-	}
-	if !strings.Contains(r.Stdout+r.Stderr, "--mode ") {
-		return nil, false, nil
-	}
-	return []string{"--mode", mode}, true, nil
-}
-
 // Migration is godwit's report of a migration, as it is printed for programs.
 type Migration struct {
 	ID          string   `json:"id"`
@@ -302,7 +289,13 @@ type Migration struct {
 	Pages       uint64   `json:"pages"`
 	ExitCode    int      `json:"exit_code"`
 	Reason      string   `json:"reason"`
-	Error       *struct {
+	// SourceReport is what the source measured.
+	SourceReport *struct {
+		Rounds       int    `json:"rounds"`
+		PrecopyBytes uint64 `json:"precopy_bytes"`
+		CopyNote     string `json:"copy_note"`
+	} `json:"source_report"`
+	Error *struct {
 		Code, Message, Host, Phase string
 		Problems                   []struct {
 			PID                           int
