@@ -273,9 +273,6 @@ func (d *destination) commit() error {
 
 // noteLanding tells the journal of a tree that may run from now on.
 func (d *destination) noteLanding() error {
-	if d.a.cfg.Journal == nil {
-		return nil
-	}
 	d.entry = entry{Pid: d.tree.Root()}
 	for _, pid := range d.tree.Pids() {
 		h, err := identify(pid)
@@ -318,6 +315,11 @@ func (d *destination) land() {
 		r.DestinationReport = d.report
 	}); err != nil {
 		d.trouble = err
+		if rec, rerr := d.ledger.read(forever()); rerr == nil && overruled(rec) {
+			d.trouble = nil
+			d.fence(d.entry.Tree)
+			return
+		}
 		d.log.Error("the tree runs here, but the record cannot say so; the source keeps a frozen copy that must be killed", "pid", d.tree.Root(), "error", err)
 		return
 	}

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"godwit/engine"
 	"godwit/engine/procfs"
 	"godwit/wire"
@@ -156,6 +158,9 @@ func (d *destination) answerFor(e *entry, alive []engine.Held) {
 		d.log.Error("the record cannot be read, so the migration is left as it is", "error", err)
 		d.owes = wire.CodeOf(err) != wire.Code_CODE_NOT_FOUND
 		return
+	case overruled(rec):
+		d.fence(alive)
+		return
 	case rec.State != wire.State_STATE_HANDING_OFF && rec.State != wire.State_STATE_STUCK:
 		// Nothing has run here without the commit, and nothing is left of it.
 		if err := d.tell(30*time.Second, wire.Errorf(wire.Code_CODE_ABORTED, "the agent of %s ended before the tree ran there", d.a.cfg.Host)); err != nil {
@@ -206,5 +211,45 @@ func survivors(tree []engine.Held) []engine.Held {
 		if !slices.ContainsFunc(left, dying) || time.Now().After(end) {
 			return left
 		}
+	}
+}
+
+// overruled says whether the tree runs at the source, or is about to, whatever this
+// host has done: it took too long to tell, and somebody declared it dead.
+func overruled(rec *wire.Record) bool {
+	return rec.State == wire.State_STATE_RETURNING || rec.State == wire.State_STATE_ABORTED
+}
+
+// fence kills what runs here of a tree that belongs to the source again, with
+// everything that it has started since.
+func (d *destination) fence(tree []engine.Held) {
+	killed := 0
+	for end := time.Now().Add(endPatience); ; time.Sleep(5 * time.Millisecond) {
+		var left []int
+		for _, h := range tree {
+			if !h.Lives() {
+				continue
+			}
+			pids, err := procfs.Tree(h.Pid)
+			if err == nil {
+				left = append(left, pids...)
+			}
+		}
+		if len(left) == 0 {
+			break
+		}
+		for _, pid := range left {
+			if err := unix.Kill(pid, unix.SIGKILL); err == nil {
+				killed++
+			}
+		}
+		if time.Now().After(end) {
+			d.trouble = wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the tree was given back to %s, but its copy here could not be killed; it must not run, kill it", d.req.Source)
+			d.log.Error("two copies of the tree run: this one could not be killed", "pids", left)
+			return
+		}
+	}
+	if killed > 0 {
+		d.log.Error("this host was declared dead, and the tree runs at its source again: the copy here was killed", "source", d.req.Source)
 	}
 }

@@ -72,8 +72,8 @@ func failureOf(r *wire.Record) error {
 	case "stuck":
 		f := &wire.Failure{Code: wire.Code_CODE_UNKNOWN_STATE}
 		if r.State == wire.State_STATE_STUCK {
-			f.Message = fmt.Sprintf("migration %s is stuck: %s has committed to run %s and does not answer; the copy at %s stays frozen until it does, so see whether %s runs there and whether its agent can be started",
-				r.Id, r.Destination, subject(r), r.Source, subject(r))
+			f.Message = fmt.Sprintf("migration %s is stuck: %s has committed to run %s and does not answer; the copy at %s stays frozen until it does, so see whether %s runs there and whether its agent can be started; if %s is gone for good: godwit resolve %s --destination-is-dead",
+				r.Id, r.Destination, subject(r), r.Source, subject(r), r.Destination, r.Id)
 		} else {
 			f.Message = fmt.Sprintf("migration %s stopped in state %s (%s); look at %s on %s", r.Id, r.State.Word(), clause(r, why), subject(r), r.Source)
 		}

@@ -156,7 +156,7 @@ unless there is a NATS cluster to use.
 	f.StringVarP(&a.output, "output", "o", outputText, "`format` of the output: text or json")
 	f.StringVar(&a.logLevel, "log-level", "", "trace, debug, info, warn or error")
 	root.AddCommand(
-		a.cmdServe(), a.cmdHosts(), a.cmdPs(), a.cmdPlan(), a.cmdMigrate(), a.cmdWatch(), a.cmdAbort(), a.cmdHistory(), a.cmdVersion(),
+		a.cmdServe(), a.cmdHosts(), a.cmdPs(), a.cmdPlan(), a.cmdMigrate(), a.cmdWatch(), a.cmdAbort(), a.cmdResolve(), a.cmdHistory(), a.cmdVersion(),
 	)
 	for _, c := range root.Commands() {
 		c.Long = strings.TrimRight(c.Long, "\n") + "\n" + exitCodes

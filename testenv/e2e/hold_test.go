@@ -121,3 +121,87 @@ func awaitEmpty(ctx context.Context, t *testing.T, dir string) {
 		time.Sleep(5 * time.Millisecond)
 	}
 }
+
+// TestResolve: an operator says that a host is dead which dies after the commit, and is
+// right or wrong about it; or dies before.
+func TestResolve(t *testing.T) {
+	ctx := deadline(t, 4*time.Minute)
+	f, alpha, beta := newFleet(ctx, t)
+	for _, tc := range []struct {
+		point, flag, says string
+	}{
+		{"destination.handing", "--destination-is-dead", "runs on at alpha"},
+		{"destination.ran", "--destination-is-dead", "runs on at alpha"}, // where it runs on beta, too
+		{"source.held", "--source-is-dead", "is lost with alpha"},
+	} {
+		t.Run(tc.point, func(t *testing.T) {
+			dies := beta
+			if strings.HasPrefix(tc.point, "source.") {
+				dies = alpha
+			}
+			if err := f.StopAgent(ctx, dies.Name(), unix.SIGTERM); err != nil {
+				t.Fatal(err)
+			}
+			if err := f.StartAgent(ctx, dies.Name(), agent.FailpointEnv+"="+tc.point+"=kill"); err != nil {
+				t.Fatal(err)
+			}
+			if err := f.WaitHosts(ctx, "alpha", "beta"); err != nil {
+				t.Fatal(err)
+			}
+			old, err := f.History(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r := selfcheck(ctx, t, alpha, newDir(t), "counter")
+			cmd := f.Godwit(ctx, "migrate", fmt.Sprintf("alpha:%d", r.Pid), "beta", "--detach")
+			if err := cmd.Run(); err != nil {
+				t.Fatal(err)
+			}
+			if err := dies.WaitGone(ctx, f.AgentPid(dies.Name())); err != nil {
+				t.Fatal(err)
+			}
+			now, err := f.History(ctx)
+			if err != nil || len(now) != len(old)+1 {
+				t.Fatalf("%d migrations, were %d: %v", len(now), len(old), err)
+			}
+			id := now[len(old)].ID
+			for args, want := range map[string]string{"resolve " + id: "say which host is dead", "resolve " + id + " " + tc.flag: "add --yes"} {
+				if res, err := f.Run(ctx, strings.Fields(args)...); err != nil || res.Code != 2 || !strings.Contains(res.Stderr, want) {
+					t.Errorf("%s: exit code %d, %s, %v", args, res.Code, res.Stderr, err)
+				}
+			}
+			other := map[string]string{"--destination-is-dead": "--source-is-dead", "--source-is-dead": "--destination-is-dead"}[tc.flag]
+			if res, err := f.Run(ctx, "resolve", id, other, "--yes"); err != nil || res.Code == 0 {
+				t.Errorf("resolve %s: exit code %d, %v", other, res.Code, err)
+			}
+			res, err := f.Run(ctx, "resolve", id, tc.flag, "--yes")
+			if err != nil || res.Code != 0 || !strings.Contains(res.Stdout, tc.says) {
+				t.Fatalf("resolve: exit code %d, %s%s, %v", res.Code, res.Stdout, res.Stderr, err)
+			}
+			if res, err := f.Run(ctx, "resolve", id, tc.flag, "--yes"); err != nil || res.Code == 0 || !strings.Contains(res.Stderr, "has ended already") {
+				t.Errorf("resolve again: exit code %d, %s, %v", res.Code, res.Stderr, err)
+			}
+			if err := f.StartAgent(ctx, dies.Name()); err != nil {
+				t.Fatal(err)
+			}
+			if err := f.WaitHosts(ctx, "alpha", "beta"); err != nil {
+				t.Fatal(err)
+			}
+			if err := beta.WaitGone(ctx, r.Pid); err != nil {
+				t.Fatalf("two copies: %v", err)
+			}
+			if tc.point == "destination.ran" {
+				// Both copies have written into the same file, as was to be expected.
+				if err := alpha.Kill(r.Pid, unix.SIGKILL); err != nil {
+					t.Error(err)
+				}
+				return
+			}
+			goes(ctx, t, r, 10) // a source that was not as dead as its operator believed lets it run on, too
+			for _, h := range []*hosts.Host{alpha, beta} {
+				awaitEmpty(ctx, t, journalDir(h))
+			}
+			stop(ctx, t, r)
+		})
+	}
+}
