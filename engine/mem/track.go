@@ -92,6 +92,28 @@ func (t *Tracker) Round(ctx context.Context, vmas []*VMA, sink image.Sink) (page
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, r.Close()) }()
+	var news []image.Region
+	k := 0
+	for _, v := range vmas {
+		if !v.Early() {
+			continue
+		}
+		for k < len(t.known) && t.known[k].End <= v.Start {
+			k++
+		}
+		parts := unknown(v, t.known[k:])
+		if len(parts) == 0 {
+			continue
+		}
+		// What cannot be followed, or is gone meanwhile, is found out below.
+		if err := t.watch(v); errors.Is(err, unix.ESRCH) {
+			return 0, err
+		}
+		news = append(news, parts...)
+	}
+	if err := t.tell(news, sink); err != nil {
+		return 0, err
+	}
 	for _, v := range vmas {
 		if !v.Early() {
 			continue
@@ -108,20 +130,20 @@ func (t *Tracker) Round(ctx context.Context, vmas []*VMA, sink image.Sink) (page
 	return pages, nil
 }
 
+// watch puts a mapping under the userfaultfd.
+func (t *Tracker) watch(v *VMA) error { return sys.UffdWatch(int(t.uffd.Fd()), v.Start, v.End) }
+
 func (t *Tracker) round(ctx context.Context, r *Reader, v *VMA, sink image.Sink) (uint64, error) {
-	if err := t.announce(v, sink); err != nil {
-		return 0, err
-	}
 	n, err := t.written(ctx, r, v, sink)
 	if !errors.Is(err, errUnwatched) {
 		return n, err
 	}
-	err = sys.UffdWatch(int(t.uffd.Fd()), v.Start, v.End)
+	err = t.watch(v)
 	if errors.Is(err, unix.ESRCH) {
 		return 0, err
 	}
 	// Whatever the other side has there may be another mapping's.
-	if terr := t.tell(v.region(), sink); terr != nil {
+	if terr := t.tell([]image.Region{v.region()}, sink); terr != nil {
 		return 0, terr
 	}
 	if err != nil {
@@ -144,26 +166,17 @@ func compare(a, b uint64) int {
 	return 0
 }
 
-// announce tells the other side of the parts of a mapping that it does not know.
-func (t *Tracker) announce(v *VMA, sink image.Sink) error {
-	for _, p := range t.unknown(v) {
-		if err := t.tell(p, sink); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// unknown are the parts of a mapping that the other side does not have as such.
-func (t *Tracker) unknown(v *VMA) (out []image.Region) {
+// unknown are the parts of a mapping that are not as such among known regions, of
+// which the first may be the one where it begins.
+func unknown(v *VMA, known []image.Region) (out []image.Region) {
 	whole := v.region()
 	at := v.Start
-	for _, k := range t.known {
-		if k.End <= at || !v.Made(k) {
-			continue
-		}
+	for _, k := range known {
 		if k.Start >= v.End {
 			break
+		}
+		if k.End <= at || !v.Made(k) {
+			continue
 		}
 		if k.Start > at {
 			p := whole
@@ -180,13 +193,24 @@ func (t *Tracker) unknown(v *VMA) (out []image.Region) {
 	return out
 }
 
-// tell gives the other side new, empty memory.
-func (t *Tracker) tell(p image.Region, sink image.Sink) error {
-	if err := sink.Data(t.id(image.Layout), 0, image.AppendRegion(nil, p)); err != nil {
-		return err
+// regionsAtOnce bounds the data of one message.
+const regionsAtOnce = 2048
+
+// tell gives the other side new, empty memory; the regions ascend.
+func (t *Tracker) tell(news []image.Region, sink image.Sink) error {
+	for part := range slices.Chunk(news, regionsAtOnce) {
+		var b []byte
+		for _, p := range part {
+			b = image.AppendRegion(b, p)
+		}
+		if err := sink.Data(t.id(image.Layout), 0, b); err != nil {
+			return err
+		}
+		t.known = Lay(t.known, part)
+		for _, p := range part {
+			t.forget(p.Start, p.End)
+		}
 	}
-	t.known = Lay(t.known, p)
-	t.forget(p.Start, p.End)
 	return nil
 }
 
@@ -198,23 +222,37 @@ func (t *Tracker) forget(start, end uint64) {
 
 func (t *Tracker) id(kind image.DataKind) image.DataID { return image.DataID{Kind: kind, ID: t.image} }
 
-// Lay puts a region into an ascending list, in the place of what is there.
-func Lay(list []image.Region, p image.Region) []image.Region {
-	out := make([]image.Region, 0, len(list)+2)
-	for _, k := range list {
-		if k.Start < min(k.End, p.Start) {
-			left := k
-			left.End = min(k.End, p.Start)
-			out = append(out, left)
-		}
-		if max(k.Start, p.End) < k.End {
-			right := k
-			right.Start = max(k.Start, p.End)
-			out = append(out, right)
+// Lay puts regions into a list, in the place of what is there. Both ascend, and so does
+// what it returns.
+func Lay(list, news []image.Region) []image.Region {
+	out := make([]image.Region, 0, len(list)+2*len(news))
+	i := 0
+	put := func(k image.Region) {
+		if k.Start < k.End {
+			out = append(out, k)
 		}
 	}
-	i, _ := slices.BinarySearchFunc(out, p.Start, func(k image.Region, at uint64) int { return compare(k.Start, at) })
-	return slices.Insert(out, i, p)
+	for _, k := range list {
+		// New ones before it, and over its beginning.
+		for i < len(news) && news[i].Start <= k.Start {
+			put(news[i])
+			k.Start = max(k.Start, min(news[i].End, k.End))
+			i++
+		}
+		if n := len(out); n > 0 {
+			k.Start = max(k.Start, min(out[n-1].End, k.End))
+		}
+		for i < len(news) && news[i].Start < k.End {
+			left := k
+			left.End = news[i].Start
+			put(left)
+			put(news[i])
+			k.Start = max(k.Start, min(news[i].End, k.End))
+			i++
+		}
+		put(k)
+	}
+	return append(out, news[i:]...)
 }
 
 // pagesOwn are the categories that pages do not have which are a process's own.
@@ -324,7 +362,8 @@ const holesAtOnce = 4096
 // last is Final of one mapping.
 func (t *Tracker) last(ctx context.Context, r *Reader, v *VMA, sink image.Sink) (pages uint64, gone []image.Range, err error) {
 	// Where a part of it took another's place the sent pages are not its own.
-	for _, p := range t.unknown(v) {
+	i, _ := slices.BinarySearchFunc(t.known, v.Start+1, func(k image.Region, at uint64) int { return compare(k.End, at) })
+	for _, p := range unknown(v, t.known[i:]) {
 		t.forget(p.Start, p.End)
 	}
 	var runs []sys.PageRegion

@@ -167,7 +167,10 @@ func (t *Tree) lay(n *nursling, b []byte) error {
 		return err
 	}
 	var calls []*ptrace.Call
-	for _, r := range regions {
+	for i, r := range regions {
+		if i > 0 && r.Start < regions[i-1].End {
+			return fmt.Errorf("%w: early memory of %s in disorder", image.ErrMalformed, n)
+		}
 		const may = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_GROWSDOWN | unix.MAP_NORESERVE
 		if int(r.Flags)&^may != 0 || int(r.Flags)&unix.MAP_PRIVATE == 0 || r.Prot&^7 != 0 {
 			return fmt.Errorf("early memory %x-%x of %s with flags %#x and protection %#x", r.Start, r.End, n, r.Flags, r.Prot)
@@ -183,8 +186,8 @@ func (t *Tree) lay(n *nursling, b []byte) error {
 				calls = append(calls, ptrace.NewCall(what, unix.SYS_MADVISE, ptrace.Int(r.Start), ptrace.Int(r.End-r.Start), ptrace.Int(a)))
 			}
 		}
-		n.have = mem.Lay(n.have, r)
 	}
+	n.have = mem.Lay(n.have, regions)
 	if err := n.done(); err != nil {
 		return err
 	}

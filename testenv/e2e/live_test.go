@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -150,6 +151,54 @@ func TestLiveNotes(t *testing.T) {
 	m := migrate(ctx, t, f, r, beta, "--mode", fleet.PreCopy)
 	if src := m.SourceReport; src == nil || src.Rounds != 0 || !strings.Contains(src.CopyNote, "namespace of its own") {
 		t.Errorf("the report: %+v", src)
+	}
+	stop(ctx, t, r)
+}
+
+// TestLiveAbort ends a migration while the tree is copied: it has not been frozen, and
+// has nothing left of it.
+func TestLiveAbort(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	f, alpha, beta := newFleet(ctx, t)
+	r := selfcheck(ctx, t, alpha, newDir(t), "dirtier", "64", "10")
+	res, err := f.Run(ctx, "migrate", fmt.Sprintf("alpha:%d", r.Pid), "beta", "--mode", fleet.PreCopy, "--bandwidth", "5MiB/s", "--detach")
+	if err != nil || res.Code != 0 {
+		t.Fatalf("exit code %d, %s, %v", res.Code, res.Stderr, err)
+	}
+	for {
+		b, err := os.ReadFile(alpha.Path(fmt.Sprintf("/proc/%d/smaps", r.Pid)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(b), " uw") {
+			break
+		}
+		if ctx.Err() != nil {
+			t.Fatal("the tree is never followed")
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	heartbeats(ctx, t, r)
+	hist, err := f.History(ctx)
+	if err != nil || len(hist) != 1 {
+		t.Fatalf("%d migrations, %v", len(hist), err)
+	}
+	if res, err := f.Run(ctx, "abort", hist[0].ID); err != nil || res.Code != 0 || !strings.Contains(res.Stdout, "runs on at alpha") {
+		t.Errorf("abort: exit code %d, %s%s, %v", res.Code, res.Stdout, res.Stderr, err)
+	}
+	goes(ctx, t, r, 10)
+	if h := heartbeats(ctx, t, r); time.Duration(h.Longest) > smallGap {
+		t.Errorf("it stood for %v", time.Duration(h.Longest))
+	}
+	if err := beta.WaitGone(ctx, r.Pid); err != nil {
+		t.Errorf("something of it is left on beta: %v", err)
+	}
+	for _, h := range []*hosts.Host{alpha, beta} {
+		awaitEmpty(ctx, t, journalDir(h))
+	}
+	b, err := os.ReadFile(alpha.Path(fmt.Sprintf("/proc/%d/smaps", r.Pid)))
+	if err != nil || strings.Contains(string(b), " uw") {
+		t.Errorf("its memory is still followed (%v)", err)
 	}
 	stop(ctx, t, r)
 }
