@@ -120,6 +120,7 @@ var objects = map[string]object{
 	"execed":     {elsewhere: true},
 	"netns":      {elsewhere: true},
 	"external":   {elsewhere: true},
+	"heart":      {elsewhere: true},
 	"forker":     {elsewhere: true},
 	"linkremap":  {options: []string{"--link-remap"}},
 	"hold":       {elsewhere: true},
