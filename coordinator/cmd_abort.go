@@ -48,8 +48,17 @@ func (a *app) runAbort(ctx context.Context, id string, wait time.Duration) error
 		// The record says Aborting: whoever did not hear it reads it there.
 		a.log.Warn("an agent could not be told", "migration", id, "error", err)
 	}
+	return a.awaitAborted(ctx, l, rec, wait, func(r *wire.Record) string {
+		return fmt.Sprintf("%s runs on at %s", subject(r), r.Source)
+	})
+}
+
+// awaitAborted waits until a migration that is about to end has, and prints that; what
+// says what has become of the tree.
+func (a *app) awaitAborted(ctx context.Context, l *link, rec *wire.Record, wait time.Duration, what func(*wire.Record) string) error {
 	f := &follow{link: l, view: quiet{}, wait: a.patience(), grace: wait}
-	if rec, err = f.run(ctx, rec); err != nil {
+	rec, err := f.run(ctx, rec)
+	if err != nil {
 		return err
 	}
 	if rec.State != wire.State_STATE_ABORTED {
@@ -61,7 +70,7 @@ func (a *app) runAbort(ctx context.Context, id string, wait time.Duration) error
 		doc.ExitCode = wire.ExitDone
 		return writeJSON(a.stdout, doc)
 	}
-	s := fmt.Sprintf("Migration %s is aborted: %s runs on at %s.", rec.Id, subject(rec), rec.Source)
+	s := fmt.Sprintf("Migration %s is aborted: %s.", rec.Id, what(rec))
 	if f, ok := frozenTime(rec); ok {
 		s += " It was frozen for " + formatDuration(f.Time) + "."
 	}

@@ -91,25 +91,12 @@ func (a *app) runResolve(ctx context.Context, id string, args resolveArgs) error
 	if rec, err = declareDead(ctx, l, rec, dead, args.destinationDead); err != nil {
 		return err
 	}
-	f := &follow{link: l, view: quiet{}, wait: a.patience(), grace: args.wait}
-	if rec, err = f.run(ctx, rec); err != nil {
-		return err
-	}
-	if rec.State != wire.State_STATE_ABORTED {
-		return failureOf(rec)
-	}
-	rec = settle(ctx, l, rec, time.Second)
-	if a.output == outputJSON {
-		doc := newMigrationDoc(rec, 0)
-		doc.ExitCode = wire.ExitDone
-		return writeJSON(a.stdout, doc)
-	}
-	s := fmt.Sprintf("Migration %s is aborted: %s runs on at %s.", rec.Id, subject(rec), rec.Source)
-	if args.sourceDead {
-		s = fmt.Sprintf("Migration %s is aborted: %s is lost with %s, and %s has nothing of it.", rec.Id, subject(rec), rec.Source, rec.Destination)
-	}
-	_, err = fmt.Fprintln(a.stdout, s)
-	return err
+	return a.awaitAborted(ctx, l, rec, args.wait, func(r *wire.Record) string {
+		if args.sourceDead {
+			return fmt.Sprintf("%s is lost with %s, and %s has nothing of it", subject(r), r.Source, r.Destination)
+		}
+		return fmt.Sprintf("%s runs on at %s", subject(r), r.Source)
+	})
 }
 
 // resolution says what declaring a host dead means for a migration, or why that

@@ -345,7 +345,7 @@ type there struct {
 
 // prune makes the calls that leave a process with early memory what of it is part of
 // its mappings, and the spare memory; what that is goes to p.early.
-func (t *Tree) prune(p *process) (calls []*ptrace.Call) {
+func (t *Tree) prune(p *process) []*ptrace.Call {
 	p.early = map[*mem.VMA]*there{}
 	keep := []span{{t.spare, t.spare + spareSize}}
 	have := p.graft.have
@@ -373,15 +373,7 @@ func (t *Tree) prune(p *process) (calls []*ptrace.Call) {
 			keep = append(keep, span{r.Start, r.End})
 		}
 	}
-	sortSpans(keep)
-	at := uint64(0)
-	for _, s := range append(keep, span{arch.TaskSize, arch.TaskSize}) {
-		if s.start > at {
-			calls = append(calls, ptrace.NewCall("unmap what came in vain", unix.SYS_MUNMAP, ptrace.Int(at), ptrace.Int(s.start-at)))
-		}
-		at = s.end
-	}
-	return calls
+	return unmapOthers(keep, "unmap what came in vain")
 }
 
 // firstProt is the protection with which a part of a mapping is made.

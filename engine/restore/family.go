@@ -104,14 +104,7 @@ func (t *Tree) strip(p *process) (calls []*ptrace.Call) {
 			keep = append(keep, span{v.Start, v.Kept})
 		}
 	}
-	sortSpans(keep)
-	at := uint64(0)
-	for _, s := range append(keep, span{arch.TaskSize, arch.TaskSize}) {
-		if s.start > at {
-			calls = append(calls, ptrace.NewCall("unmap what is not inherited", unix.SYS_MUNMAP, ptrace.Int(at), ptrace.Int(s.start-at)))
-		}
-		at = s.end
-	}
+	calls = unmapOthers(keep, "unmap what is not inherited")
 	for _, v := range p.vmas {
 		if v.Kept == 0 {
 			continue
@@ -125,6 +118,19 @@ func (t *Tree) strip(p *process) (calls []*ptrace.Call) {
 		if v.Prot != v.KeptProt {
 			calls = append(calls, ptrace.NewCall("protect "+v.String(), unix.SYS_MPROTECT, ptrace.Int(v.Start), ptrace.Int(v.Len()), ptrace.Int(v.Prot)))
 		}
+	}
+	return calls
+}
+
+// unmapOthers makes the calls that unmap everything but some ranges.
+func unmapOthers(keep []span, what string) (calls []*ptrace.Call) {
+	sortSpans(keep)
+	at := uint64(0)
+	for _, s := range append(keep, span{arch.TaskSize, arch.TaskSize}) {
+		if s.start > at {
+			calls = append(calls, ptrace.NewCall(what, unix.SYS_MUNMAP, ptrace.Int(at), ptrace.Int(s.start-at)))
+		}
+		at = s.end
 	}
 	return calls
 }

@@ -57,19 +57,7 @@ func TestAgentsDie(t *testing.T) {
 			if strings.HasPrefix(point, "destination.") {
 				dies = beta
 			}
-			if err := f.StopAgent(ctx, dies.Name(), unix.SIGTERM); err != nil {
-				t.Fatal(err)
-			}
-			if err := f.StartAgent(ctx, dies.Name(), agent.FailpointEnv+"="+point+"=kill"); err != nil {
-				t.Fatal(err)
-			}
-			if err := f.WaitHosts(ctx, "alpha", "beta"); err != nil {
-				t.Fatal(err)
-			}
-			old, err := f.History(ctx)
-			if err != nil {
-				t.Fatal(err)
-			}
+			old := failAt(ctx, t, f, dies, point)
 			r := selfcheck(ctx, t, alpha, newDir(t), "tree")
 			cmd := f.Godwit(ctx, "migrate", fmt.Sprintf("alpha:%d", r.Pid), "beta", "--mode", fleet.PreCopy, "--output", "json")
 			if err := cmd.Start(); err != nil {
@@ -107,6 +95,27 @@ func TestAgentsDie(t *testing.T) {
 	}
 }
 
+// failAt has the agent of a host start anew, to die at a point of its next migration, and
+// gives the migrations so far.
+func failAt(ctx context.Context, t *testing.T, f *fleet.Fleet, h *hosts.Host, point string) []fleet.Migration {
+	t.Helper()
+	err := f.StopAgent(ctx, h.Name(), unix.SIGTERM)
+	if err == nil {
+		err = f.StartAgent(ctx, h.Name(), agent.FailpointEnv+"="+point+"=kill")
+	}
+	if err == nil {
+		err = f.WaitHosts(ctx, "alpha", "beta")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	old, err := f.History(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return old
+}
+
 // awaitEmpty waits until a directory has no files, or is not there.
 func awaitEmpty(ctx context.Context, t *testing.T, dir string) {
 	t.Helper()
@@ -139,19 +148,7 @@ func TestResolve(t *testing.T) {
 			if strings.HasPrefix(tc.point, "source.") {
 				dies = alpha
 			}
-			if err := f.StopAgent(ctx, dies.Name(), unix.SIGTERM); err != nil {
-				t.Fatal(err)
-			}
-			if err := f.StartAgent(ctx, dies.Name(), agent.FailpointEnv+"="+tc.point+"=kill"); err != nil {
-				t.Fatal(err)
-			}
-			if err := f.WaitHosts(ctx, "alpha", "beta"); err != nil {
-				t.Fatal(err)
-			}
-			old, err := f.History(ctx)
-			if err != nil {
-				t.Fatal(err)
-			}
+			old := failAt(ctx, t, f, dies, tc.point)
 			r := selfcheck(ctx, t, alpha, newDir(t), "counter")
 			cmd := f.Godwit(ctx, "migrate", fmt.Sprintf("alpha:%d", r.Pid), "beta", "--detach")
 			if err := cmd.Run(); err != nil {
