@@ -592,7 +592,13 @@ func ownThread(tid int) bool {
 }
 
 func (c *collector) memory(p *process) error {
-	vmas, refused, err := mem.Read(p.pid, c.o.Live.tracker(p.pid))
+	read := func() ([]*mem.VMA, map[*mem.VMA]string, error) { return mem.Read(p.pid, c.o.Live.tracker(p.pid)) }
+	if c.frozen != nil {
+		read = func() ([]*mem.VMA, map[*mem.VMA]string, error) {
+			return mem.ReadFrozen(p.pid, c.o.Live.tracker(p.pid), p.status.VmLck)
+		}
+	}
+	vmas, refused, err := read()
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -35,6 +36,9 @@ type Tracker struct {
 	buf   []byte
 	vec   []sys.PageRegion
 	batch []unix.RemoteIovec
+
+	maps []procfs.SmapsEntry // as they were at seen
+	seen time.Time
 }
 
 // NewTracker follows a process by a userfaultfd of its own, which is the tracker's from
@@ -80,6 +84,45 @@ const hugeAdvice = 1<<unix.MADV_HUGEPAGE | 1<<unix.MADV_NOHUGEPAGE
 // tracker: mappings that grow, or come out of others, are under it, too, without its
 // knowledge. A userfaultfd of the program's own is refused as such, for its descriptor.
 func (t *Tracker) owns() bool { return t != nil }
+
+// memoryOfMaps is for how long what was read of mappings is taken for what they are.
+const memoryOfMaps = 250 * time.Millisecond
+
+// remember keeps what was read of the mappings, for recall.
+func (t *Tracker) remember(maps []procfs.SmapsEntry) {
+	if t != nil {
+		t.maps, t.seen = maps, time.Now()
+	}
+}
+
+// recall gives what remember kept if the mappings of the process, which is frozen, are
+// the same now; nil: it is to be read again. Advice that a program gave on a whole
+// mapping since is not to be seen.
+func (t *Tracker) recall(pid int, locked uint64) ([]procfs.SmapsEntry, error) {
+	if t == nil || t.maps == nil || time.Since(t.seen) > memoryOfMaps {
+		return nil, nil
+	}
+	now, err := procfs.ReadMaps(pid)
+	if err != nil {
+		return nil, err
+	}
+	if len(now) != len(t.maps) {
+		return nil, nil
+	}
+	was := uint64(0)
+	for i := range now {
+		if now[i] != t.maps[i].Mapping {
+			return nil, nil
+		}
+		if t.maps[i].Has("lo") {
+			was += now[i].Len()
+		}
+	}
+	if was != locked {
+		return nil, nil
+	}
+	return t.maps, nil
+}
 
 // errUnwatched: a mapping is not under the userfaultfd.
 var errUnwatched = errors.New("memory that is not followed")

@@ -348,6 +348,25 @@ func Read(pid int, t *Tracker) (vmas []*VMA, refused map[*VMA]string, err error)
 	if err != nil {
 		return nil, nil, fmt.Errorf("read mappings of pid %d: %w", pid, err)
 	}
+	t.remember(maps)
+	return classify(pid, maps, t)
+}
+
+// ReadFrozen is Read of a frozen process. What was read of it by Read a moment ago is not
+// read again if its mappings are the same: the kernel looks at every page for it.
+// locked is how much of its memory is locked, bytes.
+func ReadFrozen(pid int, t *Tracker, locked uint64) (vmas []*VMA, refused map[*VMA]string, err error) {
+	maps, err := t.recall(pid, locked)
+	if err != nil {
+		return nil, nil, fmt.Errorf("read mappings of pid %d: %w", pid, err)
+	}
+	if maps == nil {
+		return Read(pid, t)
+	}
+	return classify(pid, maps, t)
+}
+
+func classify(pid int, maps []procfs.SmapsEntry, t *Tracker) (vmas []*VMA, refused map[*VMA]string, err error) {
 	refused = map[*VMA]string{}
 	for i := range maps {
 		if t.owns() {
