@@ -40,9 +40,10 @@ type followed struct {
 	start   uint64 // ticks, as /proc/PID/stat has it
 	comm    string
 	outline image.OutlineProc
-	bytes   uint64       // of memory that can travel early
-	tracker *mem.Tracker // nil: it is only there for its children
+	bytes   uint64 // of memory that can travel early
+	tracker *mem.Tracker
 	parent  *followed
+	worth   bool // it, or a descendant, has memory that is worth it
 	lost    bool // it ended, or executed another program
 }
 
@@ -143,9 +144,6 @@ func (c *collector) early() (kept []*followed, err error) {
 		default:
 			f.outline.ExitSignal = 0
 		}
-		if i > 0 && !worthEarly(p.vmas) {
-			continue
-		}
 		for _, v := range p.vmas {
 			if v.Early() {
 				f.bytes += v.Own + v.Common
@@ -153,8 +151,14 @@ func (c *collector) early() (kept []*followed, err error) {
 		}
 		byPid[p.pid] = f
 		kept = append(kept, f)
+		if i == 0 || worthEarly(p.vmas) {
+			// It can only be made if those that it descends from are there.
+			for a := f; a != nil; a = a.parent {
+				a.worth = true
+			}
+		}
 	}
-	return kept, nil
+	return slices.DeleteFunc(kept, func(f *followed) bool { return !f.worth }), nil
 }
 
 // worthEarly tells whether a process other than the root has enough memory. What is

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -86,6 +87,39 @@ func TestLiveTree(t *testing.T) {
 	f, alpha, _ := newFleet(ctx, t)
 	r := selfcheck(ctx, t, alpha, newDir(t), "dirtier", "128", "20", "2", "10", "3")
 	live(ctx, t, f, r, 4)
+	stop(ctx, t, r)
+}
+
+// TestLiveGrandchild moves a process with much memory whose parent and grandparent have little.
+func TestLiveGrandchild(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	f, alpha, beta := newFleet(ctx, t)
+	prefix := filepath.Join(newDir(t), "dirtier")
+	inner := fmt.Sprintf("%s dirtier %s 128 10; true", programs.Selfcheck, prefix)
+	r := start(ctx, t, alpha, prefix, "sh", "-c", fmt.Sprintf("sh -c '%s'; true", inner))
+	shell := *r
+	for _, to := range []*hosts.Host{beta, alpha} {
+		m, res, err := f.Migrate(ctx, shell.Host.Name(), shell.Pid, to.Name(), "--mode", fleet.PreCopy)
+		if err != nil || res.Code != 0 {
+			t.Fatalf("exit code %d, %s, %v", res.Code, res.Stderr, err)
+		}
+		if m.SourceReport.PrecopyBytes < 120<<20 {
+			t.Errorf("%d bytes travelled early", m.SourceReport.PrecopyBytes)
+		}
+		shell.Host, r.Host = to, to
+		goes(ctx, t, r, 20)
+	}
+	b, err := os.ReadFile(alpha.Path(fmt.Sprintf("/proc/%d/task/%d/children", shell.Pid, shell.Pid)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err = os.ReadFile(alpha.Path(fmt.Sprintf("/proc/%[1]s/task/%[1]s/children", strings.TrimSpace(string(b)))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Pid, err = strconv.Atoi(strings.TrimSpace(string(b))); err != nil {
+		t.Fatal(err)
+	}
 	stop(ctx, t, r)
 }
 
