@@ -102,6 +102,10 @@ func (c *collector) early() (kept []*followed, err error) {
 		c.notEarly = "it has a " + strings.Join(own.Names(), " and a ") + " namespace of its own"
 		return nil, nil
 	}
+	if err := sys.UffdProbe(); err != nil {
+		c.notEarly = fmt.Sprintf("the kernel does not tell what is written (Linux 6.7 does): %s", strings.ReplaceAll(err.Error(), "\n", ": "))
+		return nil, nil
+	}
 	byPid := map[int]*followed{}
 	shared := map[uint32]int{}
 	for _, p := range c.procs {

@@ -3,6 +3,7 @@ package sys
 import (
 	"errors"
 	"os"
+	"sync"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -54,3 +55,12 @@ func UffdWatch(fd int, start, end uint64) error {
 		return nil
 	}
 }
+
+// UffdProbe says why this kernel cannot do what UffdTrack wants; nil: it can.
+var UffdProbe = sync.OnceValue(func() error {
+	fd, _, e := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC|UffdUserModeOnly, 0, 0)
+	if e != 0 {
+		return os.NewSyscallError("userfaultfd", e)
+	}
+	return errors.Join(UffdTrack(int(fd)), unix.Close(int(fd)))
+})
