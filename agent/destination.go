@@ -273,6 +273,9 @@ func (d *destination) commit() error {
 
 // noteLanding tells the journal of a tree that may run from now on.
 func (d *destination) noteLanding() error {
+	if d.a.cfg.Journal == nil {
+		return nil
+	}
 	d.entry = entry{Pid: d.tree.Root()}
 	for _, pid := range d.tree.Pids() {
 		h, err := identify(pid)
