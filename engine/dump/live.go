@@ -1,6 +1,7 @@
 package dump
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -88,6 +89,7 @@ func StartLive(ctx context.Context, log hclog.Logger, pid int, o Options, freeze
 	for _, f := range l.kept {
 		out.Procs = append(out.Procs, f.outline)
 	}
+	out.Free = c.free()
 	if err := out.Check(); err != nil {
 		return nil, errors.Join(fmt.Errorf("%w: %w", ErrNotLive, err), l.Close())
 	}
@@ -163,6 +165,35 @@ func (c *collector) early() (kept []*followed, err error) {
 		}
 	}
 	return slices.DeleteFunc(kept, func(f *followed) bool { return !f.worth }), nil
+}
+
+// freeRoom is how much free memory an outline tells of, bytes.
+const freeRoom = 1 << 30
+
+// free finds an address behind which no process has anything for freeRoom: as high as
+// programs seldom go by themselves, else where there is room at all; 0: nowhere.
+func (c *collector) free() uint64 {
+	var taken []*mem.VMA
+	for _, p := range c.procs {
+		taken = append(taken, p.vmas...)
+	}
+	slices.SortFunc(taken, func(a, b *mem.VMA) int { return cmp.Compare(a.Start, b.Start) })
+	for _, from := range []uint64{0x2a00_0000_0000, 0x10_0000_0000} {
+		at := from
+		for _, v := range taken {
+			if v.End <= at {
+				continue
+			}
+			if v.Start >= at+freeRoom {
+				break
+			}
+			at = v.End
+		}
+		if at+freeRoom <= arch.TaskSize {
+			return at
+		}
+	}
+	return 0
 }
 
 // worthEarly tells whether a process other than the root has enough memory. What is

@@ -18,6 +18,8 @@ type Outline struct {
 	Procs  []OutlineProc `json:"procs"`   // the root first, parents before children
 	// Terminals says that the tree has masters of pseudoterminals.
 	Terminals bool `json:"terminals,omitempty"`
+	// Free is an address behind which the processes have nothing for a GiB; 0: not known.
+	Free uint64 `json:"free,omitempty"`
 }
 
 // OutlineProc is one of them.
@@ -39,6 +41,9 @@ const maxPid = 4 << 20
 func (o *Outline) Check() error {
 	if len(o.Procs) == 0 || len(o.Procs) > maxOutline {
 		return fmt.Errorf("an outline of %d processes", len(o.Procs))
+	}
+	if o.Free%pageSize != 0 || o.Free >= 1<<47 {
+		return fmt.Errorf("an outline with free memory at %#x", o.Free)
 	}
 	sids := map[uint32]uint32{}
 	for i, p := range o.Procs {

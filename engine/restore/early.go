@@ -44,6 +44,9 @@ func (n *nursling) String() string { return fmt.Sprintf("pid %d", n.Pid) }
 // processes will map: far from where programs and their allocators begin.
 const earlySpare = 0x2a00_0000_0000
 
+// freeMargin is left between what they have already and the spare memory, bytes: heaps grow.
+const freeMargin = 1 << 29
+
 // nurse takes what comes before the images, if anything does.
 func (t *Tree) nurse(ctx context.Context, src image.Source) error {
 	from, ok := src.(image.EarlySource)
@@ -101,7 +104,11 @@ func (t *Tree) bear(out *image.Outline) (err error) {
 		return err
 	}
 	t.early = &early{byPid: map[int]*nursling{}, terminals: out.Terminals}
-	if t.spare, err = gap(append(slices.Clone(t.stub.special), t.stub.rest...), spareSize, earlySpare); err != nil {
+	from := uint64(earlySpare)
+	if out.Free != 0 {
+		from = out.Free + freeMargin
+	}
+	if t.spare, err = gap(append(slices.Clone(t.stub.special), t.stub.rest...), spareSize, from); err != nil {
 		return err
 	}
 	if err := t.stub.prepare(t.spare); err != nil {

@@ -236,3 +236,21 @@ func TestLiveAbort(t *testing.T) {
 	}
 	stop(ctx, t, r)
 }
+
+// TestLiveKinds moves memory and tasks of many kinds in several rounds each.
+func TestLiveKinds(t *testing.T) {
+	ctx := deadline(t, 6*time.Minute)
+	f, alpha, _ := newFleet(ctx, t)
+	for _, name := range []string{
+		"advised", "churn", "clocks", "cow", "creds", "crowd", "devzero", "edges", "execer", "family", "futexes", "guards", "locked", "manyvmas", "memfd",
+		"mmstate", "pasteof", "rseq", "sealed", "seccomp", "sessions", "shares", "signals", "spawner", "stack", "stopped", "sysvshm", "threads", "ticking", "timers", "tree",
+		"vma", "zombies",
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx := deadline(t, time.Minute)
+			r := selfcheck(ctx, t, alpha, newDir(t), name)
+			live(ctx, t, f, r, 2, "--max-downtime", "1ms")
+			stop(ctx, t, r)
+		})
+	}
+}
