@@ -208,16 +208,13 @@ func (d *destination) receive() error {
 		return nil
 	}
 	tree, err := d.a.cfg.Engine.Restore(d.work, d.src, d.options())
+	d.tree = tree // nil after an error
 	if terr := told.wait(); terr != nil {
-		if tree != nil {
-			d.tree = tree // for abandon
-		}
 		return d.because(terr)
 	}
 	if err != nil {
 		return d.because(fmt.Errorf("build the tree from %s: %w", d.req.Source, err))
 	}
-	d.tree = tree
 	d.point("built")
 	if err := d.drained(); err != nil {
 		return d.because(err)

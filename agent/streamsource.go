@@ -81,14 +81,9 @@ func (s *streamSource) hello(ctx context.Context, patience time.Duration) (*wire
 
 // Outline implements image.EarlySource.
 func (s *streamSource) Outline(ctx context.Context) (*image.Outline, error) {
-	it, _, _, err := s.next(ctx)
-	switch {
-	case errors.Is(err, io.EOF):
-		return nil, fmt.Errorf("%w: it ends among the images", errStream)
-	case err != nil:
+	it, err := s.imageItem(ctx)
+	if err != nil {
 		return nil, err
-	case it == nil:
-		return nil, fmt.Errorf("%w: data before the images", errStream)
 	}
 	text, ok := it.Item.(*wire.Item_Outline)
 	if !ok {
@@ -156,14 +151,9 @@ func (s *streamSource) data(h wire.DataHeader, body []byte, kinds ...image.DataK
 // Images implements image.Source.
 func (s *streamSource) Images(ctx context.Context) (*image.Set, error) {
 	for !s.sealed {
-		it, _, _, err := s.next(ctx)
-		switch {
-		case errors.Is(err, io.EOF):
-			return nil, fmt.Errorf("%w: it ends among the images", errStream)
-		case err != nil:
+		it, err := s.imageItem(ctx)
+		if err != nil {
 			return nil, err
-		case it == nil:
-			return nil, fmt.Errorf("%w: data before the images are complete", errStream)
 		}
 		if err := s.take(it); err != nil {
 			return nil, err
@@ -177,6 +167,20 @@ func (s *streamSource) Images(ctx context.Context) (*image.Set, error) {
 		}
 	}
 	return s.set, nil
+}
+
+// imageItem reads the next item before the seal.
+func (s *streamSource) imageItem(ctx context.Context) (*wire.Item, error) {
+	it, _, _, err := s.next(ctx)
+	switch {
+	case errors.Is(err, io.EOF):
+		return nil, fmt.Errorf("%w: it ends among the images", errStream)
+	case err != nil:
+		return nil, err
+	case it == nil:
+		return nil, fmt.Errorf("%w: data before the images are complete", errStream)
+	}
+	return it, nil
 }
 
 // take adds one item to the images.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 
-	"godwit/engine/arch"
 	"godwit/engine/dump"
 	"godwit/engine/freeze"
 	"godwit/engine/image"
@@ -37,11 +36,7 @@ func (e *Engine) StartLive(ctx context.Context, pid int, o DumpOptions, sink ima
 	if err != nil {
 		return nil, err
 	}
-	timeout := o.Timeout
-	if timeout == 0 {
-		timeout = defaultFreezeTimeout
-	}
-	l, err := dump.StartLive(ctx, e.log, pid, d, func() (*freeze.Tree, error) { return freeze.FreezeIn(ctx, pid, timeout, o.FreezeGroup) }, sink)
+	l, err := dump.StartLive(ctx, e.log, pid, d, func() (*freeze.Tree, error) { return freeze.FreezeIn(ctx, pid, o.freezeTimeout(), o.FreezeGroup) }, sink)
 	if err != nil {
 		return nil, err
 	}
@@ -50,11 +45,6 @@ func (e *Engine) StartLive(ctx context.Context, pid int, o DumpOptions, sink ima
 
 // live is a Live.
 type live struct{ *dump.Live }
-
-func (l *live) Round(ctx context.Context, sink image.Sink) (uint64, error) {
-	r, err := l.Live.Round(ctx, sink)
-	return r.Pages * arch.PageSize, err
-}
 
 // internalLive is what a dump needs of the one that it continues.
 func (o *DumpOptions) internalLive() (*dump.Live, error) {

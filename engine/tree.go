@@ -178,6 +178,14 @@ func (e *Engine) source(pid int) error {
 	return nil
 }
 
+// freezeTimeout is Timeout, or what it means not to give one.
+func (o *DumpOptions) freezeTimeout() time.Duration {
+	if o.Timeout == 0 {
+		return defaultFreezeTimeout
+	}
+	return o.Timeout
+}
+
 // Freeze stops the tree below pid: every process and thread of it. After an
 // error the tree runs as before.
 func (e *Engine) Freeze(ctx context.Context, pid int, o DumpOptions) (Tree, error) {
@@ -188,10 +196,7 @@ func (e *Engine) Freeze(ctx context.Context, pid int, o DumpOptions) (Tree, erro
 	if err != nil {
 		return nil, err
 	}
-	timeout := o.Timeout
-	if timeout == 0 {
-		timeout = defaultFreezeTimeout
-	}
+	timeout := o.freezeTimeout()
 	t, err := freeze.FreezeIn(ctx, pid, timeout, o.FreezeGroup)
 	if err != nil {
 		return nil, err

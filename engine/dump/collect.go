@@ -190,6 +190,19 @@ func findQuiet(ctx context.Context, root int) ([]*process, error) {
 	}
 }
 
+// look collects what a running tree has. The collector is to be closed.
+func look(ctx context.Context, log hclog.Logger, pid int, o Options) (*collector, error) {
+	procs, err := findQuiet(ctx, pid)
+	if err != nil {
+		return nil, err
+	}
+	c := newCollector(log, o, pid, nil)
+	if err := c.collect(procs, true); err != nil {
+		return nil, errors.Join(err, c.close())
+	}
+	return c, nil
+}
+
 func readProcess(pid int) (*process, error) {
 	st, err := procfs.ReadStatus(pid)
 	if err != nil {
@@ -592,13 +605,8 @@ func ownThread(tid int) bool {
 }
 
 func (c *collector) memory(p *process) error {
-	read := func() ([]*mem.VMA, map[*mem.VMA]string, error) { return mem.Read(p.pid, c.o.Live.tracker(p.pid)) }
-	if c.frozen != nil {
-		read = func() ([]*mem.VMA, map[*mem.VMA]string, error) {
-			return mem.ReadFrozen(p.pid, c.o.Live.tracker(p.pid), p.status.VmLck)
-		}
-	}
-	vmas, refused, err := read()
+	// Nothing of a tree that runs is remembered: it has no Live.
+	vmas, refused, err := mem.ReadFrozen(p.pid, c.o.Live.tracker(p.pid), p.status.VmLck)
 	if err != nil {
 		return err
 	}

@@ -70,15 +70,11 @@ func Preflight(ctx context.Context, log hclog.Logger, pid int, o Options) (*plan
 }
 
 func preflight(ctx context.Context, log hclog.Logger, pid int, o Options) (_ *plan.Plan, err error) {
-	procs, err := findQuiet(ctx, pid)
+	c, err := look(ctx, log, pid, o)
 	if err != nil {
 		return nil, err
 	}
-	c := newCollector(log, o, pid, nil)
 	defer func() { err = errors.Join(err, c.close()) }()
-	if err := c.collect(procs, true); err != nil {
-		return nil, err
-	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}

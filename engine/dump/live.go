@@ -30,7 +30,6 @@ import (
 // Only anonymous memory of a process's own travels early, and only that of processes
 // which have much of it; what else there is travels with the dump.
 type Live struct {
-	log  hclog.Logger
 	root int
 	kept []*followed // the root first, parents before children
 }
@@ -58,16 +57,12 @@ var ErrNotLive = errors.New("memory cannot be copied while the tree runs")
 // StartLive begins to follow the tree below pid, which is frozen for a moment, and gives
 // the sink an outline of it. An error that is ErrNotLive leaves the sink untouched.
 func StartLive(ctx context.Context, log hclog.Logger, pid int, o Options, freezer func() (*freeze.Tree, error), sink image.EarlySink) (_ *Live, err error) {
-	procs, err := findQuiet(ctx, pid)
+	c, err := look(ctx, log, pid, o)
 	if err != nil {
 		return nil, err
 	}
-	c := newCollector(log, o, pid, nil)
 	defer func() { err = errors.Join(err, c.close()) }()
-	if err := c.collect(procs, true); err != nil {
-		return nil, err
-	}
-	l := &Live{log: log, root: pid}
+	l := &Live{root: pid}
 	if l.kept, err = c.early(); err != nil {
 		return nil, err
 	}
@@ -83,9 +78,6 @@ func StartLive(ctx context.Context, log hclog.Logger, pid int, o Options, freeze
 		return nil, errors.Join(err, l.Close())
 	}
 	out := &image.Outline{Terminals: slices.ContainsFunc(c.files.Objects(), func(o plan.Object) bool { return strings.Contains(o.Link, "ptmx") })}
-	if out.BootID, err = procfs.BootID(); err != nil {
-		return nil, errors.Join(err, l.Close())
-	}
 	for _, f := range l.kept {
 		out.Procs = append(out.Procs, f.outline)
 	}
@@ -150,15 +142,12 @@ func (c *collector) early() (kept []*followed, err error) {
 		default:
 			f.outline.ExitSignal = 0
 		}
-		for _, v := range p.vmas {
-			if v.Early() {
-				f.bytes += v.Own + v.Common
-			}
-		}
+		own, common := earlyMemory(p.vmas)
+		f.bytes = own + common
 		byPid[p.pid] = f
 		kept = append(kept, f)
-		if i == 0 || worthEarly(p.vmas) {
-			// It can only be made if those that it descends from are there.
+		if i == 0 || own >= earlyLeast && common < own/4 {
+			// What is copied early is shared with relatives no more. It can only be made if those that it descends from are there.
 			for a := f; a != nil; a = a.parent {
 				a.worth = true
 			}
@@ -196,16 +185,15 @@ func (c *collector) free() uint64 {
 	return 0
 }
 
-// worthEarly tells whether a process other than the root has enough memory. What is
-// copied early is shared with relatives no more.
-func worthEarly(vmas []*mem.VMA) bool {
-	var own, common uint64
+// earlyMemory is how much memory can travel early that a process has for itself, and that
+// it shares with relatives, bytes.
+func earlyMemory(vmas []*mem.VMA) (own, common uint64) {
 	for _, v := range vmas {
 		if v.Early() {
 			own, common = own+v.Own, common+v.Common
 		}
 	}
-	return own >= earlyLeast && common < own/4
+	return own, common
 }
 
 // elderChildren tells whether a session leader has children of another session that
@@ -275,27 +263,22 @@ func (c *collector) userfault(fp *freeze.Proc, p *process) (_ *os.File, err erro
 	return os.NewFile(uintptr(fd), "userfaultfd"), nil
 }
 
-// LiveRound says what a round did.
-type LiveRound struct {
-	Pages uint64 // that were given to the sink
-}
-
-// Round gives the sink what was written since the last one.
-func (l *Live) Round(ctx context.Context, sink image.Sink) (r LiveRound, err error) {
-	for _, f := range l.kept {
-		n, err := f.each(func(vmas []*mem.VMA) (uint64, error) { return f.tracker.Round(ctx, vmas, sink) })
-		r.Pages += n
-		if err != nil {
-			return r, err
-		}
-	}
-	return r, nil
+// Round gives the sink what was written since the last one, and says how many bytes that
+// were.
+func (l *Live) Round(ctx context.Context, sink image.Sink) (bytes uint64, err error) {
+	return l.all(func(f *followed, vmas []*mem.VMA) (uint64, error) { return f.tracker.Round(ctx, vmas, sink) })
 }
 
 // Pending is how many bytes a round would give now.
 func (l *Live) Pending() (bytes uint64, err error) {
+	return l.all(func(f *followed, vmas []*mem.VMA) (uint64, error) { return f.tracker.Pending(vmas) })
+}
+
+// all does something with the mappings of each process that counts pages, and gives
+// the bytes that they are.
+func (l *Live) all(do func(*followed, []*mem.VMA) (uint64, error)) (bytes uint64, err error) {
 	for _, f := range l.kept {
-		n, err := f.each(f.tracker.Pending)
+		n, err := f.each(func(vmas []*mem.VMA) (uint64, error) { return do(f, vmas) })
 		bytes += n * arch.PageSize
 		if err != nil {
 			return bytes, err
@@ -320,15 +303,22 @@ func (f *followed) each(do func([]*mem.VMA) (uint64, error)) (uint64, error) {
 	return n, err
 }
 
-// tracker finds what follows a process; nil: nothing.
-func (l *Live) tracker(pid int) *mem.Tracker {
+// find gives a process by its pid; nil: it is not followed.
+func (l *Live) find(pid int) *followed {
 	if l == nil {
 		return nil
 	}
-	for _, f := range l.kept {
-		if f.pid == pid {
-			return f.tracker
-		}
+	i := slices.IndexFunc(l.kept, func(f *followed) bool { return f.pid == pid })
+	if i < 0 {
+		return nil
+	}
+	return l.kept[i]
+}
+
+// tracker finds what follows a process; nil: nothing.
+func (l *Live) tracker(pid int) *mem.Tracker {
+	if f := l.find(pid); f != nil {
+		return f.tracker
 	}
 	return nil
 }
@@ -359,14 +349,10 @@ func (l *Live) settle(c *collector) (pids []uint32) {
 
 // keeps gives what follows a process of the frozen tree of which the other side has memory.
 func (l *Live) keeps(pid int) *mem.Tracker {
-	if l == nil {
-		return nil
+	if f := l.find(pid); f != nil && !f.lost {
+		return f.tracker
 	}
-	i := slices.IndexFunc(l.kept, func(f *followed) bool { return f.pid == pid && !f.lost })
-	if i < 0 {
-		return nil
-	}
-	return l.kept[i].tracker
+	return nil
 }
 
 // Close ends the following; the tree has nothing left of it.

@@ -26,16 +26,12 @@ import (
 // all of them.
 // mode is CRIU's pre_dump_mode. What cannot be carried is for Preflight to tell.
 func PreDump(ctx context.Context, log hclog.Logger, pid int, o Options, mode uint32, sink image.Sink) (st Stats, err error) {
-	procs, err := findQuiet(ctx, pid)
+	c, err := look(ctx, log, pid, o)
 	if err != nil {
 		return st, err
 	}
-	c := newCollector(log, o, pid, nil)
 	defer func() { err = errors.Join(err, c.close()) }()
-	if err := c.collect(procs, true); err != nil {
-		return st, err
-	}
-	if slices.ContainsFunc(procs, func(p *process) bool { return p.headless }) {
+	if slices.ContainsFunc(c.procs, func(p *process) bool { return p.headless }) {
 		return st, c.err() // whose memory cannot be found
 	}
 	facts, err := c.facts()

@@ -14,8 +14,7 @@ import (
 
 // Outline says which processes get memory before the images.
 type Outline struct {
-	BootID string        `json:"boot_id"` // of the host where the tree runs
-	Procs  []OutlineProc `json:"procs"`   // the root first, parents before children
+	Procs []OutlineProc `json:"procs"` // the root first, parents before children
 	// Terminals says that the tree has masters of pseudoterminals.
 	Terminals bool `json:"terminals,omitempty"`
 	// Free is an address behind which the processes have nothing for a GiB; 0: not known.

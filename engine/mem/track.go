@@ -1,6 +1,7 @@
 package mem
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -52,9 +53,6 @@ func NewTracker(pid int, image uint32, uffd *os.File) (*Tracker, error) {
 
 // Close ends the following; the process has nothing left of it.
 func (t *Tracker) Close() error { return t.uffd.Close() }
-
-// Image is the pid of the process in the images.
-func (t *Tracker) Image() uint32 { return t.image }
 
 // Early tells whether memory of a mapping can travel before the images.
 func (v *VMA) Early() bool {
@@ -197,16 +195,6 @@ func (t *Tracker) round(ctx context.Context, r *Reader, v *VMA, sink image.Sink)
 		return n, nil // it changes all the time
 	}
 	return n, err
-}
-
-func compare(a, b uint64) int {
-	switch {
-	case a < b:
-		return -1
-	case a > b:
-		return 1
-	}
-	return 0
 }
 
 // unknown are the parts of a mapping that are not as such among known regions, of
@@ -405,7 +393,7 @@ const holesAtOnce = 4096
 // last is Final of one mapping.
 func (t *Tracker) last(ctx context.Context, r *Reader, v *VMA, sink image.Sink) (pages uint64, gone []image.Range, err error) {
 	// Where a part of it took another's place the sent pages are not its own.
-	i, _ := slices.BinarySearchFunc(t.known, v.Start+1, func(k image.Region, at uint64) int { return compare(k.End, at) })
+	i, _ := slices.BinarySearchFunc(t.known, v.Start+1, func(k image.Region, at uint64) int { return cmp.Compare(k.End, at) })
 	for _, p := range unknown(v, t.known[i:]) {
 		t.forget(p.Start, p.End)
 	}

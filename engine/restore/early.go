@@ -1,6 +1,7 @@
 package restore
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -330,15 +331,7 @@ func (t *Tree) shadow(n *nursling) []*mem.VMA {
 	for _, s := range t.early.special {
 		out = append(out, &mem.VMA{Start: s.start, End: s.end, Status: mem.Regular | mem.Vvar | mem.AnonPrivate})
 	}
-	slices.SortFunc(out, func(a, b *mem.VMA) int {
-		switch {
-		case a.Start < b.Start:
-			return -1
-		case a.Start > b.Start:
-			return 1
-		}
-		return 0
-	})
+	slices.SortFunc(out, func(a, b *mem.VMA) int { return cmp.Compare(a.Start, b.Start) })
 	return out
 }
 

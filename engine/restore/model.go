@@ -306,9 +306,12 @@ func (m *model) spare(taken []span) (uint64, error) {
 			all = append(all, span{v.Start, v.End})
 		}
 	}
-	// Low addresses are left to the programs: brk grows there.
-	return gap(all, spareSize, 0x10_0000_0000)
+	return gap(all, spareSize, lowest)
 }
+
+// lowest is where free addresses are looked for: lower ones are left to the programs,
+// whose brk grows there.
+const lowest = 0x10_0000_0000
 
 // gap finds an address, at or above at, whose next size bytes none of taken has.
 func gap(taken []span, size, at uint64) (uint64, error) {

@@ -124,7 +124,7 @@ func (p *process) free(size uint64, taken ...span) (uint64, error) {
 	for _, v := range p.vmas {
 		taken = append(taken, span{v.Start, v.End})
 	}
-	return gap(taken, size, 0x10_0000_0000)
+	return gap(taken, size, lowest)
 }
 
 // removeSegments removes, once all are attached, those that the program had
