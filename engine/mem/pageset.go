@@ -8,9 +8,9 @@ import (
 	"godwit/engine/arch"
 )
 
-// pageSet is a set of pages of an address space, of which few are near each other or
+// PageSet is a set of pages of an address space, of which few are near each other or
 // many: it takes 64 bytes for 2 MiB that have some.
-type pageSet struct {
+type PageSet struct {
 	blocks map[uint64]*block // by address / blockSize
 	order  []uint64          // their keys, ascending; nil: to be made
 }
@@ -22,7 +22,7 @@ const blockSize = 512 * arch.PageSize
 
 // each calls fn for every block that has pages, or make: might get some, of
 // [start, end) with the first of its pages in that range and the one behind the last.
-func (s *pageSet) each(start, end uint64, make bool, fn func(key uint64, b *block, from, to uint)) {
+func (s *PageSet) each(start, end uint64, make bool, fn func(key uint64, b *block, from, to uint)) {
 	if start >= end {
 		return
 	}
@@ -68,8 +68,8 @@ func mask(w int, from, to uint) uint64 {
 	return ^uint64(0) << (from - lo) & (^uint64(0) >> (hi - to))
 }
 
-// add puts the pages of [start, end) in.
-func (s *pageSet) add(start, end uint64) {
+// Add puts the pages of [start, end) in.
+func (s *PageSet) Add(start, end uint64) {
 	s.each(start, end, true, func(_ uint64, b *block, from, to uint) {
 		for w := range b {
 			b[w] |= mask(w, from, to)
@@ -77,8 +77,8 @@ func (s *pageSet) add(start, end uint64) {
 	})
 }
 
-// remove takes the pages of [start, end) out.
-func (s *pageSet) remove(start, end uint64) {
+// Remove takes the pages of [start, end) out.
+func (s *PageSet) Remove(start, end uint64) {
 	var empty []uint64
 	s.each(start, end, false, func(key uint64, b *block, from, to uint) {
 		for w := range b {
@@ -94,8 +94,8 @@ func (s *pageSet) remove(start, end uint64) {
 	}
 }
 
-// runs calls fn for every run of pages in [start, end) that are in the set.
-func (s *pageSet) runs(start, end uint64, fn func(start, end uint64)) {
+// Runs calls fn for every run of pages in [start, end) that are in the set.
+func (s *PageSet) Runs(start, end uint64, fn func(start, end uint64)) {
 	var at, to uint64 // of the run so far, if at < to
 	s.each(start, end, false, func(key uint64, b *block, first, last uint) {
 		for w := range b {
@@ -123,10 +123,10 @@ func (s *pageSet) runs(start, end uint64, fn func(start, end uint64)) {
 	}
 }
 
-// absent calls fn for every run of pages in [start, end) that are not in the set.
-func (s *pageSet) absent(start, end uint64, fn func(start, end uint64)) {
+// Absent calls fn for every run of pages in [start, end) that are not in the set.
+func (s *PageSet) Absent(start, end uint64, fn func(start, end uint64)) {
 	at := start
-	s.runs(start, end, func(a, b uint64) {
+	s.Runs(start, end, func(a, b uint64) {
 		if a > at {
 			fn(at, a)
 		}
@@ -137,8 +137,8 @@ func (s *pageSet) absent(start, end uint64, fn func(start, end uint64)) {
 	}
 }
 
-// any tells whether a page of [start, end) is in the set.
-func (s *pageSet) any(start, end uint64) (found bool) {
-	s.runs(start, end, func(uint64, uint64) { found = true })
+// Any tells whether a page of [start, end) is in the set.
+func (s *PageSet) Any(start, end uint64) (found bool) {
+	s.Runs(start, end, func(uint64, uint64) { found = true })
 	return found
 }

@@ -11,7 +11,7 @@ import (
 func TestPageSet(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	const base, pages = 0x7f00_0000_0000 - 700*arch.PageSize, 3000
-	var s pageSet
+	var s PageSet
 	model := map[uint64]bool{}
 	for range 400 {
 		a := rng.Uint64N(pages)
@@ -19,9 +19,9 @@ func TestPageSet(t *testing.T) {
 		start, end := base+a*arch.PageSize, base+b*arch.PageSize
 		put := rng.IntN(2) == 0
 		if put {
-			s.add(start, end)
+			s.Add(start, end)
 		} else {
-			s.remove(start, end)
+			s.Remove(start, end)
 		}
 		for p := start; p < end; p += arch.PageSize {
 			model[p] = put
@@ -33,7 +33,7 @@ func TestPageSet(t *testing.T) {
 		}
 		seen := map[uint64]bool{}
 		last := uint64(0)
-		s.runs(start, end, func(from, to uint64) {
+		s.Runs(start, end, func(from, to uint64) {
 			if from >= to || from < start || to > end || last != 0 && from <= last {
 				t.Fatalf("run %x-%x of %x-%x after one up to %x", from, to, start, end, last)
 			}
@@ -49,7 +49,7 @@ func TestPageSet(t *testing.T) {
 			}
 		}
 		n := uint64(0)
-		s.absent(lo, hi, func(from, to uint64) {
+		s.Absent(lo, hi, func(from, to uint64) {
 			for p := from; p < to; p += arch.PageSize {
 				if model[p] {
 					t.Fatalf("page %x is absent", p)
@@ -61,7 +61,7 @@ func TestPageSet(t *testing.T) {
 			t.Fatalf("%d pages are absent, want %d", n, want)
 		}
 	}
-	s.remove(0, arch.TaskSize)
+	s.Remove(0, arch.TaskSize)
 	if len(s.blocks) != 0 {
 		t.Errorf("%d blocks are left", len(s.blocks))
 	}

@@ -32,8 +32,8 @@ type Tracker struct {
 	image uint32 // pid in the images
 	uffd  *os.File
 	known []image.Region // ascending, apart or of different kinds
-	sent  pageSet
-	owed  pageSet
+	sent  PageSet
+	owed  PageSet
 	buf   []byte
 	vec   []sys.PageRegion
 	batch []unix.RemoteIovec
@@ -247,8 +247,8 @@ func (t *Tracker) tell(news []image.Region, sink image.Sink) error {
 
 // forget notes that the other side has nothing in a range.
 func (t *Tracker) forget(start, end uint64) {
-	t.sent.remove(start, end)
-	t.owed.remove(start, end)
+	t.sent.Remove(start, end)
+	t.owed.Remove(start, end)
 }
 
 func (t *Tracker) id(kind image.DataKind) image.DataID { return image.DataID{Kind: kind, ID: t.image} }
@@ -358,7 +358,7 @@ func (t *Tracker) Final(ctx context.Context, vmas []*VMA, sink image.Sink) (page
 			continue
 		}
 		if !v.Early() {
-			t.sent.runs(v.Start, v.End, func(a, b uint64) { holes = append(holes, image.Range{Start: a, End: b}) })
+			t.sent.Runs(v.Start, v.End, func(a, b uint64) { holes = append(holes, image.Range{Start: a, End: b}) })
 			rest = append(rest, v)
 			continue
 		}
@@ -366,7 +366,7 @@ func (t *Tracker) Final(ctx context.Context, vmas []*VMA, sink image.Sink) (page
 		pages += n
 		if errors.Is(err, errUnwatched) {
 			gone = nil
-			t.sent.runs(v.Start, v.End, func(a, b uint64) { gone = addRange(gone, a, b) })
+			t.sent.Runs(v.Start, v.End, func(a, b uint64) { gone = addRange(gone, a, b) })
 			t.forget(v.Start, v.End)
 			rest, err = append(rest, v), nil
 		}
@@ -400,7 +400,7 @@ func (t *Tracker) last(ctx context.Context, r *Reader, v *VMA, sink image.Sink) 
 	var runs []sys.PageRegion
 	behind := v.Start // everything before it has been looked at
 	drop := func(start, end uint64) {
-		t.sent.runs(start, end, func(a, b uint64) { gone = append(gone, image.Range{Start: a, End: b}) })
+		t.sent.Runs(start, end, func(a, b uint64) { gone = append(gone, image.Range{Start: a, End: b}) })
 	}
 	for at := v.Start; at < v.End; {
 		n, next, err := sys.PagemapWritten(int(r.pagemap.Fd()), false, at, v.End, pagesOwn, pagesOwn, sys.PageIsPresent|sys.PageIsSwapped, sys.PageIsWritten, t.vec)
@@ -437,8 +437,8 @@ func (t *Tracker) last(ctx context.Context, r *Reader, v *VMA, sink image.Sink) 
 // lacks calls fn for the runs of pages in [start, end) that the other side has not, or
 // has as they were before.
 func (t *Tracker) lacks(start, end uint64, fn func(start, end uint64)) {
-	t.owed.runs(start, end, func(a, b uint64) { t.sent.remove(a, b) }) // as if it had not
-	t.sent.absent(start, end, fn)
+	t.owed.Runs(start, end, func(a, b uint64) { t.sent.Remove(a, b) }) // as if it had not
+	t.sent.Absent(start, end, fn)
 }
 
 // give reads runs of pages and gives them to the sink; of a running process, what goes
@@ -484,15 +484,15 @@ func (t *Tracker) giveBatch(r *Reader, v *VMA, size int, running bool, sink imag
 	put := func(at uint64, b []byte) error {
 		return split(b, func(from, to int, zero bool) error {
 			start, end := at+uint64(from), at+uint64(to)
-			if zero && !t.sent.any(start, end) {
-				t.sent.add(start, end) // new memory is as empty there
+			if zero && !t.sent.Any(start, end) {
+				t.sent.Add(start, end) // new memory is as empty there
 				return nil
 			}
 			if err := sink.Data(t.id(image.Memory), start, b[from:to]); err != nil {
 				return err
 			}
-			t.sent.add(start, end)
-			t.owed.remove(start, end)
+			t.sent.Add(start, end)
+			t.owed.Remove(start, end)
 			pages += (end - start) / arch.PageSize
 			return nil
 		})
@@ -519,7 +519,7 @@ func (t *Tracker) giveBatch(r *Reader, v *VMA, size int, running bool, sink imag
 					return pages, err
 				}
 			} else {
-				t.owed.add(at, at+arch.PageSize) // the look has noted it as seen
+				t.owed.Add(at, at+arch.PageSize) // the look has noted it as seen
 			}
 			at, p = at+arch.PageSize, p[arch.PageSize:]
 		}
