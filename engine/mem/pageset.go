@@ -142,3 +142,31 @@ func (s *PageSet) Any(start, end uint64) (found bool) {
 	s.Runs(start, end, func(uint64, uint64) { found = true })
 	return found
 }
+
+// Clone returns a set that has the same pages.
+func (s *PageSet) Clone() PageSet {
+	c := PageSet{blocks: make(map[uint64]*block, len(s.blocks))}
+	for key, b := range s.blocks {
+		own := *b
+		c.blocks[key] = &own
+	}
+	return c
+}
+
+// Next gives the first run of pages at or behind an address, up to the end of the 2 MiB
+// that it begins in.
+func (s *PageSet) Next(from uint64) (start, end uint64, ok bool) {
+	if s.order == nil {
+		s.order = slices.Sorted(maps.Keys(s.blocks))
+	}
+	i, _ := slices.BinarySearch(s.order, from/blockSize)
+	for ; i < len(s.order) && !ok; i++ {
+		key := s.order[i]
+		s.Runs(max(from, key*blockSize), (key+1)*blockSize, func(a, b uint64) {
+			if !ok {
+				start, end, ok = a, b, true
+			}
+		})
+	}
+	return start, end, ok
+}

@@ -61,8 +61,34 @@ func TestPageSet(t *testing.T) {
 			t.Fatalf("%d pages are absent, want %d", n, want)
 		}
 	}
+	c := s.Clone()
 	s.Remove(0, arch.TaskSize)
 	if len(s.blocks) != 0 {
 		t.Errorf("%d blocks are left", len(s.blocks))
+	}
+	n := 0
+	for at := uint64(0); ; {
+		from, to, ok := c.Next(at)
+		if !ok {
+			break
+		}
+		if from < at || from >= to {
+			t.Fatalf("next run %x-%x from %x on", from, to, at)
+		}
+		for p := from; p < to; p, n = p+arch.PageSize, n+1 {
+			if !model[p] {
+				t.Fatalf("page %x is in the clone", p)
+			}
+		}
+		at = to
+	}
+	want := 0
+	for _, in := range model {
+		if in {
+			want++
+		}
+	}
+	if n != want {
+		t.Errorf("the clone has %d pages, want %d", n, want)
 	}
 }

@@ -29,8 +29,10 @@ const (
 
 // UffdTrack makes a userfaultfd, which may be another process's, one that only
 // remembers which pages are written. ErrUnsupported: the kernel cannot.
-func UffdTrack(fd int) error {
-	api := struct{ api, features, ioctls uint64 }{uffdAPI, uffdFeatures, 0}
+func UffdTrack(fd int) error { return uffdAPICall(fd, uffdFeatures) }
+
+func uffdAPICall(fd int, features uint64) error {
+	api := struct{ api, features, ioctls uint64 }{uffdAPI, features, 0}
 	_, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), ioctlUffdAPI, uintptr(unsafe.Pointer(&api)))
 	if e == unix.EINVAL {
 		return errors.Join(os.NewSyscallError("ioctl UFFDIO_API", e), errors.ErrUnsupported)
@@ -42,8 +44,10 @@ func UffdTrack(fd int) error {
 }
 
 // UffdWatch has a userfaultfd of UffdTrack remember the writes to a range of memory.
-func UffdWatch(fd int, start, end uint64) error {
-	reg := struct{ start, len, mode, ioctls uint64 }{start, end - start, uffdModeWP, 0}
+func UffdWatch(fd int, start, end uint64) error { return uffdRegister(fd, start, end, uffdModeWP) }
+
+func uffdRegister(fd int, start, end, mode uint64) error {
+	reg := struct{ start, len, mode, ioctls uint64 }{start, end - start, mode, 0}
 	for {
 		_, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), ioctlUffdReg, uintptr(unsafe.Pointer(&reg)))
 		if e == unix.EINTR || e == unix.EAGAIN {
