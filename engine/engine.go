@@ -72,6 +72,9 @@ type DumpOptions struct {
 	Files FileOptions
 	// Live is what the sink has been given of the running tree already (StartLive).
 	Live Live
+	// Late, with Live, leaves memory out that can come when the tree runs elsewhere
+	// already (post-copy): DumpStats.Late says whose.
+	Late bool
 	// Timeout bounds the freezing of all tasks; 0 means 10 s.
 	Timeout time.Duration
 	// FreezeGroup is the directory of a control group, of version 1 or 2, that all of
@@ -148,6 +151,10 @@ type RestoreOptions struct {
 	Carry []Place
 	// Files says how files are found again.
 	Files FileRestoreOptions
+	// Paging serves the memory that comes when the tree runs already; nil: images that
+	// want that are refused. It is called once, with what is missing, and returns when that is
+	// served; from then on it owns the files.
+	Paging func([]Space) error
 	// NewPidNamespace lands the tree in a pid namespace (and a mount
 	// namespace with its own /proc) of its own.
 	NewPidNamespace bool
@@ -278,6 +285,9 @@ type DumpStats struct {
 	DumpDur    time.Duration
 	DataDur    time.Duration // of DumpDur: reading all data and giving it to the sink
 	FrozenAt   time.Time     // first task stopped
+	// Late are the processes whose memory is to be asked for (NewPages), by their pids in
+	// the images; nil: none.
+	Late map[uint32]Held
 }
 
 // RestoreStats says what a restore did.

@@ -37,6 +37,7 @@ func (o DumpOptions) internal() (dump.Options, error) {
 	d := dump.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, SkipInFlight: o.SkipInFlight, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Elsewhere: o.Elsewhere, Host: o.Host}
 	d.ExtUnixSk, d.Ends = o.ExtUnixSk, o.Ends
 	d.Files, d.Carry, d.Confirm = o.Files, o.Carry, o.Confirm
+	d.Late = o.Late
 	d.FreezeGroup = o.FreezeGroup
 	var err error
 	if d.Live, err = o.internalLive(); err != nil {
@@ -269,7 +270,7 @@ func (f *frozen) Dump(ctx context.Context, sink image.Sink) (DumpStats, error) {
 		return DumpStats{
 			Processes: s.Processes, Threads: s.Threads, Pages: s.Pages, Bytes: s.Bytes,
 			ShmemPages: s.ShmemPages, Scanned: s.Scanned, DataDur: s.DataDur,
-			FreezeDur: f.t.FreezeDur, DumpDur: time.Since(start), FrozenAt: f.t.FrozenAt,
+			FreezeDur: f.t.FreezeDur, DumpDur: time.Since(start), FrozenAt: f.t.FrozenAt, Late: s.Late,
 		}, err
 	}
 }
@@ -386,7 +387,7 @@ func (e *Engine) Restore(ctx context.Context, src image.Source, o RestoreOptions
 	if groups.Mode, err = cgroup.ParseMode(o.Cgroups.Mode); err != nil {
 		return nil, err
 	}
-	t, err := restore.Restore(ctx, e.log, src, restore.Options{Namespaces: spaces, Stage: o.Stage, Cgroups: groups, TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, TCPOutside: o.NetworkLock != LockNone, LockSkip: o.NetworkLock == LockSkip, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Terminal: o.Terminal, Lead: o.Lead, Files: o.Files, Carry: o.Carry, ExtUnixSk: o.ExtUnixSk, Sibling: o.Sibling, TimeNamespace: o.TimeNamespace})
+	t, err := restore.Restore(ctx, e.log, src, restore.Options{Namespaces: spaces, Stage: o.Stage, Cgroups: groups, TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, TCPOutside: o.NetworkLock != LockNone, LockSkip: o.NetworkLock == LockSkip, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Terminal: o.Terminal, Lead: o.Lead, Files: o.Files, Carry: o.Carry, ExtUnixSk: o.ExtUnixSk, Sibling: o.Sibling, Paging: o.Paging, TimeNamespace: o.TimeNamespace})
 	if err != nil {
 		return nil, err
 	}

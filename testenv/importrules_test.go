@@ -37,7 +37,7 @@ var layers = [][]string{
 	{"engine/arch", "engine/sys", "engine/refuse"},
 	{"engine/image", "engine/plan", "engine/netlock", "engine/procfs", "engine/ptrace"},
 	{"engine/task", "engine/mem", "engine/files", "engine/sockets", "engine/ns", "engine/cgroup"},
-	{"engine/freeze"},
+	{"engine/freeze", "engine/paging"},
 	{"engine/dump", "engine/restore"},
 	{"engine"},
 }

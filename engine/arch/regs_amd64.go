@@ -58,6 +58,9 @@ func (r *Regs) Encode() []byte {
 // PC is the address of the next instruction.
 func (r *Regs) PC() uint64 { return r.Rip }
 
+// Near are addresses of memory that a thread uses at once: its stack and its own data.
+func (r *Regs) Near() []uint64 { return []uint64{r.Rsp, r.Rsp + PageSize, r.FsBase} }
+
 // SetPC moves the task to another instruction.
 func (r *Regs) SetPC(pc uint64) { r.Rip = pc }
 

@@ -61,6 +61,7 @@ type Options struct {
 	Host      string
 	Files     plan.FileOptions
 	Live      *Live // what the sink has been given already; nil: nothing
+	Late      bool  // memory that can come when the tree runs elsewhere is left out
 }
 
 // process is one process as the collector sees it.
@@ -73,6 +74,7 @@ type process struct {
 	status                       procfs.Status
 	threadFS                     map[int]*image.FSFacts // of threads that have their own, by tid
 	vfork                        int                    // a thread that waits for a child made by vfork
+	hot                          []uint64               // addresses that its threads use at once; known once it is dumped
 
 	vmas            []*mem.VMA
 	insn            uint64 // address of a system-call instruction, 0: not looked for yet

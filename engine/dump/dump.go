@@ -47,6 +47,8 @@ type Stats struct {
 	// Links are the names that were made for files without one; the caller
 	// removes or leaves them.
 	Links *files.Links
+	// Late are the processes whose memory can be asked for, by their pids in the images.
+	Late map[uint32]freeze.Held
 	// Accepted are the connections that the tree lacks if it runs on after all.
 	Accepted files.LostConnections
 }
@@ -135,6 +137,9 @@ func dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 		return st, err
 	}
 	facts.Precopied = o.Live.settle(c)
+	if o.Late {
+		facts.Late, st.Late = o.Live.late(c)
+	}
 	facts.Files = c.files.Facts()
 	st.Sockets, st.Moved = c.files.SocketFiles(), c.files.MovedFiles()
 	facts.Ghosts = c.files.GhostFacts()
@@ -365,6 +370,7 @@ func (c *collector) readTasks(t *freeze.Tree, fp *freeze.Proc, p *process) (out 
 			if derr != nil {
 				return derr
 			}
+			p.hot = append(append(p.hot, th.Regs.Near()...), th.Rseq.Pointer)
 			out = append(out, d)
 		}
 		return nil
@@ -435,7 +441,11 @@ func (c *collector) data(ctx context.Context, sink image.Sink, st *Stats) error 
 		begin := time.Now()
 		n, vmas := uint64(0), p.vmas
 		if t := c.o.Live.keeps(p.pid); t != nil {
-			if n, vmas, err = t.Final(ctx, vmas, sink); err != nil {
+			var late []uint64
+			if _, is := st.Late[uint32(p.vpid)]; is {
+				late = p.hot
+			}
+			if n, vmas, err = t.Final(ctx, vmas, late, sink); err != nil {
 				return errors.Join(err, r.Close())
 			}
 		}

@@ -347,6 +347,27 @@ func (l *Live) settle(c *collector) (pids []uint32) {
 	return pids
 }
 
+// late finds the processes of which memory can come when the tree runs elsewhere: those
+// whose memory is copied early, unless others are cloned from them, which would have nothing
+// to inherit.
+func (l *Live) late(c *collector) (pids []uint32, who map[uint32]freeze.Held) {
+	if l == nil {
+		return nil, nil
+	}
+	who = map[uint32]freeze.Held{}
+	for _, f := range l.kept {
+		p := c.byPid(f.pid)
+		if f.lost || slices.ContainsFunc(c.procs, func(q *process) bool {
+			return q.ppid == f.pid && !q.zombie && l.keeps(q.pid) == nil && mem.Common(q.vmas, p.vmas)
+		}) {
+			continue
+		}
+		pids = append(pids, f.outline.Pid)
+		who[f.outline.Pid] = freeze.Held{Pid: f.pid, Start: f.start}
+	}
+	return pids, who
+}
+
 // keeps gives what follows a process of the frozen tree of which the other side has memory.
 func (l *Live) keeps(pid int) *mem.Tracker {
 	if f := l.find(pid); f != nil && !f.lost {

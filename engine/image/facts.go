@@ -33,6 +33,9 @@ type Facts struct {
 	// Precopied are the processes, by pid in the images, whose memory is what came
 	// before the images (Outline) and what differs from it after them.
 	Precopied []uint32 `json:"precopied,omitempty"`
+	// Late are those of them of which memory comes when the tree runs already: it is in
+	// no data, and the source is asked for it.
+	Late []uint32 `json:"late,omitempty"`
 
 	Tasks []TaskFacts `json:"tasks"`
 	Files []FileFacts `json:"files,omitempty"`

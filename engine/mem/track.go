@@ -60,6 +60,10 @@ func (v *VMA) Early() bool {
 	return v.Is(AnonPrivate) && !v.Special() && !v.Is(AioRing) && v.Flags&never == 0 && !v.Guarded
 }
 
+// Late tells whether memory of a mapping can come when the process runs already. What is
+// locked is to be there at once.
+func (v *VMA) Late() bool { return v.Early() && v.Flags&unix.MAP_LOCKED == 0 }
+
 // region is v as the other side is told of it. What can be changed later is not part of it.
 func (v *VMA) region() image.Region {
 	prot := v.Prot
@@ -346,7 +350,10 @@ func (t *Tracker) Pending(vmas []*VMA) (pages uint64, err error) {
 // Final gives what the other side lacks of the memory of the process, which is frozen:
 // what was written since the last round, what it was never given, and where it
 // has something that is no more. rest are the mappings that it has nothing of.
-func (t *Tracker) Final(ctx context.Context, vmas []*VMA, sink image.Sink) (pages uint64, rest []*VMA, err error) {
+//
+// If late is not nil, nothing is given of memory that can come later (VMA.Late) but the
+// pages at these addresses.
+func (t *Tracker) Final(ctx context.Context, vmas []*VMA, late []uint64, sink image.Sink) (pages uint64, rest []*VMA, err error) {
 	r, err := NewReader(t.pid)
 	if err != nil {
 		return 0, nil, err
@@ -362,13 +369,15 @@ func (t *Tracker) Final(ctx context.Context, vmas []*VMA, sink image.Sink) (page
 			rest = append(rest, v)
 			continue
 		}
-		n, gone, err := t.last(ctx, r, v, sink)
+		n, gone, err := t.last(ctx, r, v, late != nil && v.Late(), sink)
 		pages += n
 		if errors.Is(err, errUnwatched) {
 			gone = nil
 			t.sent.Runs(v.Start, v.End, func(a, b uint64) { gone = addRange(gone, a, b) })
 			t.forget(v.Start, v.End)
-			rest, err = append(rest, v), nil
+			if err = nil; late == nil || !v.Late() {
+				rest = append(rest, v)
+			}
 		}
 		if err != nil {
 			return pages, nil, fmt.Errorf("dump %s of pid %d: %w", v, t.pid, err)
@@ -384,14 +393,34 @@ func (t *Tracker) Final(ctx context.Context, vmas []*VMA, sink image.Sink) (page
 			return pages, nil, err
 		}
 	}
-	return pages, rest, nil
+	n, err := t.hot(ctx, r, vmas, late, sink)
+	return pages + n, rest, err
 }
 
 // holesAtOnce bounds the data of one message.
 const holesAtOnce = 4096
 
-// last is Final of one mapping.
-func (t *Tracker) last(ctx context.Context, r *Reader, v *VMA, sink image.Sink) (pages uint64, gone []image.Range, err error) {
+// hot gives the pages at addresses that are about to be used.
+func (t *Tracker) hot(ctx context.Context, r *Reader, vmas []*VMA, at []uint64, sink image.Sink) (pages uint64, err error) {
+	slices.Sort(at)
+	last := uint64(0)
+	for _, a := range at {
+		page := a &^ (arch.PageSize - 1)
+		i, ok := slices.BinarySearchFunc(vmas, page+1, func(v *VMA, end uint64) int { return cmp.Compare(v.End, end) })
+		if !ok && i == len(vmas) || page < vmas[i].Start || page == last || !vmas[i].Late() {
+			continue
+		}
+		last = page
+		n, err := t.give(ctx, r, vmas[i], []sys.PageRegion{{Start: page, End: page + arch.PageSize}}, false, sink)
+		if pages += n; err != nil {
+			return pages, err
+		}
+	}
+	return pages, nil
+}
+
+// last is Final of one mapping; late: without its pages.
+func (t *Tracker) last(ctx context.Context, r *Reader, v *VMA, late bool, sink image.Sink) (pages uint64, gone []image.Range, err error) {
 	// Where a part of it took another's place the sent pages are not its own.
 	i, _ := slices.BinarySearchFunc(t.known, v.Start+1, func(k image.Region, at uint64) int { return cmp.Compare(k.End, at) })
 	for _, p := range unknown(v, t.known[i:]) {
@@ -400,7 +429,10 @@ func (t *Tracker) last(ctx context.Context, r *Reader, v *VMA, sink image.Sink) 
 	var runs []sys.PageRegion
 	behind := v.Start // everything before it has been looked at
 	drop := func(start, end uint64) {
-		t.sent.Runs(start, end, func(a, b uint64) { gone = append(gone, image.Range{Start: a, End: b}) })
+		t.sent.Runs(start, end, func(a, b uint64) { gone = addRange(gone, a, b) })
+	}
+	if late && !t.sent.Any(v.Start, v.End) {
+		return 0, nil, nil
 	}
 	for at := v.Start; at < v.End; {
 		n, next, err := sys.PagemapWritten(int(r.pagemap.Fd()), false, at, v.End, pagesOwn, pagesOwn, sys.PageIsPresent|sys.PageIsSwapped, sys.PageIsWritten, t.vec)
@@ -414,6 +446,14 @@ func (t *Tracker) last(ctx context.Context, r *Reader, v *VMA, sink image.Sink) 
 		for _, run := range t.vec[:n] {
 			drop(behind, run.Start)
 			behind = run.End
+			if late {
+				if run.Categories&sys.PageIsWritten != 0 {
+					t.owed.Add(run.Start, run.End)
+				}
+				t.owed.Runs(run.Start, run.End, drop)
+				t.owed.Runs(run.Start, run.End, func(a, b uint64) { t.sent.Remove(a, b) })
+				continue
+			}
 			if run.Categories&sys.PageIsWritten != 0 {
 				runs = append(runs, run)
 				continue

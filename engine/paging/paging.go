@@ -77,6 +77,9 @@ type Pager struct {
 
 // New makes a pager that serves nobody yet.
 func New(log hclog.Logger, src Source) *Pager {
+	if log == nil {
+		log = hclog.NewNullLogger()
+	}
 	p := &Pager{log: log, src: src}
 	p.cond = sync.NewCond(&p.mu)
 	return p

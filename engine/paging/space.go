@@ -135,8 +135,10 @@ func (s *space) settle(start, end uint64) {
 // know notes what the other side has in [mapped, to).
 func (s *space) know(runs []image.Range, to uint64, whole bool) {
 	for _, r := range runs {
-		s.there.Add(r.Start, r.End)
-		s.settled.Absent(r.Start, r.End, func(a, b uint64) { s.left += b - a })
+		s.places(r.Start, r.End, func(_, origin, n uint64) {
+			s.there.Add(origin, origin+n)
+			s.settled.Absent(origin, origin+n, func(a, b uint64) { s.left += b - a })
+		})
 	}
 	s.mapped, s.whole = to, whole
 }
@@ -304,3 +306,6 @@ func (s *space) end() {
 		_ = s.pagemap.Close()
 	}
 }
+
+// Close closes the files of a space that nobody serves yet.
+func (x *Space) Close() error { return errors.Join(x.Uffd.Close(), x.Pagemap.Close()) }

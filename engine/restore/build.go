@@ -19,6 +19,7 @@ import (
 	"godwit/engine/image"
 	"godwit/engine/mem"
 	"godwit/engine/ns"
+	"godwit/engine/paging"
 	"godwit/engine/plan"
 	"godwit/engine/procfs"
 	"godwit/engine/ptrace"
@@ -49,6 +50,8 @@ type Options struct {
 	Terminal *os.File // nil: there is none
 	// Lead: in a new session that the root leads, if it did not lead one.
 	Lead bool
+	// Paging serves what is missing (late.go); it may be nil.
+	Paging func([]paging.Space) error
 	// Sibling makes the root a child of this process's parent.
 	Sibling bool
 }
@@ -206,6 +209,9 @@ func Restore(ctx context.Context, log hclog.Logger, src image.Source, o Options)
 		return nil, err
 	}
 	log.Debug("data written", "pages_shared", t.st.SharedPages, "pages", t.st.Pages, "bytes", t.st.Bytes, "duration_ms", time.Since(start).Milliseconds())
+	if err := t.postpone(set); err != nil {
+		return nil, err
+	}
 	if err := t.files.Seal(); err != nil {
 		return nil, err
 	}
