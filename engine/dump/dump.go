@@ -138,7 +138,9 @@ func dump(ctx context.Context, log hclog.Logger, t *freeze.Tree, o Options, sink
 	}
 	facts.Precopied = o.Live.settle(c)
 	if o.Late {
-		facts.Late, st.Late = o.Live.late(c)
+		if facts.Late, st.Late, err = o.Live.late(c); err != nil {
+			return st, err
+		}
 	}
 	facts.Files = c.files.Facts()
 	st.Sockets, st.Moved = c.files.SocketFiles(), c.files.MovedFiles()
@@ -440,14 +442,17 @@ func (c *collector) data(ctx context.Context, sink image.Sink, st *Stats) error 
 		r.NoZeros = c.o.Elsewhere
 		begin := time.Now()
 		n, vmas := uint64(0), p.vmas
+		_, late := st.Late[uint32(p.vpid)]
 		if t := c.o.Live.keeps(p.pid); t != nil {
-			var late []uint64
-			if _, is := st.Late[uint32(p.vpid)]; is {
-				late = p.hot
+			var hot []uint64
+			if late {
+				hot = p.hot
 			}
-			if n, vmas, err = t.Final(ctx, vmas, late, sink); err != nil {
+			if n, vmas, err = t.Final(ctx, vmas, hot, sink); err != nil {
 				return errors.Join(err, r.Close())
 			}
+		} else if late {
+			vmas = slices.DeleteFunc(slices.Clone(vmas), (*mem.VMA).Late)
 		}
 		more, err := r.Dump(ctx, vmas, sink, image.DataID{Kind: image.Memory, ID: uint32(p.vpid)})
 		n += more

@@ -348,24 +348,27 @@ func (l *Live) settle(c *collector) (pids []uint32) {
 }
 
 // late finds the processes of which memory can come when the tree runs elsewhere: those
-// whose memory is copied early, unless others are cloned from them, which would have nothing
-// to inherit.
-func (l *Live) late(c *collector) (pids []uint32, who map[uint32]freeze.Held) {
+// whose memory is copied early, and those that have some in common with them, which is
+// common no more then. All else they have would be in the way of the others.
+func (l *Live) late(c *collector) (pids []uint32, who map[uint32]freeze.Held, err error) {
 	if l == nil {
-		return nil, nil
+		return nil, nil, nil
 	}
 	who = map[uint32]freeze.Held{}
-	for _, f := range l.kept {
-		p := c.byPid(f.pid)
-		if f.lost || slices.ContainsFunc(c.procs, func(q *process) bool {
-			return q.ppid == f.pid && !q.zombie && l.keeps(q.pid) == nil && mem.Common(q.vmas, p.vmas)
-		}) {
+	for _, p := range c.procs {
+		parent := c.byPid(p.ppid)
+		heir := parent != nil && who[uint32(parent.vpid)].Pid == parent.pid && mem.Common(p.vmas, parent.vmas)
+		if p.zombie || p.vmas == nil || l.keeps(p.pid) == nil && !heir {
 			continue
 		}
-		pids = append(pids, f.outline.Pid)
-		who[f.outline.Pid] = freeze.Held{Pid: f.pid, Start: f.start}
+		st, err := procfs.ReadStat(p.pid)
+		if err != nil {
+			return nil, nil, err
+		}
+		pids = append(pids, uint32(p.vpid))
+		who[uint32(p.vpid)] = freeze.Held{Pid: p.pid, Start: st.StartTime}
 	}
-	return pids, who
+	return pids, who, nil
 }
 
 // keeps gives what follows a process of the frozen tree of which the other side has memory.

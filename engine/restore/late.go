@@ -34,8 +34,8 @@ func (t *Tree) postpone(set *image.Set) (err error) {
 	}()
 	for _, pid := range set.Facts.Late {
 		p := t.model.byPid[int(pid)]
-		if p == nil || p.graft == nil {
-			return fmt.Errorf("memory of pid %d is to come later, which was not made for that", pid)
+		if p == nil || p.zombie {
+			return fmt.Errorf("memory of pid %d is to come later, which is not among the processes", pid)
 		}
 		s := paging.Space{Pid: pid}
 		if err := t.tracer.Do(func() error { return t.leave(p, &s) }); err != nil {
@@ -58,6 +58,10 @@ func (t *Tree) leave(p *process, s *paging.Space) (err error) {
 			s.Ranges = append(s.Ranges, image.Range{Start: v.Start, End: v.End})
 		}
 	}
+	// What it has of its parent there is not its own.
+	if err := t.filled(p); err != nil {
+		return err
+	}
 	r := p.remote()
 	call := ptrace.NewCall("make a userfaultfd", unix.SYS_USERFAULTFD, ptrace.Int(unix.O_CLOEXEC|unix.O_NONBLOCK))
 	if err := r.Run(call); err != nil {
@@ -76,11 +80,14 @@ func (t *Tree) leave(p *process, s *paging.Space) (err error) {
 	if err != nil {
 		return os.NewSyscallError("pidfd_getfd", err)
 	}
-	s.Uffd = os.NewFile(uintptr(fd), "userfaultfd")
-	if s.Pagemap, err = os.Open(procfs.Path(r.Tid, "pagemap")); err != nil {
-		return errors.Join(err, s.Close())
-	}
+	// Only then can it be waited for.
 	err = sys.UffdServe(fd)
+	s.Uffd = os.NewFile(uintptr(fd), "userfaultfd")
+	pagemap, perr := os.Open(procfs.Path(r.Tid, "pagemap"))
+	if err = errors.Join(err, perr); err != nil {
+		return errors.Join(err, s.Uffd.Close(), pagemap.Close())
+	}
+	s.Pagemap = pagemap
 	for i := 0; err == nil && i < len(s.Ranges); i++ {
 		err = sys.UffdMissing(fd, s.Ranges[i].Start, s.Ranges[i].End)
 	}
