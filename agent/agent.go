@@ -59,6 +59,7 @@ type Config struct {
 	// Bus carries the bytes of proxies; nil: there are none.
 	Bus        *nats.Conn
 	Journal    *journal             // nil: nothing is noted
+	Pagers     *Pagers              // nil: no memory comes after its tree
 	Failpoint  func(string)         // is called at each of Failpoints; nil: none
 	Progress   func(*wire.Progress) // publishes; must not wait
 	Timeouts   Timeouts

@@ -94,7 +94,7 @@ operator must look. dump and restore use 0 and 1 as CRIU does.`,
 	root.SetFlagErrorFunc(usageError)
 	root.Flags().BoolP("version", "V", false, "print the release and the version of CRIU's images that it makes")
 	root.SetVersionTemplate("Version: {{.Version}}\nImages: CRIU 4.2\n")
-	root.AddCommand(cmdRun(), cmdDump(), cmdPreDump(), cmdRestore(), cmdCheck(), cmdInspect(), cmdProvide(), cmdNetworkLocks(), cmdVersion())
+	root.AddCommand(cmdRun(), cmdDump(), cmdPreDump(), cmdRestore(), cmdCheck(), cmdInspect(), cmdProvide(), cmdPage(), cmdNetworkLocks(), cmdVersion())
 	var local []*cobra.Command
 	for _, c := range root.Commands() {
 		if exitsAsCRIU(c) {

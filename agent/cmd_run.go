@@ -136,6 +136,7 @@ func runDaemon(ctx context.Context, cfg *configs.Agent, stderr io.Writer) (err e
 		},
 		Limits:     Limits{Outgoing: cfg.Limits.Outgoing, Incoming: cfg.Limits.Incoming},
 		GhostLimit: uint64(cfg.GhostLimit), External: cfg.Rules(), Logger: log,
+		Pagers:    &Pagers{Bus: bus, LogLevel: cfg.Log.Level, LogJSON: cfg.Log.Format == "json"},
 		Failpoint: fail, Journal: &journal{dir: cfg.StatePath("journal-" + host)},
 	})
 	a.Recover()

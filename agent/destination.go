@@ -32,6 +32,9 @@ type destination struct {
 	// entry is the journal's, from the commit on, and landing its writing.
 	entry   entry
 	landing *pledge
+	// pager brings memory that comes when the tree runs; nil: there is none.
+	pager *pagerProcess
+	paged bool // it has something to bring
 
 	report *wire.Report
 }
@@ -99,6 +102,7 @@ func (d *destination) run() {
 		if d.held != nil {
 			d.held.close(d.landed)
 		}
+		d.pager.close()
 		d.forget()
 		d.cancel(nil)
 		d.leave()
@@ -150,6 +154,9 @@ func (d *destination) begin() error {
 	if err := d.a.cfg.Engine.Check(ctx, planOf(d.req.Requirements), d.options()); err != nil {
 		return err
 	}
+	if err := d.pageWith(ctx); err != nil {
+		return err
+	}
 	if err := d.note(entry{}); err != nil {
 		return err
 	}
@@ -166,6 +173,13 @@ func (d *destination) options() engine.RestoreOptions {
 		Files:   engine.FileRestoreOptions{Policy: policy(d.req.Resolutions), Proxied: d.held.far},
 		Inherit: d.held.files, NewPidNamespace: d.req.Options.GetPidNamespaceNew(), Host: d.a.cfg.Host,
 		FileLocks: true, ExtUnixSk: true, TCPEstablished: true, Carry: places(d.req.Resolutions),
+	}
+	if d.pager != nil {
+		o.Paging = func(spaces []engine.Space) error {
+			d.paged = true
+			defer d.point("paging")
+			return d.pager.serve(spaces)
+		}
 	}
 	if d.held.terminal != nil {
 		o.ShellJob, o.Lead, o.Terminal = true, true, d.held.terminal
@@ -274,6 +288,9 @@ func (d *destination) noteLanding() error {
 		return nil
 	}
 	d.entry = entry{Pid: d.tree.Root()}
+	if d.paged {
+		d.entry.Pager = &d.pager.who
+	}
 	for _, pid := range d.tree.Pids() {
 		h, err := identify(pid)
 		if err != nil {
@@ -310,7 +327,11 @@ func (d *destination) land() {
 	}
 	d.report.ResumedAtUnixUs = resumed.UnixMicro()
 	d.report.PeakRssBytes = peakRSS()
-	if _, err := d.ledger.move(forever(), wire.State_STATE_COMPLETED, func(r *wire.Record) {
+	to := wire.State_STATE_COMPLETED
+	if d.paged {
+		to = wire.State_STATE_PAGING
+	}
+	if _, err := d.ledger.move(forever(), to, func(r *wire.Record) {
 		r.LandedPid = int32(d.tree.Root())
 		r.DestinationReport = d.report
 	}); err != nil {
@@ -321,6 +342,10 @@ func (d *destination) land() {
 			return
 		}
 		d.log.Error("the tree runs here, but the record cannot say so; the source keeps a frozen copy that must be killed", "pid", d.tree.Root(), "error", err)
+		return
+	}
+	if d.paged {
+		d.awaitPaging(d.pager.who, d.pager.done, d.entry.Tree)
 		return
 	}
 	d.point("completed")

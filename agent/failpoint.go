@@ -26,6 +26,7 @@ var Failpoints = []string{
 	"source.dumped",       // all of the tree was read
 	"source.noted",        // it is in the journal
 	"source.held",         // it stays frozen without the agent
+	"destination.paging",  // post-copy: what it misses is served
 	"destination.built",   // the tree stands
 	"source.sent",         // all of it has been applied
 	"destination.staged",  // the record says so

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io/fs"
+	"maps"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -40,6 +41,11 @@ type entry struct {
 	Tree []engine.Held `json:"tree,omitempty"`
 	// FrozenUnixUs is when the tree was frozen, at the source.
 	FrozenUnixUs int64 `json:"frozen_unix_us,omitempty"`
+	// Late are, at the source, the processes whose memory is served while they are
+	// frozen, by pid in the images.
+	Late map[uint32]engine.Held `json:"late,omitempty"`
+	// Pager is, at the destination, who brings memory to the tree; nil: nobody.
+	Pager *engine.Held `json:"pager,omitempty"`
 	// Ran says, at the destination, that all of the tree was let go.
 	Ran bool `json:"ran,omitempty"`
 }
@@ -72,7 +78,11 @@ func decodeEntry(b []byte) (*entry, error) {
 	case e.Role != wire.RoleSource.String() && e.Role != wire.RoleDestination.String():
 		return nil, fmt.Errorf("its role is %q", e.Role)
 	}
-	for _, h := range append([]engine.Held{e.Agent}, e.Tree...) {
+	who := append(slices.Collect(maps.Values(e.Late)), e.Agent)
+	if e.Pager != nil {
+		who = append(who, *e.Pager)
+	}
+	for _, h := range append(who, e.Tree...) {
 		if h.Pid <= 0 {
 			return nil, fmt.Errorf("%d is not a pid", h.Pid)
 		}

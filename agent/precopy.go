@@ -59,7 +59,15 @@ func (s *source) precopy() error {
 	default:
 		s.live = live
 		s.point("followed")
-		err = s.rounds(newConvergence(s.req.Options, s.memory))
+		switch s.req.Options.GetCopyMode() {
+		case wire.CopyMode_COPY_MODE_POSTCOPY:
+			s.postcopy = true
+		case wire.CopyMode_COPY_MODE_HYBRID:
+			s.postcopy = true
+			fallthrough
+		default:
+			err = s.rounds(newConvergence(s.req.Options, s.memory))
+		}
 		s.report.PrecopyUs = us(time.Since(begun))
 		if err != nil {
 			return s.because(err)
@@ -103,6 +111,11 @@ func (s *source) rounds(c *convergence) error {
 				s.log.Warn("the tree is frozen for longer than was asked for", "reason", c.why, "expected_ms", c.expected(pending).Milliseconds())
 			}
 			return nil
+		case copyPostcopy:
+			s.postcopy = true
+			s.report.CopyNote = c.why
+			s.log.Info("what is left travels when the tree runs at the destination", "reason", c.why)
+			return nil
 		case copyAbort:
 			return wire.Errorf(wire.Code_CODE_ABORTED, "%s; the tree runs on (--on-no-converge abort)", c.why)
 		case copyThrottle:
@@ -127,6 +140,7 @@ const (
 	copyThrottle copyStep = "slow down" // and another round
 	copyFreeze   copyStep = "freeze"
 	copyAbort    copyStep = "abort"
+	copyPostcopy copyStep = "post-copy" // freeze, and leave the rest to be asked for
 )
 
 // convergence decides after each round what comes next; it does nothing by itself.
@@ -135,6 +149,7 @@ type convergence struct {
 	maxRounds int
 	maxBytes  uint64
 	policy    wire.NoConverge
+	once      bool // one round, whatever it leaves (hybrid)
 
 	rounds int
 	sent   uint64
@@ -150,6 +165,7 @@ func newConvergence(o *wire.MigrateOptions, memory uint64) *convergence {
 	c := &convergence{
 		downtime: time.Duration(o.GetMaxDowntimeMs()) * time.Millisecond, maxRounds: int(o.GetMaxRounds()), maxBytes: o.GetMaxCopyBytes(), policy: o.GetNoConverge(),
 	}
+	c.once = o.GetCopyMode() == wire.CopyMode_COPY_MODE_HYBRID
 	if c.downtime == 0 {
 		c.downtime = defaultDowntime
 	}
@@ -183,6 +199,9 @@ func (c *convergence) round(sent uint64, took time.Duration, pending uint64) cop
 	}
 	before := c.last
 	c.last = pending
+	if c.once {
+		return copyFreeze
+	}
 	fits := c.expected(pending) <= c.downtime/downtimeShare
 	shrinks := c.rounds == 1 || pending < before/10*9
 	if c.stuck++; shrinks {
@@ -211,6 +230,8 @@ func (c *convergence) round(sent uint64, took time.Duration, pending uint64) cop
 	switch c.policy {
 	case wire.NoConverge_NO_CONVERGE_ABORT:
 		return copyAbort
+	case wire.NoConverge_NO_CONVERGE_POSTCOPY:
+		return copyPostcopy
 	case wire.NoConverge_NO_CONVERGE_THROTTLE:
 		if c.slowed < maxBrake && c.rounds < 2*c.maxRounds {
 			c.slowed++

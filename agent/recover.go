@@ -105,7 +105,7 @@ func (a *Agent) recoverSource(e *entry, sameBoot bool) {
 	}
 	s.noted = true
 	left := leftover{engine.NewLeftover(held)}
-	s.frozen = left
+	s.frozen, s.late = left, e.Late
 	if sameBoot && len(e.Tree) == 0 {
 		s.frozen = ranOn{}
 	}
@@ -118,6 +118,12 @@ func (a *Agent) recoverSource(e *entry, sameBoot bool) {
 	go func() {
 		defer s.end()
 		s.watch()
+		if sameBoot && len(e.Late) > 0 {
+			// The tree may run already, and wait for its memory.
+			if err := s.servePages(forever(), e.Late); err != nil {
+				s.log.Error("the destination may wait for memory, which cannot be served", "error", err)
+			}
+		}
 		s.hold(wire.Errorf(wire.Code_CODE_ABORTED, "the agent of %s ended in the middle of the migration, and was started again", a.cfg.Host))
 	}()
 }
@@ -161,6 +167,11 @@ func (d *destination) answerFor(e *entry, alive []engine.Held) {
 	case overruled(rec):
 		d.fence(alive)
 		return
+	case rec.State == wire.State_STATE_PAGING && e.Pager != nil:
+		d.committed.Store(true)
+		d.watch()
+		d.awaitPaging(*e.Pager, nil, alive)
+		return
 	case rec.State != wire.State_STATE_HANDING_OFF && rec.State != wire.State_STATE_STUCK:
 		// Nothing has run here without the commit, and nothing is left of it.
 		if err := d.tell(30*time.Second, wire.Errorf(wire.Code_CODE_ABORTED, "the agent of %s ended before the tree ran there", d.a.cfg.Host)); err != nil {
@@ -179,12 +190,18 @@ func (d *destination) answerFor(e *entry, alive []engine.Held) {
 		}
 		to, edit = wire.State_STATE_RETURNING, d.blame(wire.Errorf(wire.Code_CODE_ABORTED, "the agent of %s ended before all of the tree ran there", d.a.cfg.Host))
 	}
+	if to == wire.State_STATE_COMPLETED && e.Pager != nil {
+		to = wire.State_STATE_PAGING
+	}
 	if _, err := d.ledger.move(forever(), to, edit); err != nil {
 		d.owes = true
 		d.log.Error("the record could not be brought up to date", "state", to.Word(), "error", err)
 		return
 	}
-	d.enter(to, "pid", e.Pid)
+	if d.enter(to, "pid", e.Pid); to == wire.State_STATE_PAGING {
+		d.watch()
+		d.awaitPaging(*e.Pager, nil, alive)
+	}
 }
 
 // awaitEnd waits until a process that has died is through: what it traced has
@@ -223,9 +240,22 @@ func overruled(rec *wire.Record) bool {
 // fence kills what runs here of a tree that belongs to the source again, with
 // everything that it has started since.
 func (d *destination) fence(tree []engine.Held) {
-	killed := 0
+	killed, left := killTrees(tree)
+	if len(left) > 0 {
+		d.trouble = wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the tree was given back to %s, but its copy here could not be killed; it must not run, kill it", d.req.Source)
+		d.log.Error("two copies of the tree run: this one could not be killed", "pids", left)
+		return
+	}
+	if killed > 0 {
+		d.log.Error("the copy of the tree here was killed", "source", d.req.Source, "processes", killed)
+	}
+}
+
+// killTrees kills processes with everything that they have started. left are those that
+// do not die.
+func killTrees(tree []engine.Held) (killed int, left []int) {
 	for end := time.Now().Add(endPatience); ; time.Sleep(5 * time.Millisecond) {
-		var left []int
+		left = nil
 		for _, h := range tree {
 			if !h.Lives() {
 				continue
@@ -236,7 +266,7 @@ func (d *destination) fence(tree []engine.Held) {
 			}
 		}
 		if len(left) == 0 {
-			break
+			return killed, nil
 		}
 		for _, pid := range left {
 			if err := unix.Kill(pid, unix.SIGKILL); err == nil {
@@ -244,12 +274,7 @@ func (d *destination) fence(tree []engine.Held) {
 			}
 		}
 		if time.Now().After(end) {
-			d.trouble = wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the tree was given back to %s, but its copy here could not be killed; it must not run, kill it", d.req.Source)
-			d.log.Error("two copies of the tree run: this one could not be killed", "pids", left)
-			return
+			return killed, left
 		}
-	}
-	if killed > 0 {
-		d.log.Error("this host was declared dead, and the tree runs at its source again: the copy here was killed", "source", d.req.Source)
 	}
 }

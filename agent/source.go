@@ -36,6 +36,11 @@ type source struct {
 	confirm func([]plan.Object) []engine.Problem
 	// leaving are the proxies of the tree.
 	leaving *departing
+	// served is the memory that the destination asks for, late says whose; nil: none.
+	served *served
+	late   map[uint32]engine.Held
+	// postcopy says that memory that is left stays for the destination to ask for.
+	postcopy bool
 	// frozen is the tree in the end: tree, or what an agent that died has left of it.
 	frozen interface {
 		Thaw() error
@@ -233,6 +238,9 @@ func (s *source) end() {
 			s.log.Warn("the copy of the running tree could not be ended", "error", err)
 		}
 	}
+	if err := s.served.close(); err != nil {
+		s.log.Warn("the memory of the tree could not be let go", "error", err)
+	}
 	s.forget()
 	s.cancel(nil)
 	s.leave()
@@ -293,7 +301,7 @@ func limit(ctx context.Context, d time.Duration) context.Context {
 // freeze stops the tree. If it fails the tree runs.
 func (s *source) freeze() error {
 	o := s.a.dumpOptions(s.req.Options, s.req.Resolutions)
-	o.Confirm, o.Live = s.confirm, s.live
+	o.Confirm, o.Live, o.Late = s.confirm, s.live, s.postcopy
 	frozen := s.a.cfg.Timeouts.Frozen
 	if ms := s.req.Options.GetTimeoutMs(); ms > 0 {
 		frozen = time.Duration(ms) * time.Millisecond
@@ -319,7 +327,7 @@ func (s *source) freeze() error {
 // it cannot run there, and the death of this process may let it run on here.
 func (s *source) secure() error {
 	err := s.tree.Hold(func(held []engine.Held) error {
-		err := s.note(entry{Pid: int(s.req.Pid), Tree: held, FrozenUnixUs: s.frozenAt.UnixMicro()})
+		err := s.note(entry{Pid: int(s.req.Pid), Tree: held, Late: s.late, FrozenUnixUs: s.frozenAt.UnixMicro()})
 		s.point("noted")
 		return err
 	})
@@ -360,6 +368,9 @@ func (s *source) copy() error {
 		err = terr // the other one is a consequence
 	}
 	s.point("dumped")
+	if s.late = stats.Late; err == nil && len(s.late) > 0 {
+		err = s.servePages(s.work, s.late)
+	}
 	if err == nil {
 		err = s.sink.dataDone()
 	}
@@ -420,7 +431,10 @@ func (s *source) hold(cause error) {
 		case wire.State_STATE_ABORTING, wire.State_STATE_ABORTED, wire.State_STATE_RETURNING:
 			s.resume(rec)
 			return
-		case wire.State_STATE_HANDING_OFF, wire.State_STATE_STUCK:
+		case wire.State_STATE_HANDING_OFF, wire.State_STATE_PAGING, wire.State_STATE_STUCK:
+			if rec.State == wire.State_STATE_PAGING && s.phase() != rec.State && s.committed.Load() {
+				s.enter(rec.State)
+			}
 			if !s.committed.Swap(true) {
 				s.enter(rec.State)
 				if cause != nil {

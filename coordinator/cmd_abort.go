@@ -61,7 +61,7 @@ func (a *app) awaitAborted(ctx context.Context, l *link, rec *wire.Record, wait 
 	if err != nil {
 		return err
 	}
-	if rec.State != wire.State_STATE_ABORTED {
+	if rec.State != wire.State_STATE_ABORTED && !lost(rec) {
 		return failureOf(rec)
 	}
 	rec = settle(ctx, l, rec, time.Second)
@@ -70,7 +70,11 @@ func (a *app) awaitAborted(ctx context.Context, l *link, rec *wire.Record, wait 
 		doc.ExitCode = wire.ExitDone
 		return writeJSON(a.stdout, doc)
 	}
-	s := fmt.Sprintf("Migration %s is aborted: %s.", rec.Id, what(rec))
+	how := "aborted"
+	if lost(rec) {
+		how = "over"
+	}
+	s := fmt.Sprintf("Migration %s is %s: %s.", rec.Id, how, what(rec))
 	if f, ok := frozenTime(rec); ok {
 		s += " It was frozen for " + formatDuration(f.Time) + "."
 	}

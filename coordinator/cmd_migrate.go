@@ -51,6 +51,11 @@ meanwhile, until the rest fits --max-downtime; then the tree is frozen. A small
 tree is frozen at once: --mode says otherwise. If memory is written faster than it
 travels, --on-no-converge says what comes next.
 
+With --mode postcopy or hybrid the tree runs at the destination before its memory is
+there, and waits for what it misses. Until all of it has come both hosts are needed:
+if one of them or the bus is away, the tree waits; if the source is gone for good, it
+is lost.
+
 What becomes of open files is said by entries; "godwit plan" shows what there is,
 and what becomes of each file.
 
@@ -80,11 +85,11 @@ to the standard output; with --output json that is one document.`,
 	f.StringVar(&args.pidNamespace, "pid-namespace", "same", "`where` the pids are needed: same, or new for a pid namespace of the tree's own")
 	f.StringVar(&args.bandwidth, "bandwidth", "0", "`rate` that the transfer may use, such as 100MiB/s or 800Mbit/s; 0: no cap but the agent's")
 	f.DurationVar(&args.timeout, "timeout", 0, "`time` that the tree may be frozen before the commit; 0: the agent's default")
-	f.StringVar(&args.mode, "mode", "auto", "`when` memory travels: auto, precopy while the tree runs, or stop-and-copy")
+	f.StringVar(&args.mode, "mode", "auto", "`when` memory travels: auto, precopy while the tree runs, stop-and-copy while it is frozen, postcopy when it runs at the destination, or hybrid: once before, and the rest after")
 	f.DurationVar(&args.downtime, "max-downtime", 100*time.Millisecond, "`time` that the tree should be frozen at most")
 	f.Uint32Var(&args.rounds, "max-rounds", 0, "`number` of rounds of pre-copy; 0: 30")
 	f.StringVar(&args.total, "max-total", "0", "`size` of what may travel before the freeze, such as 8GiB; 0: four times the memory")
-	f.StringVar(&args.noConverge, "on-no-converge", "freeze", "`what` to do if memory is written faster than it travels: freeze for longer, throttle the tree, or abort")
+	f.StringVar(&args.noConverge, "on-no-converge", "freeze", "`what` to do if memory is written faster than it travels: freeze for longer, throttle the tree, postcopy for what is left, or abort")
 	f.BoolVar(&args.attach, "attach", false, "give the tree this terminal, in the place of the one that it was started on, until it ends")
 	f.BoolVar(&args.detach, "detach", false, "return as soon as the source has begun, and print the migration's id")
 	return cmd
@@ -213,10 +218,10 @@ func (m *migrateArgs) options() (*wire.MigrateOptions, error) {
 func (m *migrateArgs) copying(o *wire.MigrateOptions) error {
 	var ok bool
 	if o.CopyMode, ok = copyModes[m.mode]; !ok {
-		return usagef("--mode %q: want auto, precopy or stop-and-copy", m.mode)
+		return usagef("--mode %q: want auto, precopy, stop-and-copy, postcopy or hybrid", m.mode)
 	}
 	if o.NoConverge, ok = noConverge[m.noConverge]; !ok {
-		return usagef("--on-no-converge %q: want freeze, throttle or abort", m.noConverge)
+		return usagef("--on-no-converge %q: want freeze, throttle, postcopy or abort", m.noConverge)
 	}
 	if m.downtime < time.Millisecond {
 		return usagef("--max-downtime %s: want at least 1ms", m.downtime)
@@ -234,9 +239,11 @@ func (m *migrateArgs) copying(o *wire.MigrateOptions) error {
 var (
 	copyModes = map[string]wire.CopyMode{
 		"auto": wire.CopyMode_COPY_MODE_AUTO, "precopy": wire.CopyMode_COPY_MODE_PRECOPY, "stop-and-copy": wire.CopyMode_COPY_MODE_STOP,
+		"postcopy": wire.CopyMode_COPY_MODE_POSTCOPY, "hybrid": wire.CopyMode_COPY_MODE_HYBRID,
 	}
 	noConverge = map[string]wire.NoConverge{
 		"freeze": wire.NoConverge_NO_CONVERGE_FREEZE, "throttle": wire.NoConverge_NO_CONVERGE_THROTTLE, "abort": wire.NoConverge_NO_CONVERGE_ABORT,
+		"postcopy": wire.NoConverge_NO_CONVERGE_POSTCOPY,
 	}
 )
 

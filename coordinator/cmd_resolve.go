@@ -34,7 +34,8 @@ frozen copy at the source runs on. If the destination was alive after all and co
 back, it kills its copy, but until then two run.
 
 --source-is-dead: the source died before all of the tree had travelled, and the tree
-with it. The destination removes what it had built.
+with it. The destination removes what it had built, or ends what runs there and
+waits for memory (post-copy).
 
 A host whose agent answers is not dead: the command then changes nothing and fails.`,
 		Args: cobra.ExactArgs(1),
@@ -77,7 +78,7 @@ func (a *app) runResolve(ctx context.Context, id string, args resolveArgs) error
 	if err != nil {
 		return err
 	}
-	if is, known := alive(ctx, l.nc, dead); is || !known {
+	if is, known := alive(ctx, l.nc, dead); (is || !known) && !stuck(rec) {
 		if is {
 			return wire.Errorf(wire.Code_CODE_CONFLICT, "agent %s answers, so its host is not dead: it brings the migration to its end by itself; if it must not, switch the host off first", dead)
 		}
@@ -112,6 +113,10 @@ func resolution(r *wire.Record, destinationDead bool) (string, error) {
 		return no("%s has not committed, so the tree runs on at %s by itself: use godwit abort", r.Destination, r.Source)
 	case destinationDead && r.State == wire.State_STATE_RETURNING:
 		return no("%s lets the tree run already", r.Source)
+	case destinationDead && r.State == wire.State_STATE_PAGING:
+		return fmt.Sprintf("%s of migration %s will run on at %s from where it was frozen; what it has done at %s since is lost.\nIf %s still runs it, two copies run from now on.", subject(r), r.Id, r.Source, r.Destination, r.Destination), nil
+	case !destinationDead && r.State == wire.State_STATE_PAGING:
+		return fmt.Sprintf("Memory of %s that is still at %s is lost, so the tree is ended at %s.", subject(r), r.Source, r.Destination), nil
 	case !destinationDead && wire.Committed(r.State):
 		return no("the tree belongs to %s now, which does not need %s", r.Destination, r.Source)
 	case destinationDead:
@@ -147,12 +152,18 @@ func declareDead(ctx context.Context, l *link, rec *wire.Record, dead string, de
 
 // pronounce moves a record to where the death of a host leads.
 func pronounce(r *wire.Record, destination bool, reason string) error {
+	why := wire.ErrorOf(wire.Errorf(wire.Code_CODE_ABORTED, "%s", reason))
+	if r.State == wire.State_STATE_PAGING && !destination {
+		// The destination ends the tree, and then the migration.
+		r.Reason, r.Error = reason, why
+		return nil
+	}
 	steps := []wire.State{wire.State_STATE_ABORTING, wire.State_STATE_ABORTED}
 	if destination {
 		steps = []wire.State{wire.State_STATE_STUCK, wire.State_STATE_RETURNING}
 	}
 	for _, to := range steps {
-		if r.State == to || to == wire.State_STATE_ABORTING && wire.CanMove(r.State, wire.State_STATE_ABORTED, wire.RoleCoordinator) {
+		if r.State == to || to == wire.State_STATE_STUCK && r.State == wire.State_STATE_PAGING || to == wire.State_STATE_ABORTING && wire.CanMove(r.State, wire.State_STATE_ABORTED, wire.RoleCoordinator) {
 			continue
 		}
 		if err := r.Move(to, wire.RoleCoordinator, coordinatorName, time.Now()); err != nil {
@@ -160,6 +171,6 @@ func pronounce(r *wire.Record, destination bool, reason string) error {
 		}
 	}
 	r.Reason = reason
-	r.Error = wire.ErrorOf(wire.Errorf(wire.Code_CODE_ABORTED, "%s", reason))
+	r.Error = why
 	return nil
 }

@@ -31,6 +31,11 @@ func touched(r *wire.Record) bool {
 	return false
 }
 
+// lost reports whether the tree ended with a host that had memory of it which was yet to come.
+func lost(r *wire.Record) bool {
+	return r.State == wire.State_STATE_COMPLETED && r.GetError().GetCode() == wire.Code_CODE_ABORTED
+}
+
 // over reports whether nothing more will happen by itself: the migration has
 // ended, or only an operator can go on.
 func over(r *wire.Record) bool {
@@ -42,11 +47,13 @@ func stuck(r *wire.Record) bool {
 }
 
 // outcome is how a migration ended in one word: completed, aborted, refused,
-// failed, stuck; or "running". Refused and failed: before anything was touched.
+// failed, stuck, lost; or "running". Refused and failed: before anything was touched.
 func outcome(r *wire.Record) string {
 	switch {
 	case stuck(r):
 		return "stuck"
+	case lost(r):
+		return "lost"
 	case r.State == wire.State_STATE_COMPLETED:
 		return "completed"
 	case r.State != wire.State_STATE_ABORTED:
@@ -69,6 +76,8 @@ func failureOf(r *wire.Record) error {
 	switch outcome(r) {
 	case "completed", "running":
 		return nil
+	case "lost":
+		return wire.Errorf(wire.Code_CODE_ABORTED, "%s is lost: it ran at %s when %s was given up, which still had memory of it (%s)", subject(r), r.Destination, r.Source, clause(r, why))
 	case "stuck":
 		f := &wire.Failure{Code: wire.Code_CODE_UNKNOWN_STATE}
 		if r.State == wire.State_STATE_STUCK {

@@ -110,6 +110,13 @@ type reportDoc struct {
 	PrecopyBytes        uint64  `json:"precopy_bytes,omitempty"`
 	DirtyBytesPerSecond uint64  `json:"dirty_bytes_per_second,omitempty"`
 	CopyNote            string  `json:"copy_note,omitempty"`
+
+	// Of post-copy, by the destination.
+	PagingMS   float64 `json:"paging_ms,omitempty"`
+	PagedBytes uint64  `json:"paged_bytes,omitempty"`
+	Faults     uint64  `json:"faults,omitempty"`
+	FaultP50MS float64 `json:"fault_p50_ms,omitempty"`
+	FaultP99MS float64 `json:"fault_p99_ms,omitempty"`
 }
 
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
@@ -131,6 +138,7 @@ func newReportDoc(r *wire.Report) *reportDoc {
 		RestoreMS: ms(r.RestoreUs), ResumeMS: ms(r.ResumeUs), Bytes: r.Bytes, Pages: r.Pages, ResentBytes: r.ResentBytes,
 		BytesPerSecond: r.BytesPerSecond, FrozenAt: at(r.FrozenAtUnixUs), ResumedAt: at(r.ResumedAtUnixUs), PeakRSSBytes: r.PeakRssBytes,
 		Rounds: r.Rounds, PrecopyMS: ms(r.PrecopyUs), PrecopyBytes: r.PrecopyBytes, DirtyBytesPerSecond: r.DirtyBytesPerSecond, CopyNote: r.CopyNote,
+		PagingMS: ms(r.PagingUs), PagedBytes: r.PagedBytes, Faults: r.Faults, FaultP50MS: ms(r.FaultP50Us), FaultP99MS: ms(r.FaultP99Us),
 	}
 }
 
@@ -216,6 +224,13 @@ func printReport(w io.Writer, r *wire.Record, total time.Duration) error {
 			s += fmt.Sprintf(", which wrote to %s of new pages", formatRate(src.DirtyBytesPerSecond))
 		}
 		line("pre-copy", "%s", s)
+	}
+	if dst.GetPagingUs() != 0 {
+		s := fmt.Sprintf("%s in %s while the tree ran at %s", formatBytes(dst.PagedBytes), formatDuration(microseconds(dst.PagingUs)), r.Destination)
+		if dst.Faults != 0 {
+			s += fmt.Sprintf(", which waited for %s: half of them within %s, 99 %% within %s", plural(dst.Faults, "page"), formatDuration(microseconds(dst.FaultP50Us)), formatDuration(microseconds(dst.FaultP99Us)))
+		}
+		line("post-copy", "%s", s)
 	}
 	if note := src.GetCopyNote(); note != "" {
 		line("note", "%s", printable(note))

@@ -112,6 +112,9 @@ func (v *textView) record(r *wire.Record) {
 		if s.State == wire.State_STATE_HANDING_OFF {
 			text += ": committed, the tree now belongs to " + r.Destination
 		}
+		if s.State == wire.State_STATE_PAGING {
+			text += ": the tree runs, and waits for memory that is still at " + r.Source + ": both hosts are needed"
+		}
 		if homes := proxyHomes(r); s.State == wire.State_STATE_COMPLETED && homes != "" {
 			text += "; still needed for bytes that flow to and from the tree: " + homes
 		}

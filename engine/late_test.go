@@ -75,7 +75,7 @@ func TestLate(t *testing.T) {
 			if err != nil || len(st.Late) == 0 {
 				t.Fatal(errors.Join(err, tree.Thaw()), st.Late)
 			}
-			if limit :=uint64(8 << 20); st.Bytes > limit {
+			if limit := uint64(8 << 20); st.Bytes > limit {
 				t.Errorf("the dump has %d bytes", st.Bytes)
 			}
 			pages := engine.NewPages(st.Late)

@@ -20,6 +20,7 @@ import (
 //	godwit.v1.progress.ID         progress of a migration
 //	godwit.v1.stream.ID.…         one stream: laneK, ack, ctl
 //	godwit.v1.relay.HOST.ID.END   one end (home, tree) of a relay at HOST
+//	godwit.v1.pages.ID.LANE       requests for memory of a migration: urgent, bulk
 const Prefix = "godwit.v1"
 
 // StreamSubject is the subject of the stream with the given name; the parts of

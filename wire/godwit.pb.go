@@ -105,9 +105,11 @@ func (Code) EnumDescriptor() ([]byte, []int) {
 type CopyMode int32
 
 const (
-	CopyMode_COPY_MODE_AUTO    CopyMode = 0 // pre-copy of what is worth it and can be, else stop and copy
-	CopyMode_COPY_MODE_PRECOPY CopyMode = 1 // while the tree runs, and what was written meanwhile at the end
-	CopyMode_COPY_MODE_STOP    CopyMode = 2 // while it is frozen
+	CopyMode_COPY_MODE_AUTO     CopyMode = 0 // pre-copy of what is worth it and can be, else stop and copy
+	CopyMode_COPY_MODE_PRECOPY  CopyMode = 1 // while the tree runs, and what was written meanwhile at the end
+	CopyMode_COPY_MODE_STOP     CopyMode = 2 // while it is frozen
+	CopyMode_COPY_MODE_POSTCOPY CopyMode = 3 // when it runs at the destination already
+	CopyMode_COPY_MODE_HYBRID   CopyMode = 4 // once while it runs, and what was written meanwhile when it runs at the destination
 )
 
 // Enum value maps for CopyMode.
@@ -116,11 +118,15 @@ var (
 		0: "COPY_MODE_AUTO",
 		1: "COPY_MODE_PRECOPY",
 		2: "COPY_MODE_STOP",
+		3: "COPY_MODE_POSTCOPY",
+		4: "COPY_MODE_HYBRID",
 	}
 	CopyMode_value = map[string]int32{
-		"COPY_MODE_AUTO":    0,
-		"COPY_MODE_PRECOPY": 1,
-		"COPY_MODE_STOP":    2,
+		"COPY_MODE_AUTO":     0,
+		"COPY_MODE_PRECOPY":  1,
+		"COPY_MODE_STOP":     2,
+		"COPY_MODE_POSTCOPY": 3,
+		"COPY_MODE_HYBRID":   4,
 	}
 )
 
@@ -158,6 +164,7 @@ const (
 	NoConverge_NO_CONVERGE_FREEZE   NoConverge = 0 // freeze for longer than was asked for
 	NoConverge_NO_CONVERGE_THROTTLE NoConverge = 1 // slow the tree down until it fits, then freeze
 	NoConverge_NO_CONVERGE_ABORT    NoConverge = 2 // end the migration
+	NoConverge_NO_CONVERGE_POSTCOPY NoConverge = 3 // what is left travels when the tree runs at the destination
 )
 
 // Enum value maps for NoConverge.
@@ -166,11 +173,13 @@ var (
 		0: "NO_CONVERGE_FREEZE",
 		1: "NO_CONVERGE_THROTTLE",
 		2: "NO_CONVERGE_ABORT",
+		3: "NO_CONVERGE_POSTCOPY",
 	}
 	NoConverge_value = map[string]int32{
 		"NO_CONVERGE_FREEZE":   0,
 		"NO_CONVERGE_THROTTLE": 1,
 		"NO_CONVERGE_ABORT":    2,
+		"NO_CONVERGE_POSTCOPY": 3,
 	}
 )
 
@@ -218,6 +227,7 @@ const (
 	State_STATE_ABORTED       State = 11 // the tree runs on at the source
 	State_STATE_RETURNING     State = 12
 	State_STATE_STUCK         State = 13
+	State_STATE_PAGING        State = 14 // the tree runs at the destination, and memory of it is still at the source
 )
 
 // Enum value maps for State.
@@ -237,6 +247,7 @@ var (
 		11: "STATE_ABORTED",
 		12: "STATE_RETURNING",
 		13: "STATE_STUCK",
+		14: "STATE_PAGING",
 	}
 	State_value = map[string]int32{
 		"STATE_UNSPECIFIED":   0,
@@ -253,6 +264,7 @@ var (
 		"STATE_ABORTED":       11,
 		"STATE_RETURNING":     12,
 		"STATE_STUCK":         13,
+		"STATE_PAGING":        14,
 	}
 )
 
@@ -4083,6 +4095,11 @@ type Report struct {
 	PrecopyBytes        uint64                 `protobuf:"varint,16,opt,name=precopy_bytes,json=precopyBytes,proto3" json:"precopy_bytes,omitempty"`                          // source: of memory that travelled before the freeze
 	DirtyBytesPerSecond uint64                 `protobuf:"varint,17,opt,name=dirty_bytes_per_second,json=dirtyBytesPerSecond,proto3" json:"dirty_bytes_per_second,omitempty"` // source: at which the tree wrote to new pages in the last round
 	CopyNote            string                 `protobuf:"bytes,18,opt,name=copy_note,json=copyNote,proto3" json:"copy_note,omitempty"`                                       // source: why it was not as asked for, empty if it was
+	PagingUs            uint64                 `protobuf:"varint,50,opt,name=paging_us,json=pagingUs,proto3" json:"paging_us,omitempty"`                                      // destination: from the begin of post-copy until all memory was there
+	PagedBytes          uint64                 `protobuf:"varint,51,opt,name=paged_bytes,json=pagedBytes,proto3" json:"paged_bytes,omitempty"`                                // destination: of memory that came after the freeze
+	Faults              uint64                 `protobuf:"varint,52,opt,name=faults,proto3" json:"faults,omitempty"`                                                          // destination: pages that the tree waited for
+	FaultP50Us          uint64                 `protobuf:"varint,53,opt,name=fault_p50_us,json=faultP50Us,proto3" json:"fault_p50_us,omitempty"`                              // destination: how long it waited for a page
+	FaultP99Us          uint64                 `protobuf:"varint,54,opt,name=fault_p99_us,json=faultP99Us,proto3" json:"fault_p99_us,omitempty"`
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
 }
@@ -4243,6 +4260,41 @@ func (x *Report) GetCopyNote() string {
 	return ""
 }
 
+func (x *Report) GetPagingUs() uint64 {
+	if x != nil {
+		return x.PagingUs
+	}
+	return 0
+}
+
+func (x *Report) GetPagedBytes() uint64 {
+	if x != nil {
+		return x.PagedBytes
+	}
+	return 0
+}
+
+func (x *Report) GetFaults() uint64 {
+	if x != nil {
+		return x.Faults
+	}
+	return 0
+}
+
+func (x *Report) GetFaultP50Us() uint64 {
+	if x != nil {
+		return x.FaultP50Us
+	}
+	return 0
+}
+
+func (x *Report) GetFaultP99Us() uint64 {
+	if x != nil {
+		return x.FaultP99Us
+	}
+	return 0
+}
+
 // Progress is published while a migration goes on; it is never stored.
 type Progress struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -4352,6 +4404,211 @@ func (x *Progress) GetMessage() string {
 	return ""
 }
 
+// PagesRequest asks the source for memory of a tree that runs at the destination already.
+type PagesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`        // of the migration
+	Pid           uint32                 `protobuf:"varint,2,opt,name=pid,proto3" json:"pid,omitempty"`     // in the images
+	Start         uint64                 `protobuf:"varint,3,opt,name=start,proto3" json:"start,omitempty"` // address
+	End           uint64                 `protobuf:"varint,4,opt,name=end,proto3" json:"end,omitempty"`
+	Map           bool                   `protobuf:"varint,5,opt,name=map,proto3" json:"map,omitempty"` // where there is memory from start on, in place of what is in it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PagesRequest) Reset() {
+	*x = PagesRequest{}
+	mi := &file_wire_godwit_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PagesRequest) ProtoMessage() {}
+
+func (x *PagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PagesRequest.ProtoReflect.Descriptor instead.
+func (*PagesRequest) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *PagesRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *PagesRequest) GetPid() uint32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *PagesRequest) GetStart() uint64 {
+	if x != nil {
+		return x.Start
+	}
+	return 0
+}
+
+func (x *PagesRequest) GetEnd() uint64 {
+	if x != nil {
+		return x.End
+	}
+	return 0
+}
+
+func (x *PagesRequest) GetMap() bool {
+	if x != nil {
+		return x.Map
+	}
+	return false
+}
+
+type PagesReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Error         *Error                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
+	Ranges        []*PageRange           `protobuf:"bytes,2,rep,name=ranges,proto3" json:"ranges,omitempty"` // ascending; what lies between them is empty
+	Next          uint64                 `protobuf:"varint,3,opt,name=next,proto3" json:"next,omitempty"`    // the answer goes up to there; 0: up to the end
+	Data          []byte                 `protobuf:"bytes,4,opt,name=data,proto3" json:"data,omitempty"`     // of ranges, one after the other
+	Crc           uint32                 `protobuf:"fixed32,5,opt,name=crc,proto3" json:"crc,omitempty"`     // CRC-32C of data
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PagesReply) Reset() {
+	*x = PagesReply{}
+	mi := &file_wire_godwit_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PagesReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PagesReply) ProtoMessage() {}
+
+func (x *PagesReply) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PagesReply.ProtoReflect.Descriptor instead.
+func (*PagesReply) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *PagesReply) GetError() *Error {
+	if x != nil {
+		return x.Error
+	}
+	return nil
+}
+
+func (x *PagesReply) GetRanges() []*PageRange {
+	if x != nil {
+		return x.Ranges
+	}
+	return nil
+}
+
+func (x *PagesReply) GetNext() uint64 {
+	if x != nil {
+		return x.Next
+	}
+	return 0
+}
+
+func (x *PagesReply) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *PagesReply) GetCrc() uint32 {
+	if x != nil {
+		return x.Crc
+	}
+	return 0
+}
+
+type PageRange struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Start         uint64                 `protobuf:"varint,1,opt,name=start,proto3" json:"start,omitempty"`
+	End           uint64                 `protobuf:"varint,2,opt,name=end,proto3" json:"end,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PageRange) Reset() {
+	*x = PageRange{}
+	mi := &file_wire_godwit_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PageRange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PageRange) ProtoMessage() {}
+
+func (x *PageRange) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PageRange.ProtoReflect.Descriptor instead.
+func (*PageRange) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *PageRange) GetStart() uint64 {
+	if x != nil {
+		return x.Start
+	}
+	return 0
+}
+
+func (x *PageRange) GetEnd() uint64 {
+	if x != nil {
+		return x.End
+	}
+	return 0
+}
+
 // Item is one message inside the ordered stream from source to destination.
 // Page data does not use protobuf: see DataHeader in stream.go.
 type Item struct {
@@ -4372,7 +4629,7 @@ type Item struct {
 
 func (x *Item) Reset() {
 	*x = Item{}
-	mi := &file_wire_godwit_proto_msgTypes[46]
+	mi := &file_wire_godwit_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4384,7 +4641,7 @@ func (x *Item) String() string {
 func (*Item) ProtoMessage() {}
 
 func (x *Item) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[46]
+	mi := &file_wire_godwit_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4397,7 +4654,7 @@ func (x *Item) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Item.ProtoReflect.Descriptor instead.
 func (*Item) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{46}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Item) GetItem() isItem_Item {
@@ -4528,7 +4785,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_wire_godwit_proto_msgTypes[47]
+	mi := &file_wire_godwit_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4540,7 +4797,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[47]
+	mi := &file_wire_godwit_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4553,7 +4810,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{47}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Hello) GetProtocol() uint32 {
@@ -4596,7 +4853,7 @@ type ImageEntry struct {
 
 func (x *ImageEntry) Reset() {
 	*x = ImageEntry{}
-	mi := &file_wire_godwit_proto_msgTypes[48]
+	mi := &file_wire_godwit_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4608,7 +4865,7 @@ func (x *ImageEntry) String() string {
 func (*ImageEntry) ProtoMessage() {}
 
 func (x *ImageEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[48]
+	mi := &file_wire_godwit_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4621,7 +4878,7 @@ func (x *ImageEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageEntry.ProtoReflect.Descriptor instead.
 func (*ImageEntry) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{48}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ImageEntry) GetFile() string {
@@ -4661,7 +4918,7 @@ type ImagesDone struct {
 
 func (x *ImagesDone) Reset() {
 	*x = ImagesDone{}
-	mi := &file_wire_godwit_proto_msgTypes[49]
+	mi := &file_wire_godwit_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4673,7 +4930,7 @@ func (x *ImagesDone) String() string {
 func (*ImagesDone) ProtoMessage() {}
 
 func (x *ImagesDone) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[49]
+	mi := &file_wire_godwit_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4686,7 +4943,7 @@ func (x *ImagesDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagesDone.ProtoReflect.Descriptor instead.
 func (*ImagesDone) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{49}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ImagesDone) GetEntries() uint64 {
@@ -4704,7 +4961,7 @@ type DataDone struct {
 
 func (x *DataDone) Reset() {
 	*x = DataDone{}
-	mi := &file_wire_godwit_proto_msgTypes[50]
+	mi := &file_wire_godwit_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4716,7 +4973,7 @@ func (x *DataDone) String() string {
 func (*DataDone) ProtoMessage() {}
 
 func (x *DataDone) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[50]
+	mi := &file_wire_godwit_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4729,7 +4986,7 @@ func (x *DataDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DataDone.ProtoReflect.Descriptor instead.
 func (*DataDone) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{50}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{53}
 }
 
 type StreamEnd struct {
@@ -4743,7 +5000,7 @@ type StreamEnd struct {
 
 func (x *StreamEnd) Reset() {
 	*x = StreamEnd{}
-	mi := &file_wire_godwit_proto_msgTypes[51]
+	mi := &file_wire_godwit_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4755,7 +5012,7 @@ func (x *StreamEnd) String() string {
 func (*StreamEnd) ProtoMessage() {}
 
 func (x *StreamEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[51]
+	mi := &file_wire_godwit_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4768,7 +5025,7 @@ func (x *StreamEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamEnd.ProtoReflect.Descriptor instead.
 func (*StreamEnd) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{51}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *StreamEnd) GetDataBytes() uint64 {
@@ -5134,7 +5391,7 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x04Step\x12+\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x15.godwit.wire.v1.StateR\x05state\x12\x17\n" +
 	"\aunix_ms\x18\x02 \x01(\x03R\x06unixMs\x12\x0e\n" +
-	"\x02by\x18\x03 \x01(\tR\x02by\"\xdd\x04\n" +
+	"\x02by\x18\x03 \x01(\tR\x02by\"\xf7\x05\n" +
 	"\x06Report\x12\x1b\n" +
 	"\tfrozen_us\x18\x01 \x01(\x04R\bfrozenUs\x12\x1b\n" +
 	"\tfreeze_us\x18\x02 \x01(\x04R\bfreezeUs\x12\x17\n" +
@@ -5157,7 +5414,15 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"precopy_us\x18\x0f \x01(\x04R\tprecopyUs\x12#\n" +
 	"\rprecopy_bytes\x18\x10 \x01(\x04R\fprecopyBytes\x123\n" +
 	"\x16dirty_bytes_per_second\x18\x11 \x01(\x04R\x13dirtyBytesPerSecond\x12\x1b\n" +
-	"\tcopy_note\x18\x12 \x01(\tR\bcopyNote\"\x97\x02\n" +
+	"\tcopy_note\x18\x12 \x01(\tR\bcopyNote\x12\x1b\n" +
+	"\tpaging_us\x182 \x01(\x04R\bpagingUs\x12\x1f\n" +
+	"\vpaged_bytes\x183 \x01(\x04R\n" +
+	"pagedBytes\x12\x16\n" +
+	"\x06faults\x184 \x01(\x04R\x06faults\x12 \n" +
+	"\ffault_p50_us\x185 \x01(\x04R\n" +
+	"faultP50Us\x12 \n" +
+	"\ffault_p99_us\x186 \x01(\x04R\n" +
+	"faultP99Us\"\x97\x02\n" +
 	"\bProgress\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12+\n" +
@@ -5170,7 +5435,23 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"pages_done\x18\x06 \x01(\x04R\tpagesDone\x12(\n" +
 	"\x10bytes_per_second\x18\a \x01(\x04R\x0ebytesPerSecond\x12\x17\n" +
 	"\aunix_ms\x18\b \x01(\x03R\x06unixMs\x12\x18\n" +
-	"\amessage\x18\t \x01(\tR\amessage\"\xcc\x02\n" +
+	"\amessage\x18\t \x01(\tR\amessage\"j\n" +
+	"\fPagesRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
+	"\x03pid\x18\x02 \x01(\rR\x03pid\x12\x14\n" +
+	"\x05start\x18\x03 \x01(\x04R\x05start\x12\x10\n" +
+	"\x03end\x18\x04 \x01(\x04R\x03end\x12\x10\n" +
+	"\x03map\x18\x05 \x01(\bR\x03map\"\xa6\x01\n" +
+	"\n" +
+	"PagesReply\x12+\n" +
+	"\x05error\x18\x01 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\x121\n" +
+	"\x06ranges\x18\x02 \x03(\v2\x19.godwit.wire.v1.PageRangeR\x06ranges\x12\x12\n" +
+	"\x04next\x18\x03 \x01(\x04R\x04next\x12\x12\n" +
+	"\x04data\x18\x04 \x01(\fR\x04data\x12\x10\n" +
+	"\x03crc\x18\x05 \x01(\aR\x03crc\"3\n" +
+	"\tPageRange\x12\x14\n" +
+	"\x05start\x18\x01 \x01(\x04R\x05start\x12\x10\n" +
+	"\x03end\x18\x02 \x01(\x04R\x03end\"\xcc\x02\n" +
 	"\x04Item\x12-\n" +
 	"\x05hello\x18\x01 \x01(\v2\x15.godwit.wire.v1.HelloH\x00R\x05hello\x122\n" +
 	"\x05entry\x18\x02 \x01(\v2\x1a.godwit.wire.v1.ImageEntryH\x00R\x05entry\x12\x16\n" +
@@ -5214,16 +5495,19 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x12CODE_UNKNOWN_STATE\x10\b\x12\x10\n" +
 	"\fCODE_VERSION\x10\t\x12\r\n" +
 	"\tCODE_BUSY\x10\n" +
-	"*I\n" +
+	"*w\n" +
 	"\bCopyMode\x12\x12\n" +
 	"\x0eCOPY_MODE_AUTO\x10\x00\x12\x15\n" +
 	"\x11COPY_MODE_PRECOPY\x10\x01\x12\x12\n" +
-	"\x0eCOPY_MODE_STOP\x10\x02*U\n" +
+	"\x0eCOPY_MODE_STOP\x10\x02\x12\x16\n" +
+	"\x12COPY_MODE_POSTCOPY\x10\x03\x12\x14\n" +
+	"\x10COPY_MODE_HYBRID\x10\x04*o\n" +
 	"\n" +
 	"NoConverge\x12\x16\n" +
 	"\x12NO_CONVERGE_FREEZE\x10\x00\x12\x18\n" +
 	"\x14NO_CONVERGE_THROTTLE\x10\x01\x12\x15\n" +
-	"\x11NO_CONVERGE_ABORT\x10\x02*\xac\x02\n" +
+	"\x11NO_CONVERGE_ABORT\x10\x02\x12\x18\n" +
+	"\x14NO_CONVERGE_POSTCOPY\x10\x03*\xbe\x02\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fSTATE_REQUESTED\x10\x01\x12\x13\n" +
@@ -5239,7 +5523,8 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x12\x11\n" +
 	"\rSTATE_ABORTED\x10\v\x12\x13\n" +
 	"\x0fSTATE_RETURNING\x10\f\x12\x0f\n" +
-	"\vSTATE_STUCK\x10\r*0\n" +
+	"\vSTATE_STUCK\x10\r\x12\x10\n" +
+	"\fSTATE_PAGING\x10\x0e*0\n" +
 	"\x05Owner\x12\x10\n" +
 	"\fOWNER_SOURCE\x10\x00\x12\x15\n" +
 	"\x11OWNER_DESTINATION\x10\x01B\rZ\vgodwit/wireb\x06proto3"
@@ -5257,7 +5542,7 @@ func file_wire_godwit_proto_rawDescGZIP() []byte {
 }
 
 var file_wire_godwit_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
+var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
 var file_wire_godwit_proto_goTypes = []any{
 	(Code)(0),                // 0: godwit.wire.v1.Code
 	(CopyMode)(0),            // 1: godwit.wire.v1.CopyMode
@@ -5310,12 +5595,15 @@ var file_wire_godwit_proto_goTypes = []any{
 	(*Step)(nil),             // 48: godwit.wire.v1.Step
 	(*Report)(nil),           // 49: godwit.wire.v1.Report
 	(*Progress)(nil),         // 50: godwit.wire.v1.Progress
-	(*Item)(nil),             // 51: godwit.wire.v1.Item
-	(*Hello)(nil),            // 52: godwit.wire.v1.Hello
-	(*ImageEntry)(nil),       // 53: godwit.wire.v1.ImageEntry
-	(*ImagesDone)(nil),       // 54: godwit.wire.v1.ImagesDone
-	(*DataDone)(nil),         // 55: godwit.wire.v1.DataDone
-	(*StreamEnd)(nil),        // 56: godwit.wire.v1.StreamEnd
+	(*PagesRequest)(nil),     // 51: godwit.wire.v1.PagesRequest
+	(*PagesReply)(nil),       // 52: godwit.wire.v1.PagesReply
+	(*PageRange)(nil),        // 53: godwit.wire.v1.PageRange
+	(*Item)(nil),             // 54: godwit.wire.v1.Item
+	(*Hello)(nil),            // 55: godwit.wire.v1.Hello
+	(*ImageEntry)(nil),       // 56: godwit.wire.v1.ImageEntry
+	(*ImagesDone)(nil),       // 57: godwit.wire.v1.ImagesDone
+	(*DataDone)(nil),         // 58: godwit.wire.v1.DataDone
+	(*StreamEnd)(nil),        // 59: godwit.wire.v1.StreamEnd
 }
 var file_wire_godwit_proto_depIdxs = []int32{
 	5,  // 0: godwit.wire.v1.Problem.object:type_name -> godwit.wire.v1.Object
@@ -5379,17 +5667,19 @@ var file_wire_godwit_proto_depIdxs = []int32{
 	49, // 58: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
 	3,  // 59: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
 	3,  // 60: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
-	52, // 61: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
-	53, // 62: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
-	54, // 63: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
-	56, // 64: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
-	55, // 65: godwit.wire.v1.Item.data_done:type_name -> godwit.wire.v1.DataDone
-	7,  // 66: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
-	67, // [67:67] is the sub-list for method output_type
-	67, // [67:67] is the sub-list for method input_type
-	67, // [67:67] is the sub-list for extension type_name
-	67, // [67:67] is the sub-list for extension extendee
-	0,  // [0:67] is the sub-list for field type_name
+	7,  // 61: godwit.wire.v1.PagesReply.error:type_name -> godwit.wire.v1.Error
+	53, // 62: godwit.wire.v1.PagesReply.ranges:type_name -> godwit.wire.v1.PageRange
+	55, // 63: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
+	56, // 64: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
+	57, // 65: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
+	59, // 66: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
+	58, // 67: godwit.wire.v1.Item.data_done:type_name -> godwit.wire.v1.DataDone
+	7,  // 68: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
+	69, // [69:69] is the sub-list for method output_type
+	69, // [69:69] is the sub-list for method input_type
+	69, // [69:69] is the sub-list for extension type_name
+	69, // [69:69] is the sub-list for extension extendee
+	0,  // [0:69] is the sub-list for field type_name
 }
 
 func init() { file_wire_godwit_proto_init() }
@@ -5397,7 +5687,7 @@ func file_wire_godwit_proto_init() {
 	if File_wire_godwit_proto != nil {
 		return
 	}
-	file_wire_godwit_proto_msgTypes[46].OneofWrappers = []any{
+	file_wire_godwit_proto_msgTypes[49].OneofWrappers = []any{
 		(*Item_Hello)(nil),
 		(*Item_Entry)(nil),
 		(*Item_Facts)(nil),
@@ -5412,7 +5702,7 @@ func file_wire_godwit_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wire_godwit_proto_rawDesc), len(file_wire_godwit_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   52,
+			NumMessages:   55,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -10,11 +10,14 @@ import (
 // States of a migration and who moves it on. The transitions are data, so that
 // coordinator and agents cannot disagree about them:
 //
-//	Requested ─► Preflight ─► PreCopying ─► Freezing ─► FinalCopying ─► Restoring ─► Staged ══► HandingOff ─► Completed
-//	    │            │  └───────────┼──────────▲│             │              │          │   ▲      │ │          ▲
-//	    └────────────┴──────────────┴───────────┴──┬──────────┴──────────────┴──────────┘   │      │ └─► Stuck ─┤
-//	                                               ▼                                  commit point ▼            ▼
-//	                                           Aborting ─► Aborted ◄─────────────────────────── Returning ◄─────┘
+//	Requested ─► Preflight ─► PreCopying ─► Freezing ─► FinalCopying ─► Restoring ─► Staged ══► HandingOff ─► [Paging ─►] Completed
+//	    │            │  └───────────┼──────────▲│             │              │          │   ▲      │ │            │        ▲
+//	    └────────────┴──────────────┴───────────┴──┬──────────┴──────────────┴──────────┘   │      │ └─► Stuck ───┼────────┤
+//	                                               ▼                                  commit point ▼              ▼        ▼
+//	                                           Aborting ─► Aborted ◄─────────────────────────── Returning ◄───────┴────────┘
+//
+// Paging is for post-copy: the tree runs at the destination while memory of it is still at the
+// source, so that both are needed.
 //
 // Before the commit point the source owns the tree, and every party may end
 // the migration: nothing has run at the destination yet. After it the
@@ -101,6 +104,7 @@ var moves = map[State]map[State]roles{
 	},
 	State_STATE_HANDING_OFF: {
 		State_STATE_COMPLETED: destination,
+		State_STATE_PAGING:    destination,
 		State_STATE_RETURNING: destination,
 		State_STATE_STUCK:     waiting,
 	},
@@ -108,7 +112,12 @@ var moves = map[State]map[State]roles{
 		// The destination came back and knows what became of its copy, or an
 		// operator gave the word that it was fenced.
 		State_STATE_COMPLETED: destination,
+		State_STATE_PAGING:    destination,
 		State_STATE_RETURNING: {RoleDestination, RoleCoordinator},
+	},
+	State_STATE_PAGING: {
+		State_STATE_COMPLETED: destination,
+		State_STATE_RETURNING: coordinator, // the word of an operator: the destination is gone for good
 	},
 	State_STATE_RETURNING: {
 		State_STATE_ABORTED: source,
@@ -135,7 +144,7 @@ func Terminal(s State) bool {
 // Aborted, where it leads, does not.
 func Committed(s State) bool {
 	switch s {
-	case State_STATE_HANDING_OFF, State_STATE_COMPLETED, State_STATE_RETURNING, State_STATE_STUCK:
+	case State_STATE_HANDING_OFF, State_STATE_PAGING, State_STATE_COMPLETED, State_STATE_RETURNING, State_STATE_STUCK:
 		return true
 	}
 	return false
@@ -188,7 +197,7 @@ func (r *Record) enter(s State, who string, now time.Time) {
 	r.State = s
 	r.Owner = Owner_OWNER_SOURCE
 	switch s {
-	case State_STATE_HANDING_OFF, State_STATE_COMPLETED, State_STATE_STUCK:
+	case State_STATE_HANDING_OFF, State_STATE_PAGING, State_STATE_COMPLETED, State_STATE_STUCK:
 		r.Owner = Owner_OWNER_DESTINATION
 	}
 	r.Steps = append(r.Steps, &Step{State: s, UnixMs: now.UnixMilli(), By: who})

@@ -22,6 +22,8 @@ type Space struct {
 	// Pid is that of its process in the images: by it the other side knows whose
 	// memory is meant, whatever becomes of the process.
 	Pid uint32
+	// Host is the pid that the process has on this host when it begins to run.
+	Host int
 	// Uffd serves its missing pages (sys.UffdServe), Pagemap is its /proc/PID/pagemap.
 	Uffd, Pagemap *os.File
 	// Ranges are the memory that may have missing pages, ascending. A page that is

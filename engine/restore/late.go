@@ -37,7 +37,7 @@ func (t *Tree) postpone(set *image.Set) (err error) {
 		if p == nil || p.zombie {
 			return fmt.Errorf("memory of pid %d is to come later, which is not among the processes", pid)
 		}
-		s := paging.Space{Pid: pid}
+		s := paging.Space{Pid: pid, Host: p.remote().Tid}
 		if err := t.tracer.Do(func() error { return t.leave(p, &s) }); err != nil {
 			return fmt.Errorf("let the memory of %s come later: %w", p, err)
 		}

@@ -377,6 +377,7 @@ func agentPermissions() *server.Permissions {
 			"_INBOX.>",
 			"godwit.v1.stream.>",
 			"godwit.v1.relay.>",
+			"godwit.v1.pages.>",
 			"godwit.v1.progress.>",
 			"$SRV.INFO.godwit-agent",
 			"$KV.godwit-migrations.>",
@@ -398,6 +399,7 @@ func agentPermissions() *server.Permissions {
 			"godwit.v1.agent.>",
 			"godwit.v1.stream.>",
 			"godwit.v1.relay.>",
+			"godwit.v1.pages.>",
 			"$SRV.>",
 		}},
 	}

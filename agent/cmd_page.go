@@ -1,0 +1,342 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/nats-io/nats.go"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"godwit/engine"
+	"godwit/engine/image"
+	"godwit/transport"
+	"godwit/wire"
+)
+
+// pagerCommand is how the agent starts its pagers.
+const pagerCommand = "page"
+
+func cmdPage() *cobra.Command {
+	return &cobra.Command{
+		Use:    pagerCommand,
+		Short:  "Bring the memory of a tree that runs here already (started by the daemon)",
+		Hidden: true,
+		Args:   cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			// The agent's end, or that of whoever reads its log, is not the pager's.
+			signal.Ignore(unix.SIGPIPE, unix.SIGHUP, unix.SIGTERM, unix.SIGINT)
+			var st unix.Stat_t
+			if err := unix.Fstat(pagerFD, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFSOCK {
+				return &exitError{code: wire.ExitUsage, err: errors.New("this command is started by the daemon (godwit-agent run)")}
+			}
+			if err := unix.SetNonblock(pagerFD, true); err != nil {
+				return err
+			}
+			return runPager(cmd.Context(), os.NewFile(pagerFD, "agent"))
+		},
+	}
+}
+
+// paging is the work of one pager process.
+type paging struct {
+	order pagerOrder
+	agent *pagerProcess // to tell it something
+	log   hclog.Logger
+	conns [2]*nats.Conn
+	hosts []engine.Held
+	pager *engine.Pager
+	begun time.Time
+
+	mu      sync.Mutex
+	trouble error     // why the source does not answer
+	since   time.Time // of trouble
+	next    time.Time // when the next piece may be asked for, with a bound to the rate
+	got     uint64    // bytes of pages
+}
+
+// runPager serves what a tree misses until nothing is missing, and then says so in the
+// record, whether the agent is there or not.
+func runPager(ctx context.Context, conn *os.File) error {
+	p := &paging{begun: time.Now()}
+	if err := receive(conn, &p.order, nil); err != nil {
+		return err
+	}
+	p.log = hclog.New(&hclog.LoggerOptions{Name: "godwit-pager", Level: hclog.LevelFromString(p.order.LogLevel), Output: os.Stderr, JSONFormat: p.order.LogJSON}).With("migration", p.order.ID)
+	boundMemory(pagerMemory)
+	bus := p.order.Bus
+	bus.Logger = p.log
+	streams := &Streams{Bus: bus}
+	var err error
+	if p.conns, err = streams.pageConns(ctx, p.order.ID); err != nil {
+		return err
+	}
+	defer closeConns(p.conns)
+	spaces, err := p.spaces(conn)
+	if errors.Is(err, errPartnerGone) {
+		return nil // nothing is to come later
+	}
+	p.begun = time.Now()
+	p.pager = engine.NewPager(p.log, p)
+	if err == nil {
+		err = p.pager.Serve(ctx, spaces)
+	}
+	answer := pagerAnswer{}
+	if err != nil {
+		answer.Error = err.Error()
+	}
+	p.agent = &pagerProcess{conn: conn}
+	if err := errors.Join(err, p.agent.tell(answer)); err != nil {
+		return err
+	}
+	return p.run(ctx)
+}
+
+// pagerMemory is what the garbage collector of a pager aims to stay below, bytes.
+const pagerMemory = 64 << 20
+
+// spaces takes over what the agent hands over.
+func (p *paging) spaces(conn *os.File) (out []engine.Space, err error) {
+	var list pagerSpaces
+	if err := receive(conn, &list, nil); err != nil {
+		return nil, err
+	}
+	var files []*os.File
+	for len(files) < 2*len(list.Spaces) {
+		if err := receive(conn, nil, &files); err != nil {
+			return nil, err
+		}
+	}
+	for i, s := range list.Spaces {
+		out = append(out, engine.Space{Pid: s.Pid, Host: s.Host.Pid, Ranges: s.Ranges, Uffd: files[2*i], Pagemap: files[2*i+1]})
+		p.hosts = append(p.hosts, s.Host)
+	}
+	return out, nil
+}
+
+// run brings everything, and sees to the record.
+func (p *paging) run(ctx context.Context) error {
+	nc := p.conns[0]
+	recs, err := openRecords(ctx, nc, p.log)
+	if err != nil {
+		// The tree waits for what it misses; the record can wait, too.
+		p.log.Error("the records cannot be used", "error", err)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	ticked := make(chan struct{})
+	go func() {
+		defer close(ticked)
+		p.report(ctx)
+	}()
+	for err != nil && ctx.Err() == nil {
+		time.Sleep(time.Second)
+		recs, err = openRecords(ctx, nc, p.log)
+	}
+	l := &ledger{records: recs, id: p.order.ID, host: p.order.Host, role: wire.RoleDestination, log: p.log}
+	over := make(chan error, 1)
+	feed := l.follow(ctx, func(r *wire.Record) {
+		if why := pagingOver(r); why != nil {
+			select {
+			case over <- why:
+			default:
+			}
+			cancel(why)
+		}
+	})
+	ferr := p.pager.Fill(ctx)
+	st := p.pager.Stats()
+	took := time.Since(p.begun)
+	if ctx.Err() != nil {
+		ferr = context.Cause(ctx)
+	}
+	if ferr != nil {
+		return p.giveUp(l, ferr, over)
+	}
+	// Unless the agent has ended, it holds the memory, too.
+	if err := p.agent.tell(pagerAnswer{}); err != nil {
+		p.log.Debug("the agent has ended", "error", err)
+	}
+	p.log.Info("all memory is here", "bytes", st.Put, "faults", st.Faults, "duration_ms", took.Milliseconds())
+	for {
+		rec, err := l.move(forever(), wire.State_STATE_COMPLETED, func(r *wire.Record) {
+			if r.DestinationReport == nil {
+				r.DestinationReport = &wire.Report{}
+			}
+			d := r.DestinationReport
+			d.PagingUs, d.PagedBytes, d.Faults, d.FaultP50Us, d.FaultP99Us = us(took), st.Put, st.Faults, us(st.P50), us(st.P99)
+		})
+		switch {
+		case err == nil || rec.GetState() == wire.State_STATE_COMPLETED:
+			return nil
+		case wire.CodeOf(err) == wire.Code_CODE_NOT_FOUND:
+			return nil
+		case rec != nil && pagingOver(rec) != nil:
+			return p.giveUp(l, pagingOver(rec), over)
+		}
+		// The tree is yet to be let go, or the agent to say so.
+		select {
+		case <-feed.changed:
+		case <-time.After(recordPoll / 4):
+		}
+	}
+}
+
+// errOverruled: the tree runs elsewhere, or nowhere.
+var errOverruled = errors.New("the migration has ended in another way")
+
+// errSourceDead: an operator has said so, and what is missing is lost.
+var errSourceDead = errors.New("an operator declared the source dead, with which memory of the tree is lost")
+
+// pagingOver says why nothing more is to be brought; nil: go on.
+func pagingOver(r *wire.Record) error {
+	switch {
+	case overruled(r) || r.State == wire.State_STATE_ABORTING:
+		return errOverruled
+	case r.State == wire.State_STATE_PAGING && r.GetError().GetCode() == wire.Code_CODE_ABORTED:
+		return errSourceDead
+	}
+	return nil
+}
+
+// giveUp ends the tree, which must not run without memory, or not at all. Only then are
+// its userfaultfds let go.
+func (p *paging) giveUp(l *ledger, why error, over <-chan error) error {
+	p.log.Error("the tree is ended", "reason", why)
+	killed, left := killTrees(p.hosts)
+	if len(left) > 0 {
+		p.log.Error("processes could not be killed, and wait for memory that does not come", "pids", left)
+		select {}
+	}
+	p.log.Warn("the processes of the tree were killed", "processes", killed)
+	var err error
+	switch {
+	case errors.Is(why, errOverruled):
+	case errors.Is(why, errSourceDead):
+		_, err = l.move(forever(), wire.State_STATE_COMPLETED, nil)
+	default:
+		f := wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "memory of the tree could not be brought to %s, where it has ended: %w; its copy at %s stays frozen as it was when it was handed over: godwit resolve %s --destination-is-dead lets it run on from there", p.order.Host, why, p.order.Source, p.order.ID)
+		_, err = l.note(forever(), func(r *wire.Record) { r.Error, r.Reason = wire.ErrorOf(f), f.Error() })
+	}
+	return err
+}
+
+// report publishes how far it is until ctx ends.
+func (p *paging) report(ctx context.Context) {
+	tick := time.NewTicker(progressEvery)
+	defer tick.Stop()
+	warned := time.Time{}
+	for {
+		st := p.pager.Stats()
+		m := &wire.Progress{
+			Id: p.order.ID, Host: p.order.Host, State: wire.State_STATE_PAGING, BytesDone: st.Put, BytesTotal: st.Put + st.Left,
+			PagesDone: st.Put / 4096, UnixMs: time.Now().UnixMilli(),
+		}
+		if sec := time.Since(p.begun).Seconds(); st.Put >= 1<<20 {
+			m.BytesPerSecond = uint64(float64(st.Put) / sec)
+		}
+		m.Message = fmt.Sprintf("%s missing, %d pages waited for (median %s, 99 %% in %s)", mib(st.Left), st.Faults, st.P50.Round(10*time.Microsecond), st.P99.Round(10*time.Microsecond))
+		p.mu.Lock()
+		trouble, since := p.trouble, p.since
+		p.mu.Unlock()
+		if trouble != nil && time.Since(since) > progressEvery {
+			m.Message = fmt.Sprintf("the tree waits for %s: %v", p.order.Source, trouble)
+			if time.Since(warned) > 10*time.Second {
+				warned = time.Now()
+				p.log.Warn("what the tree misses cannot be had; whoever needs it waits", "source", p.order.Source, "reason", trouble, "missing_bytes", st.Left)
+			}
+		}
+		if err := transport.PublishProgress(p.conns[0], m); err != nil {
+			p.log.Trace("progress lost", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// client asks the source.
+func (p *paging) client() *transport.PageClient {
+	return &transport.PageClient{Conns: p.conns, ID: p.order.ID, Trouble: func(err error) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if err != nil && p.trouble == nil {
+			p.since = time.Now()
+		}
+		p.trouble = err
+	}}
+}
+
+// Map implements engine.PageSource.
+func (p *paging) Map(ctx context.Context, pid uint32, from uint64) ([]image.Range, uint64, error) {
+	r, err := p.client().Ask(ctx, &wire.PagesRequest{Pid: pid, Start: from, Map: true}, false)
+	return pageRanges(r), r.GetNext(), err
+}
+
+func pageRanges(r *wire.PagesReply) (out []image.Range) {
+	for _, x := range r.GetRanges() {
+		out = append(out, image.Range{Start: x.Start, End: x.End})
+	}
+	return out
+}
+
+// Pages implements engine.PageSource.
+func (p *paging) Pages(ctx context.Context, pid uint32, start, end uint64, urgent bool) (out []engine.PageRun, err error) {
+	for start < end {
+		if !urgent {
+			if err := p.pace(ctx, end-start); err != nil {
+				return nil, err
+			}
+		}
+		r, err := p.client().Ask(ctx, &wire.PagesRequest{Pid: pid, Start: start, End: end}, urgent)
+		if err != nil {
+			return nil, err
+		}
+		data := r.Data
+		for _, x := range pageRanges(r) {
+			if n := x.End - x.Start; x.Start < x.End && n <= uint64(len(data)) {
+				out = append(out, engine.PageRun{Addr: x.Start, Data: data[:n:n]})
+				data = data[n:]
+				continue
+			}
+			return nil, fmt.Errorf("the answer of %s has %#x-%#x, but not what is there", p.order.Source, x.Start, x.End)
+		}
+		if r.Next == 0 {
+			break
+		}
+		if r.Next <= start {
+			return nil, fmt.Errorf("the answer of %s goes up to %#x only", p.order.Source, r.Next)
+		}
+		start = r.Next
+	}
+	return slices.Clip(out), nil
+}
+
+// pace waits until so many bytes more may be asked for.
+func (p *paging) pace(ctx context.Context, n uint64) error {
+	if p.order.Bandwidth == 0 {
+		return nil
+	}
+	p.mu.Lock()
+	at := p.next
+	if now := time.Now(); at.Before(now) {
+		at = now
+	}
+	p.next = at.Add(time.Duration(float64(n) / float64(p.order.Bandwidth) * float64(time.Second)))
+	p.mu.Unlock()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(time.Until(at)):
+		return nil
+	}
+}
