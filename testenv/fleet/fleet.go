@@ -295,6 +295,14 @@ type Migration struct {
 		PrecopyBytes uint64 `json:"precopy_bytes"`
 		CopyNote     string `json:"copy_note"`
 	} `json:"source_report"`
+	// DestinationReport is what the destination measured.
+	DestinationReport *struct {
+		PagingMS   float64 `json:"paging_ms"`
+		PagedBytes uint64  `json:"paged_bytes"`
+		Faults     uint64  `json:"faults"`
+		FaultP50MS float64 `json:"fault_p50_ms"`
+		FaultP99MS float64 `json:"fault_p99_ms"`
+	} `json:"destination_report"`
 	Error *struct {
 		Code, Message, Host, Phase string
 		Problems                   []struct {
