@@ -59,7 +59,11 @@ func TestAgentsDie(t *testing.T) {
 			}
 			old := failAt(ctx, t, f, dies, point)
 			r := selfcheck(ctx, t, alpha, newDir(t), "tree")
-			cmd := f.Godwit(ctx, "migrate", fmt.Sprintf("alpha:%d", r.Pid), "beta", "--mode", fleet.PreCopy, "--output", "json")
+			mode := fleet.PreCopy
+			if point == "destination.paging" {
+				mode = "postcopy"
+			}
+			cmd := f.Godwit(ctx, "migrate", fmt.Sprintf("alpha:%d", r.Pid), "beta", "--mode", mode, "--output", "json")
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
