@@ -54,6 +54,8 @@ func Probe() []Feature {
 		}},
 		{"clone3_set_tid", "tracing, and giving processes their recorded pids", true, restore.SelfTest},
 		{"PAGEMAP_SCAN", "finding populated pages; slower without", false, probeScan},
+		{"userfaultfd_wp_async", "memory that travels while the tree runs (pre-copy, Linux 6.7); stop-and-copy without", false, sys.UffdProbe},
+		{"userfaultfd_events", "memory that comes when the tree runs already (post-copy); refused without", false, sys.UffdServeProbe},
 		{"timer_restore_ids", "POSIX timers with their ids (Linux 6.16); trees that hold some are refused without", false, func() error {
 			_, err := unix.PrctlRetInt(77, 2, 0, 0, 0)
 			return os.NewSyscallError("prctl", err)
