@@ -223,7 +223,11 @@ func (p *paging) giveUp(l *ledger, why error, over <-chan error) error {
 		_, err = l.move(forever(), wire.State_STATE_COMPLETED, nil)
 	default:
 		f := wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "memory of the tree could not be brought to %s, where it has ended: %w; its copy at %s stays frozen as it was when it was handed over: godwit resolve %s --destination-is-dead lets it run on from there", p.order.Host, why, p.order.Source, p.order.ID)
-		_, err = l.note(forever(), func(r *wire.Record) { r.Error, r.Reason = wire.ErrorOf(f), f.Error() })
+		_, err = l.note(forever(), func(r *wire.Record) {
+			if r.State == wire.State_STATE_PAGING { // else the agent could not let it run, and gives it back
+				r.Error, r.Reason = wire.ErrorOf(f), f.Error()
+			}
+		})
 	}
 	return err
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io/fs"
-	"maps"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -43,7 +42,7 @@ type entry struct {
 	FrozenUnixUs int64 `json:"frozen_unix_us,omitempty"`
 	// Late are, at the source, the processes whose memory is served while they are
 	// frozen, by pid in the images.
-	Late map[uint32]engine.Held `json:"late,omitempty"`
+	Late map[uint32]engine.Late `json:"late,omitempty"`
 	// Pager is, at the destination, who brings memory to the tree; nil: nobody.
 	Pager *engine.Held `json:"pager,omitempty"`
 	// Ran says, at the destination, that all of the tree was let go.
@@ -78,7 +77,10 @@ func decodeEntry(b []byte) (*entry, error) {
 	case e.Role != wire.RoleSource.String() && e.Role != wire.RoleDestination.String():
 		return nil, fmt.Errorf("its role is %q", e.Role)
 	}
-	who := append(slices.Collect(maps.Values(e.Late)), e.Agent)
+	who := []engine.Held{e.Agent}
+	for _, l := range e.Late {
+		who = append(who, l.Held)
+	}
 	if e.Pager != nil {
 		who = append(who, *e.Pager)
 	}

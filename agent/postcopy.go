@@ -61,7 +61,7 @@ type served struct {
 }
 
 // servePages lets the destination ask for memory of processes, by their pids in the images.
-func (s *source) servePages(ctx context.Context, late map[uint32]engine.Held) (err error) {
+func (s *source) servePages(ctx context.Context, late map[uint32]engine.Late) (err error) {
 	v := &served{pages: engine.NewPages(late)}
 	if v.conns, err = s.a.cfg.Streams.pageConns(ctx, s.id); err != nil {
 		return err

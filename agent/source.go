@@ -38,7 +38,7 @@ type source struct {
 	leaving *departing
 	// served is the memory that the destination asks for, late says whose; nil: none.
 	served *served
-	late   map[uint32]engine.Held
+	late   map[uint32]engine.Late
 	// postcopy says that memory that is left stays for the destination to ask for.
 	postcopy bool
 	// frozen is the tree in the end: tree, or what an agent that died has left of it.

@@ -287,7 +287,7 @@ type DumpStats struct {
 	FrozenAt   time.Time     // first task stopped
 	// Late are the processes whose memory is to be asked for (NewPages), by their pids in
 	// the images; nil: none.
-	Late map[uint32]Held
+	Late map[uint32]Late
 }
 
 // RestoreStats says what a restore did.

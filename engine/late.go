@@ -11,14 +11,17 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"godwit/engine/arch"
+	"godwit/engine/dump"
 	"godwit/engine/image"
 	"godwit/engine/mem"
 	"godwit/engine/paging"
 	"godwit/engine/sys"
 )
 
-// Space is memory of a process that is yet to come, and Pager fills such spaces.
+// Late is a process whose memory is still where it was frozen, Space where it is
+// yet to come, and Pager fills such spaces.
 type (
+	Late       = dump.Late
 	Space      = paging.Space
 	Pager      = paging.Pager
 	PagerStats = paging.Stats
@@ -44,7 +47,7 @@ type Pages struct{ procs map[uint32]*pages }
 // pages are those of one process.
 type pages struct {
 	mu     sync.Mutex
-	who    Held
+	who    Late
 	reader *mem.Reader // nil: not opened yet
 }
 
@@ -52,7 +55,7 @@ type pages struct {
 var ErrNoPages = errors.New("that memory is not there")
 
 // NewPages gives the memory of processes, by their pids in the images.
-func NewPages(who map[uint32]Held) *Pages {
+func NewPages(who map[uint32]Late) *Pages {
 	p := &Pages{procs: map[uint32]*pages{}}
 	for pid, h := range who {
 		p.procs[pid] = &pages{who: h}
@@ -68,14 +71,14 @@ func (p *Pages) Close() (err error) {
 			err = errors.Join(err, x.reader.Close())
 			x.reader = nil
 		}
-		x.who = Held{}
+		x.who = Late{}
 		x.mu.Unlock()
 	}
 	return err
 }
 
 // with calls fn with the memory of a process.
-func (p *Pages) with(pid uint32, fn func(*mem.Reader) error) error {
+func (p *Pages) with(pid uint32, fn func(r *mem.Reader, ranges []image.Range) error) error {
 	x := p.procs[pid]
 	if x == nil {
 		return fmt.Errorf("pid %d: %w", pid, ErrNoPages)
@@ -91,18 +94,38 @@ func (p *Pages) with(pid uint32, fn func(*mem.Reader) error) error {
 			return err
 		}
 	}
-	err := fn(x.reader)
+	if x.who.Ranges == nil {
+		if err := x.look(); err != nil {
+			return err
+		}
+	}
+	err := fn(x.reader, x.who.Ranges)
 	if errors.Is(err, os.ErrNotExist) {
 		err = fmt.Errorf("pid %d: %w: %w", pid, ErrNoPages, err)
 	}
 	return err
 }
 
+// look finds out what memory can be asked for.
+func (x *pages) look() error {
+	vmas, _, err := mem.Read(x.who.Pid, nil)
+	if err != nil {
+		return err
+	}
+	x.who.Ranges = []image.Range{}
+	for _, v := range vmas {
+		if v.Late() {
+			x.who.Ranges = append(x.who.Ranges, image.Range{Start: v.Start, End: v.End})
+		}
+	}
+	return nil
+}
+
 // Map tells where, from an address on, a process has memory of its own: up to n runs, and
 // where to go on; 0: that is all.
 func (p *Pages) Map(_ context.Context, pid uint32, from uint64, n int) (runs []image.Range, next uint64, err error) {
-	err = p.with(pid, func(r *mem.Reader) error {
-		runs, next, err = r.Map(from, n)
+	err = p.with(pid, func(r *mem.Reader, ranges []image.Range) error {
+		runs, next, err = r.Map(ranges, from, n)
 		return err
 	})
 	return runs, next, err
@@ -116,8 +139,8 @@ func (p *Pages) Read(ctx context.Context, pid uint32, start, end uint64, b []byt
 	if start >= end || start%arch.PageSize != 0 || end%arch.PageSize != 0 || end-start > Most || end > arch.TaskSize {
 		return b, nil, fmt.Errorf("pages %#x-%#x cannot be asked for", start, end)
 	}
-	err = p.with(pid, func(r *mem.Reader) error {
-		b, runs, err = r.Take(start, end, b)
+	err = p.with(pid, func(r *mem.Reader, ranges []image.Range) error {
+		b, runs, err = r.Take(ranges, start, end, b)
 		return err
 	})
 	return b, slices.Clip(runs), err

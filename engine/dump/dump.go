@@ -48,7 +48,7 @@ type Stats struct {
 	// removes or leaves them.
 	Links *files.Links
 	// Late are the processes whose memory can be asked for, by their pids in the images.
-	Late map[uint32]freeze.Held
+	Late map[uint32]Late
 	// Accepted are the connections that the tree lacks if it runs on after all.
 	Accepted files.LostConnections
 }

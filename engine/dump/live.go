@@ -347,14 +347,21 @@ func (l *Live) settle(c *collector) (pids []uint32) {
 	return pids
 }
 
+// Late is a process whose memory is asked for while it is frozen.
+type Late struct {
+	freeze.Held
+	// Ranges are that memory, ascending; nil: it is to be found out (VMA.Late).
+	Ranges []image.Range `json:"-"`
+}
+
 // late finds the processes of which memory can come when the tree runs elsewhere: those
 // whose memory is copied early, and those that have some in common with them, which is
 // common no more then. All else they have would be in the way of the others.
-func (l *Live) late(c *collector) (pids []uint32, who map[uint32]freeze.Held, err error) {
+func (l *Live) late(c *collector) (pids []uint32, who map[uint32]Late, err error) {
 	if l == nil {
 		return nil, nil, nil
 	}
-	who = map[uint32]freeze.Held{}
+	who = map[uint32]Late{}
 	for _, p := range c.procs {
 		parent := c.byPid(p.ppid)
 		heir := parent != nil && who[uint32(parent.vpid)].Pid == parent.pid && mem.Common(p.vmas, parent.vmas)
@@ -366,7 +373,13 @@ func (l *Live) late(c *collector) (pids []uint32, who map[uint32]freeze.Held, er
 			return nil, nil, err
 		}
 		pids = append(pids, uint32(p.vpid))
-		who[uint32(p.vpid)] = freeze.Held{Pid: p.pid, Start: st.StartTime}
+		l := Late{Held: freeze.Held{Pid: p.pid, Start: st.StartTime}, Ranges: []image.Range{}}
+		for _, v := range p.vmas {
+			if v.Late() {
+				l.Ranges = append(l.Ranges, image.Range{Start: v.Start, End: v.End})
+			}
+		}
+		who[uint32(p.vpid)] = l
 	}
 	return pids, who, nil
 }
