@@ -340,30 +340,36 @@ func TestBusRestart(t *testing.T) {
 	}
 }
 
-// TestBusGone takes the bus away until both ends have given the stream up: the
-// tree must stay frozen until the record can be read again, and then run on.
+// TestBusGone takes the bus away until both ends have given the stream up: a tree of which
+// the destination lacks something runs on, one of which it has all stays frozen until the
+// record can be read again.
 func TestBusGone(t *testing.T) {
-	r := newRig(t, func(c *Config) { c.Streams.IdleTimeout = time.Second })
-	down := make(chan struct{})
-	var once sync.Once
-	r.w.on("dump-data", func(context.Context) error {
-		once.Do(func() {
-			r.bus.Shutdown()
-			close(down)
+	for point, runs := range map[string]string{"dump-data": "source", "restore-end": "source frozen, destination "} {
+		t.Run(point, func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t, func(c *Config) { c.Streams.IdleTimeout = time.Second })
+			down := make(chan struct{})
+			var once sync.Once
+			r.w.on(point, func(context.Context) error {
+				once.Do(func() {
+					r.bus.Shutdown()
+					close(down)
+				})
+				return nil
+			})
+			id := r.begin()
+			<-down
+			time.Sleep(2 * time.Second) // the idle timeout and more
+			if got := r.w.runs(); !strings.HasPrefix(got, runs) {
+				t.Errorf("without the bus: %s", got)
+			}
+			r.startBus()
+			rec := r.finished(id)
+			r.check(map[wire.State]string{wire.State_STATE_ABORTED: "source", wire.State_STATE_COMPLETED: "destination"}[rec.State])
+			if point == "dump-data" && (rec.State != wire.State_STATE_ABORTED || rec.Reason == "") {
+				t.Errorf("record is %s: %s", rec.State, rec.Reason)
+			}
 		})
-		return nil
-	})
-	id := r.begin()
-	<-down
-	time.Sleep(2 * time.Second) // the idle timeout and more: nothing may happen
-	if got := r.w.runs(); !strings.HasPrefix(got, "source frozen") {
-		t.Errorf("without the bus: %s", got)
-	}
-	r.startBus()
-	rec := r.finished(id)
-	r.check("source")
-	if rec.State != wire.State_STATE_ABORTED {
-		t.Errorf("record is %s", rec.State)
 	}
 }
 

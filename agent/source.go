@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
+
 	"godwit/engine"
 	"godwit/engine/plan"
 	"godwit/wire"
@@ -17,13 +19,15 @@ import (
 //	                │               │             │                      │                     │
 //	                └─ refused      └─ Aborted    └─ Aborted             └────── hold ◄────────┘
 //
-//	hold: before the commit, with a cause     ─► Aborting (compare-and-set)
+//	hold: before all was sent, with a cause   ─► thaw ─► Aborted, whenever the bus is there
+//	      before the commit, with a cause     ─► Aborting (compare-and-set)
 //	      Aborting, Aborted, Returning        ─► thaw ─► Aborted
 //	      HandingOff, Stuck                   ─► stay frozen
 //	      Completed                           ─► kill
 //
-// The frozen tree is only let go when the record says that the destination can
-// no longer commit, and only killed when it says that the tree runs there.
+// The frozen tree is only let go when the destination cannot commit, because it has not
+// all of the tree or the record says so, and only killed when the record says that the
+// tree runs there.
 type source struct {
 	*session
 	req *wire.StartRequest
@@ -46,6 +50,10 @@ type source struct {
 		Thaw() error
 		Kill() error
 	}
+
+	// offered says that the destination may have all of the tree, without which it cannot
+	// commit.
+	offered bool
 
 	memory   uint64    // of the tree, bytes, as the plan found it
 	frozenAt time.Time // before the first task was told to stop
@@ -382,6 +390,7 @@ func (s *source) copy() error {
 		err = s.leaving.dumped(s.work, s.tree.Pids())
 	}
 	if err == nil {
+		s.offered = true
 		err = s.sink.end(nil)
 	}
 	if err == nil {
@@ -405,6 +414,10 @@ func (s *source) copy() error {
 // that. With a cause it tries to end the migration, which works as long as the
 // destination has not committed.
 func (s *source) hold(cause error) {
+	if cause != nil && !s.offered {
+		s.retreat(cause)
+		return
+	}
 	work := s.work.Done()
 	if cause != nil {
 		work = nil
@@ -457,6 +470,21 @@ func (s *source) hold(cause error) {
 	}
 }
 
+// retreat lets the tree run on here at once: nobody else can. The record follows when it
+// can be reached.
+func (s *source) retreat(cause error) {
+	s.letGo(severity(wire.CodeOf(cause)), cause.Error())
+	ctx, cancel := context.WithCancel(s.a.informing)
+	defer cancel()
+	blame := s.blame(cause)
+	if s.trouble != nil {
+		if _, err := s.ledger.move(ctx, wire.State_STATE_ABORTING, blame); err != nil {
+			s.log.Debug("the record is aborting already, or cannot be reached", "error", err)
+		}
+	}
+	s.conclude(ctx, blame)
+}
+
 // pauseHold waits for news of the record; true means that the work has ended.
 func (s *source) pauseHold(work <-chan struct{}) bool {
 	select {
@@ -470,35 +498,40 @@ func (s *source) pauseHold(work <-chan struct{}) bool {
 
 // resume lets the tree run on here: the record says that it cannot run elsewhere.
 func (s *source) resume(rec *wire.Record) {
+	s.letGo(severity(rec.Error.GetCode()), rec.Reason)
+	ctx, cancel := s.brief()
+	defer cancel()
+	s.conclude(ctx, func(*wire.Record) {})
+}
+
+// letGo lets the tree run on here; trouble says whether that failed.
+func (s *source) letGo(level hclog.Level, reason string) {
 	s.leaving.stays()
 	err := s.frozen.Thaw()
 	s.sum()
 	if err != nil {
 		s.trouble = wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the tree of pid %d could not be let go, look at it: %w", s.req.Pid, err)
 		s.log.Error("the tree could not be let go; an operator must look", "pid", s.req.Pid, "error", err)
-	} else {
-		s.log.Log(severity(rec.Error.GetCode()), "the migration was aborted; the tree runs on here", "pid", s.req.Pid, "reason", rec.Reason, "frozen_ms", s.report.FrozenUs/1000)
+		return
 	}
-	s.conclude(s.trouble)
+	s.log.Log(level, "the migration was aborted; the tree runs on here", "pid", s.req.Pid, "reason", reason, "frozen_ms", s.report.FrozenUs/1000)
 }
 
-// conclude moves the record to Aborted with what this side measured. With
-// trouble the record stays as it is, for Aborted promises that the tree runs.
-func (s *source) conclude(trouble error) {
-	ctx, cancel := s.brief()
-	defer cancel()
+// conclude moves the record to Aborted with what this side measured, and what more is to
+// be said. In trouble the record stays as it is, for Aborted promises that the tree runs.
+func (s *source) conclude(ctx context.Context, more func(*wire.Record)) {
 	add := func(r *wire.Record) {
 		r.SourceReport = s.report
-		if trouble != nil {
-			r.Error = failure(trouble, s.a.cfg.Host, s.phase()).Proto()
+		if more(r); s.trouble != nil {
+			r.Error = failure(s.trouble, s.a.cfg.Host, s.phase()).Proto()
 			r.Reason = r.Error.Message
 		}
 	}
 	var err error
-	if trouble == nil {
+	if s.trouble == nil {
 		_, err = s.ledger.move(ctx, wire.State_STATE_ABORTED, add)
 	}
-	if trouble != nil || err != nil {
+	if s.trouble != nil || err != nil {
 		_, err = s.ledger.note(ctx, add) // it is Aborted already
 	}
 	if err != nil {
