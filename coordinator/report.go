@@ -110,6 +110,11 @@ type reportDoc struct {
 	PrecopyBytes        uint64  `json:"precopy_bytes,omitempty"`
 	DirtyBytesPerSecond uint64  `json:"dirty_bytes_per_second,omitempty"`
 	CopyNote            string  `json:"copy_note,omitempty"`
+
+	// Of the stream, by the source; StreamBytes are before compression.
+	Lane        string `json:"lane,omitempty"`
+	Compression string `json:"compression,omitempty"`
+	StreamBytes uint64 `json:"stream_bytes,omitempty"`
 }
 
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
@@ -131,6 +136,7 @@ func newReportDoc(r *wire.Report) *reportDoc {
 		RestoreMS: ms(r.RestoreUs), ResumeMS: ms(r.ResumeUs), Bytes: r.Bytes, Pages: r.Pages, ResentBytes: r.ResentBytes,
 		BytesPerSecond: r.BytesPerSecond, FrozenAt: at(r.FrozenAtUnixUs), ResumedAt: at(r.ResumedAtUnixUs), PeakRSSBytes: r.PeakRssBytes,
 		Rounds: r.Rounds, PrecopyMS: ms(r.PrecopyUs), PrecopyBytes: r.PrecopyBytes, DirtyBytesPerSecond: r.DirtyBytesPerSecond, CopyNote: r.CopyNote,
+		Lane: r.Lane, Compression: r.Compression, StreamBytes: r.StreamBytes,
 	}
 }
 
@@ -226,6 +232,12 @@ func printReport(w io.Writer, r *wire.Record, total time.Duration) error {
 			s += fmt.Sprintf(" (%s of it sent again)", formatBytes(sent.ResentBytes))
 		}
 		line("transferred", "%s", s)
+	}
+	if src.GetLane() != "" {
+		line("lane", "%s", printable(src.Lane))
+	}
+	if src.GetCompression() != "" && src.GetStreamBytes() > 0 {
+		line("compression", "%s, %s on the wire for %s of memory and images", printable(src.Compression), formatBytes(src.Bytes-min(src.Bytes, src.ResentBytes)), formatBytes(src.StreamBytes))
 	}
 	if wire.Committed(r.State) {
 		for _, p := range r.Options.GetProxied() {
