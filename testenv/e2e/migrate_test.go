@@ -370,7 +370,7 @@ func launch(ctx context.Context, t *testing.T, f *fleet.Fleet, r *workloads.Run,
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &inFlight{cmd: f.Godwit(ctx, "migrate", fmt.Sprintf("%s:%d", r.Host.Name(), r.Pid), to, "--output", "json", "--bandwidth", "25MiB/s")}
+	m := &inFlight{cmd: f.Godwit(ctx, "migrate", fmt.Sprintf("%s:%d", r.Host.Name(), r.Pid), to, "--output", "json", "--bandwidth", "25MiB/s", "--compress", "none")}
 	m.cmd.Stdout, m.cmd.Stderr = &m.stdout, &m.stderr
 	if err := m.cmd.Start(); err != nil {
 		t.Fatal(err)
