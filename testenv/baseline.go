@@ -8,12 +8,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"godwit/testenv/fleet"
 	"godwit/testenv/hosts"
 	"godwit/testenv/workloads"
 )
@@ -107,26 +109,39 @@ func (b *bencher) mountTmpfs() (unmount func() error, err error) {
 	return func() error { return unix.Unmount(path, 0) }, nil
 }
 
-// compare prints the ratios of a row that went over both lanes.
+// compare prints the ratios of a row that went over both lanes: of medians.
 func (b *bencher) compare(r benchRow) {
-	find := func(mode, lane string) *benchMove {
-		for i := range r.Moves {
-			if m := &r.Moves[i]; m.Mode == mode && m.Lane == lane {
-				return m
+	median := func(mode, lane string, of func(m benchMove) float64) float64 {
+		var all []float64
+		for _, m := range r.Moves {
+			if m.Mode == mode && m.Lane == lane {
+				all = append(all, of(m))
 			}
 		}
-		return nil
+		slices.Sort(all)
+		if len(all) == 0 {
+			return 0
+		}
+		return all[len(all)/2]
 	}
-	for _, mode := range []string{"stop-and-copy", "precopy"} {
-		c, d := find(mode, laneCluster), find(mode, laneDirect)
-		if c == nil || d == nil {
+	total := func(m benchMove) float64 { return m.TotalMS }
+	bare := func(m benchMove) float64 { return m.TotalPerBare }
+	for _, mode := range []string{fleet.StopAndCopy, fleet.PreCopy} {
+		relayed, direct := median(mode, laneCluster, total), median(mode, laneDirect, total)
+		if relayed == 0 || direct == 0 || r.ImagesMS == 0 {
 			continue
 		}
-		s := fmt.Sprintf("%s, %s: the relayed move takes %.2f times the direct one", r.Name, mode, c.TotalMS/d.TotalMS)
-		s += fmt.Sprintf("; of a bare stream %.2f times over the cluster, %.2f times directly", c.TotalPerBare, d.TotalPerBare)
-		if r.ImagesMS > 0 {
-			s += fmt.Sprintf("; dump to tmpfs and restore take %.2f times the direct move", r.ImagesMS/d.TotalMS)
-		}
-		b.say("%s", s)
+		b.say("%s, %s: relayed %.0f ms, direct %.0f ms: relayed/direct %.2f; total/bare %.2f relayed, %.2f direct; by images in a tmpfs %.0f ms, with their way over TCP %.0f ms: %.2f and %.2f of direct",
+			r.Name, mode, relayed, direct, relayed/direct, median(mode, laneCluster, bare), median(mode, laneDirect, bare),
+			r.ImagesMS, r.ImagesMS+r.carryMS(), r.ImagesMS/direct, (r.ImagesMS+r.carryMS())/direct)
 	}
+}
+
+// carryMS is how long one connection takes for the images of a tree, which are as large as
+// what a move without rounds sends.
+func (r benchRow) carryMS() float64 {
+	if len(r.Moves) == 0 || r.TCPRate == 0 {
+		return 0
+	}
+	return 1000 * float64(r.Moves[0].SentBytes) / r.TCPRate
 }

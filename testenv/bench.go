@@ -418,13 +418,17 @@ func (b *bencher) measure(ctx context.Context, c benchCase, row *benchRow) (err 
 	return nil
 }
 
+// laneRounds is how often a tree is moved in each way where lanes are compared.
+const laneRounds = 3
+
 // way is how a tree is moved.
 type way struct{ mode, lane string }
 
 // todo are the moves of a case: there and back.
 func todo(c benchCase) []way {
 	if c.both {
-		return []way{{fleet.StopAndCopy, laneCluster}, {fleet.StopAndCopy, laneDirect}, {fleet.PreCopy, laneCluster}, {fleet.PreCopy, laneDirect}}
+		all := []way{{fleet.StopAndCopy, laneCluster}, {fleet.StopAndCopy, laneDirect}, {fleet.PreCopy, laneCluster}, {fleet.PreCopy, laneDirect}}
+		return slices.Repeat(all, laneRounds)
 	}
 	return []way{{fleet.StopAndCopy, "auto"}, {fleet.PreCopy, "auto"}}
 }
