@@ -103,12 +103,28 @@ func TestCompression(t *testing.T) {
 				t.Errorf("%d bytes of the wire for %d of memory", once, st.Bytes)
 			}
 			p.s.mu.Lock()
-			used := p.s.used
+			used, flying := p.s.used, p.s.flying
 			p.s.mu.Unlock()
-			if used != 0 {
-				t.Errorf("%d bytes of the window are in use after the end", used)
+			if used != 0 || flying != 0 {
+				t.Errorf("%d bytes of the window are in use after the end, %d of memory", used, flying)
 			}
 		})
+	}
+}
+
+// TestCompressedWindow: however small chunks become, no more than two windows of memory wait to
+// be taken by the receiver.
+func TestCompressedWindow(t *testing.T) {
+	const window, size = 1 << 20, 32 << 10
+	p := newPairBy(t, newFakeNet(), nil, SenderConfig{Lanes: 2, ChunkSize: size, Window: window, Compression: Compression{Codec: wire.CodecS2}}, fastTiming)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	n := 0
+	for p.s.Write(ctx, make([]byte, size)) == nil {
+		n++
+	}
+	if got := n * size; got > 2*window || got < 2*window-2*size {
+		t.Errorf("%d bytes were taken before the receiver took any, want about %d", got, 2*window)
 	}
 }
 

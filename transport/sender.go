@@ -78,6 +78,7 @@ type Sender struct {
 	lanes    int // 0 until the receiver has answered
 	window   int64
 	used     int64 // bytes of the window in use, reservations included
+	flying   int64 // the same, counted as chunks are in memory even when they are compressed; at most twice the window
 	peerSess uint64
 	heard    time.Time
 
@@ -295,8 +296,9 @@ func (s *Sender) Buffer(ctx context.Context, n int) (*Buffer, error) {
 			s.mu.Unlock()
 			return nil, err
 		}
-		if s.used+c <= s.window {
+		if s.used+c <= s.window && s.flying+c <= 2*s.window {
 			s.used += c
+			s.flying += c
 			if !since.IsZero() {
 				s.adapt.wait(time.Since(since))
 			}
@@ -343,6 +345,7 @@ func (s *Sender) Send(b *Buffer) error {
 	s.meter.add(b.n, time.Now())
 	s.append(&entry{typ: wire.FrameData, frame: b.frame[:wire.FrameHeaderLen+b.n], n: b.n, memory: b.n, crc: crc, cost: cost(b.n)})
 	s.used -= b.cost - cost(b.n)
+	s.flying -= b.cost - cost(b.n)
 	if b.cost != cost(b.n) {
 		s.broadcast()
 	}
@@ -382,6 +385,7 @@ func (s *Sender) drop(b *Buffer) {
 		return
 	}
 	s.used -= b.cost
+	s.flying -= b.cost
 	putFrame(b.frame)
 	b.frame = nil
 	s.broadcast()
@@ -831,6 +835,9 @@ func (s *Sender) onAck(h wire.FrameHeader, a wire.AckBody) error {
 			return fmt.Errorf("%w: it applied chunk %d without having it", ErrProtocol, e.seq)
 		}
 		s.used -= e.cost
+		if e.typ != wire.FrameEnd {
+			s.flying -= cost(e.memory)
+		}
 		if e.coded {
 			s.adapt.arrived(now, e.codec, e.memory, e.n)
 		}

@@ -44,7 +44,9 @@ import (
 //
 // The window counts bytes from Buffer until the receiver's Release, as they are in
 // memory until they are compressed and as they are on the wire from then on. So it
-// bounds memory at both ends, but for one chunk that the receiver works on. A chunk's memory at the sender is free again as
+// bounds memory at both ends, but for one chunk that the receiver works on. What is under
+// way counts twice that at most as it is in memory, too: it would be waited for while a
+// tree is frozen. A chunk's memory at the sender is free again as
 // soon as the receiver has it, its share of the window when it was applied.
 //
 // Both ends tell each other twice a second that they live, on the control
