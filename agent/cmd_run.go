@@ -29,6 +29,9 @@ var runFlags = []struct{ flag, key, usage string }{
 	{"nats-url", "nats.urls", "servers of the bus, separated by commas"},
 	{"nkey-file", "nats.nkey_file", "file with the seed of the agent's nkey"},
 	{"creds-file", "nats.creds_file", "NATS credentials file"},
+	{"direct", "direct.enabled", "offer the streams of trees that leave this host directly: true or false"},
+	{"direct-listen", "direct.listen", "host:port that direct streams are fetched from"},
+	{"direct-advertise", "direct.advertise", "addresses of this host for them, separated by commas"},
 	{"window", "limits.window", "how much of a stream may be under way"},
 	{"chunk", "limits.chunk", "largest message of a stream"},
 	{"lanes", "limits.lanes", "connections of a stream"},
@@ -120,10 +123,15 @@ func runDaemon(ctx context.Context, cfg *configs.Agent, stderr io.Writer) (err e
 	if err != nil {
 		return &exitError{code: wire.ExitUsage, err: err}
 	}
+	var direct *Direct
+	if cfg.Direct.Enabled {
+		direct = NewDirect(DirectConfig{Listen: cfg.Direct.Listen, Advertise: cfg.Direct.Advertise, Control: nc, Logger: log})
+		defer direct.Close()
+	}
 	a := New(Config{
 		Host: host, Version: Version, Engine: engine.New(log), Records: recs, Bus: rc,
 		Streams: &Streams{
-			Bus: bus, Control: nc, ChunkSize: int(cfg.Limits.Chunk), Window: int(cfg.Limits.Window), Lanes: cfg.Limits.Lanes,
+			Bus: bus, Control: nc, Direct: direct, ChunkSize: int(cfg.Limits.Chunk), Window: int(cfg.Limits.Window), Lanes: cfg.Limits.Lanes,
 			Bandwidth: uint64(cfg.Limits.Bandwidth), IdleTimeout: cfg.Timeouts.Idle.D(), Logger: log,
 		},
 		Progress: func(p *wire.Progress) {

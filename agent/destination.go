@@ -24,6 +24,7 @@ type destination struct {
 	*session
 	req  *wire.PrepareRequest
 	held *holdings
+	lane *wire.Lane // that the stream is to travel over
 	// landed says that the tree was let go here.
 	landed bool
 	in     inStream
@@ -68,7 +69,7 @@ func (a *Agent) Prepare(ctx context.Context, req *wire.PrepareRequest) (*wire.Pr
 	if err := d.await(ctx); err != nil {
 		return nil, failure(err, a.cfg.Host, wire.State_STATE_PREFLIGHT)
 	}
-	return &wire.PrepareReply{Stream: d.id}, nil
+	return &wire.PrepareReply{Stream: d.id, Lane: d.lane, Codecs: wire.Codecs}, nil
 }
 
 // admitDestination makes the session for a request, or finds the one that an
@@ -148,6 +149,12 @@ func (d *destination) begin() error {
 		return err
 	}
 	d.watch()
+	// The source is looked for while all else is looked at.
+	reached := promise(func() error {
+		d.lane = d.a.reach(ctx, d.req.Direct, d.req.Options.GetLane())
+		return nil
+	})
+	defer func() { _ = reached.wait() }()
 	if d.held, err = d.a.hold(ctx, d.req); err != nil {
 		return err
 	}
@@ -160,11 +167,20 @@ func (d *destination) begin() error {
 	if err := d.note(entry{}); err != nil {
 		return err
 	}
-	if d.in, err = d.a.cfg.Streams.Receive(d.work, d.id, d.id, d.req.Source, d.a.cfg.Timeouts.Prepared); err != nil {
+	_ = reached.wait() // always nil
+	if err := directly(d.req.Options.GetLane(), d.lane); err != nil {
+		return err
+	}
+	d.in, err = d.a.cfg.Streams.Receive(d.work, d.id, d.id, d.req.Source, d.a.cfg.Timeouts.Prepared, d.lane, d.req.Direct)
+	if err != nil && d.lane.Direct && d.req.Options.GetLane() != wire.LaneChoice_LANE_CHOICE_DIRECT {
+		d.lane = &wire.Lane{Reason: brief(err)}
+		d.in, err = d.a.cfg.Streams.Receive(d.work, d.id, d.id, d.req.Source, d.a.cfg.Timeouts.Prepared, d.lane, nil)
+	}
+	if err != nil {
 		return fmt.Errorf("open the stream from %s: %w", d.req.Source, err)
 	}
 	d.point("prepared")
-	d.log.Info("prepared", "processes", len(d.req.Requirements.Tasks), "bytes", d.req.Requirements.MemoryBytes, "inherited", len(d.held.files))
+	d.log.Info("prepared", "lane", laneText(d.lane, false), "processes", len(d.req.Requirements.Tasks), "bytes", d.req.Requirements.MemoryBytes, "inherited", len(d.held.files))
 	return nil
 }
 

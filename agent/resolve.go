@@ -55,6 +55,13 @@ func (a *Agent) Resolve(ctx context.Context, req *wire.ResolveRequest) (*wire.Re
 		reply.Presences = presences(req.Objects)
 	}
 	if req.Requirements != nil {
+		reply.Codecs = wire.Codecs
+		if req.Direct != nil {
+			reply.Lane = a.reach(ctx, req.Direct, req.Options.GetLane())
+			if err := directly(req.Options.GetLane(), reply.Lane); err != nil {
+				reply.Problems = append(reply.Problems, &wire.Problem{Reason: err.Error()})
+			}
+		}
 		lacks, err := a.lacks(ctx, req, reply.Resolutions)
 		if err != nil {
 			return nil, failure(err, a.cfg.Host, wire.State_STATE_PREFLIGHT)

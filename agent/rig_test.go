@@ -324,6 +324,9 @@ type rig struct {
 	src    *node
 	dst    *node
 	pid    int32
+	// options are those of migrations, preps the answers of the destination.
+	options *wire.MigrateOptions
+	preps   map[string]*wire.PrepareReply
 }
 
 func testLogger(t *testing.T) hclog.Logger {
@@ -336,7 +339,7 @@ func testLogger(t *testing.T) hclog.Logger {
 // newRig starts everything. edit may change the configuration of both agents.
 func newRig(t *testing.T, edit func(*Config)) *rig {
 	t.Helper()
-	r := &rig{t: t, w: newWorld()}
+	r := &rig{t: t, w: newWorld(), preps: map[string]*wire.PrepareReply{}}
 	r.busCfg = bus.Config{Listen: freePort(t), StoreDir: t.TempDir()}
 	r.startBus()
 	t.Cleanup(func() { r.bus.Shutdown() })
@@ -449,17 +452,19 @@ func (r *rig) move(id string, to wire.State) {
 
 func (r *rig) prepare(id string) (*wire.PrepareReply, error) {
 	pre, err := transport.Call[*wire.PreflightRequest, *wire.PreflightReply](r.t.Context(), r.nc, "alpha", "preflight",
-		&wire.PreflightRequest{Protocol: wire.Version, Id: id, Pid: r.pid, Destination: "beta"})
+		&wire.PreflightRequest{Protocol: wire.Version, Id: id, Pid: r.pid, Destination: "beta", Options: r.options})
 	if err != nil {
 		return nil, err
 	}
-	return transport.Call[*wire.PrepareRequest, *wire.PrepareReply](r.t.Context(), r.nc, "beta", "prepare",
-		&wire.PrepareRequest{Protocol: wire.Version, Id: id, Source: "alpha", Requirements: pre.Requirements})
+	prep, err := transport.Call[*wire.PrepareRequest, *wire.PrepareReply](r.t.Context(), r.nc, "beta", "prepare",
+		&wire.PrepareRequest{Protocol: wire.Version, Id: id, Source: "alpha", Requirements: pre.Requirements, Direct: pre.Direct, Options: r.options})
+	r.preps[id] = prep
+	return prep, err
 }
 
 func (r *rig) start(id, stream string) error {
 	_, err := transport.Call[*wire.StartRequest, *wire.StartReply](r.t.Context(), r.nc, "alpha", "start",
-		&wire.StartRequest{Protocol: wire.Version, Id: id, Pid: r.pid, Destination: "beta", Stream: stream})
+		&wire.StartRequest{Protocol: wire.Version, Id: id, Pid: r.pid, Destination: "beta", Stream: stream, Lane: r.preps[id].GetLane(), Codecs: r.preps[id].GetCodecs(), Options: r.options})
 	return err
 }
 

@@ -174,7 +174,7 @@ const progressEvery = 150 * time.Millisecond
 
 // transferred fills in what both sides report of a stream.
 func transferred(r *wire.Report, st transport.Stats, pages uint64) {
-	r.Bytes, r.ResentBytes, r.Pages = st.WireBytes, st.ResentBytes, pages
+	r.Bytes, r.ResentBytes, r.Pages, r.StreamBytes = st.WireBytes, st.ResentBytes, pages, st.Bytes
 	if d := st.Last.Sub(st.First); d > 0 {
 		r.TransferUs = us(d)
 		r.BytesPerSecond = uint64(float64(st.Bytes) / d.Seconds())

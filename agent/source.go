@@ -109,6 +109,9 @@ func (a *Agent) Preflight(ctx context.Context, req *wire.PreflightRequest) (*wir
 		return reply, failure(err, a.cfg.Host, wire.State_STATE_PREFLIGHT)
 	}
 	reply.Requirements = requirements(p)
+	if req.Options.GetLane() != wire.LaneChoice_LANE_CHOICE_CLUSTER {
+		reply.Direct = a.cfg.Streams.Direct.offer(req.Id)
+	}
 	return reply, nil
 }
 
@@ -132,7 +135,11 @@ func checkOptions(o *wire.MigrateOptions) error {
 	if o.GetLeaveRunning() {
 		return invalid("a migration cannot leave the tree running at the source: two copies would run")
 	}
-	return nil
+	if _, ok := wire.LaneChoice_name[int32(o.GetLane())]; !ok {
+		return invalid("the request asks for lane %d, which this agent does not know", o.GetLane())
+	}
+	_, err := compression(o.GetCompression(), wire.Codecs)
+	return err
 }
 
 func (a *Agent) dumpOptions(o *wire.MigrateOptions, resolutions []*wire.Resolution) engine.DumpOptions {
@@ -161,6 +168,9 @@ func (a *Agent) Start(ctx context.Context, req *wire.StartRequest) (*wire.StartR
 	}
 	if req.Pid == 1 || a.within(int(req.Pid)) {
 		return nil, wire.Errorf(wire.Code_CODE_REFUSED, "the tree of pid %d holds this agent itself", req.Pid)
+	}
+	if err := directly(req.Options.GetLane(), req.Lane); err != nil {
+		return nil, err
 	}
 	check, err := confirm(req)
 	if err != nil {
@@ -249,6 +259,7 @@ func (s *source) end() {
 	if err := s.served.close(); err != nil {
 		s.log.Warn("the memory of the tree could not be let go", "error", err)
 	}
+	s.a.cfg.Streams.Direct.end(s.id)
 	s.forget()
 	s.cancel(nil)
 	s.leave()
@@ -278,7 +289,13 @@ func (s *source) begin() (touched bool, err error) {
 		return false, invalid("the record of migration %s is about pid %d, the request about pid %d", s.id, rec.Pid, s.req.Pid)
 	}
 	s.watch()
-	if s.out, err = s.a.cfg.Streams.Send(s.work, s.id, s.req.Stream, s.req.Destination, s.req.Options.GetBandwidth()); err != nil {
+	packing, err := compression(s.req.Options.GetCompression(), s.req.Codecs)
+	if err != nil {
+		return false, err
+	}
+	if s.out, err = s.a.cfg.Streams.Send(s.work, s.id, s.req.Stream, s.req.Destination, sendOptions{
+		rate: s.req.Options.GetBandwidth(), lane: s.req.Lane, only: s.req.Options.GetLane() == wire.LaneChoice_LANE_CHOICE_DIRECT, compression: packing,
+	}); err != nil {
 		return false, fmt.Errorf("open the stream to %s: %w", s.req.Destination, err)
 	}
 	s.sink = newStreamSink(s.work, s.out)
@@ -576,7 +593,9 @@ func (s *source) sum() {
 	if s.out == nil {
 		return // the agent that sent it has died
 	}
-	transferred(s.report, s.out.Stats(), s.sink.pages.Load())
+	st := s.out.Stats()
+	transferred(s.report, st, s.sink.pages.Load())
+	s.report.Lane, s.report.Compression = laneText(s.req.Lane, st.Detoured), st.Compression
 }
 
 // giveUp ends a migration that failed before the tree was frozen.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -11,6 +12,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"godwit/transport"
+	"godwit/wire"
 )
 
 // Streams opens the streams of sessions, each on connections of its own:
@@ -19,6 +21,8 @@ type Streams struct {
 	// Bus is how a connection for data is made; Name is the agent's host.
 	Bus     transport.Config
 	Control *nats.Conn
+	// Direct is this host's server for streams that begin here; nil: there is none.
+	Direct *Direct
 
 	ChunkSize   int
 	Window      int
@@ -74,76 +78,98 @@ func (r *recvStream) Close(err error) {
 	}()
 }
 
-// connect makes the connections of a stream.
-func (s *Streams) connect(ctx context.Context, id string) ([]*nats.Conn, func(), error) {
-	lanes := s.Lanes
-	if lanes <= 0 {
-		lanes = transport.DefaultLanes
-	}
-	var conns []*nats.Conn
-	var once sync.Once
-	closeAll := func() {
-		once.Do(func() {
-			for _, nc := range conns {
-				nc.Close()
-			}
-		})
-	}
-	for k := range lanes {
-		if err := ctx.Err(); err != nil {
-			closeAll()
-			return nil, nil, context.Cause(ctx)
-		}
-		cfg := s.Bus
-		cfg.Name = fmt.Sprintf("%s stream %s lane %d", s.Bus.Name, id, k)
-		nc, err := transport.Connect(cfg)
-		if err != nil {
-			closeAll()
-			return nil, nil, err
-		}
-		conns = append(conns, nc)
-	}
-	return conns, closeAll, nil
+// connections are those of one end of a stream.
+type connections struct {
+	data, direct []*nats.Conn
+	once         sync.Once
 }
 
-// Send opens the sending end; it returns once the receiver has answered. rate
-// lowers the cap of this stream.
-func (s *Streams) Send(ctx context.Context, id, stream, peer string, rate uint64) (outStream, error) {
-	conns, closeAll, err := s.connect(ctx, id)
+func (c *connections) close() {
+	c.once.Do(func() {
+		for _, nc := range slices.Concat(c.data, c.direct) {
+			nc.Close()
+		}
+	})
+}
+
+func (s *Streams) lanes() int {
+	if s.Lanes <= 0 {
+		return transport.DefaultLanes
+	}
+	return s.Lanes
+}
+
+// connect makes the connections over the cluster.
+func (s *Streams) connect(ctx context.Context, id string) (*connections, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, context.Cause(ctx)
+	}
+	conns, err := connectLanes(s.Bus, s.Bus.Name+" stream "+id, s.lanes())
+	return &connections{data: conns}, err
+}
+
+// sendOptions is how a stream is to be sent.
+type sendOptions struct {
+	rate        uint64     // lowers the cap, bytes per second; 0: none
+	lane        *wire.Lane // becomes what is used
+	only        bool       // that lane will do
+	compression transport.Compression
+}
+
+// Send opens the sending end; it returns once the receiver has answered.
+func (s *Streams) Send(ctx context.Context, id, stream, peer string, o sendOptions) (outStream, error) {
+	conns, err := s.connect(ctx, id)
 	if err != nil {
 		return nil, err
 	}
-	if s.Bandwidth != 0 && (rate == 0 || rate > s.Bandwidth) {
-		rate = s.Bandwidth
+	if o.lane.GetDirect() {
+		if conns.direct, err = s.Direct.use(id, s.lanes()); err != nil && o.only {
+			conns.close()
+			return nil, fmt.Errorf("take the direct lane: %w", err)
+		} else if err != nil {
+			o.lane.Direct, o.lane.Reason = false, err.Error()
+		}
+	}
+	if s.Bandwidth != 0 && (o.rate == 0 || o.rate > s.Bandwidth) {
+		o.rate = s.Bandwidth
 	}
 	out, err := transport.NewSender(ctx, transport.SenderConfig{
-		Data: conns, Control: s.Control, Subject: transport.StreamSubject(stream), ID: id, Peer: "agent " + peer,
-		ChunkSize: s.ChunkSize, Window: s.Window, Lanes: s.Lanes, Rate: rate,
+		Data: conns.data, Direct: conns.direct, OnlyDirect: o.only, Control: s.Control, Subject: transport.StreamSubject(stream), ID: id, Peer: "agent " + peer,
+		ChunkSize: s.ChunkSize, Window: s.Window, Lanes: s.Lanes, Rate: o.rate, Compression: o.compression,
 		IdleTimeout: s.IdleTimeout, OpenTimeout: s.OpenTimeout, Logger: s.Logger,
 	})
 	if err != nil {
-		closeAll()
+		conns.close()
 		if errors.Is(err, context.Canceled) {
 			err = context.Cause(ctx)
 		}
 		return nil, err
 	}
-	return &sendStream{Sender: out, close: closeAll}, nil
+	return &sendStream{Sender: out, close: conns.close}, nil
 }
 
-// Receive opens the receiving end; from when it returns a sender may open its own.
-func (s *Streams) Receive(ctx context.Context, id, stream, peer string, open time.Duration) (inStream, error) {
-	conns, closeAll, err := s.connect(ctx, id)
+// Receive opens the receiving end; from when it returns a sender may open its
+// own. offer is the source's, at the address of lane.
+func (s *Streams) Receive(ctx context.Context, id, stream, peer string, open time.Duration, lane *wire.Lane, offer *wire.DirectOffer) (inStream, error) {
+	conns, err := s.connect(ctx, id)
 	if err != nil {
 		return nil, err
 	}
+	if lane.GetDirect() {
+		cfg := directConfig(offer, lane.Address)
+		cfg.Timeout, cfg.Logger = directPatience, s.Logger
+		if conns.direct, err = connectLanes(cfg, s.Bus.Name+" stream "+id, s.lanes()); err != nil {
+			conns.close()
+			return nil, fmt.Errorf("connect to %s directly: %w", lane.Address, err)
+		}
+	}
 	in, err := transport.NewReceiver(ctx, transport.ReceiverConfig{
-		Data: conns, Control: s.Control, Subject: transport.StreamSubject(stream), ID: id, Peer: "agent " + peer,
+		Data: conns.data, Direct: conns.direct, Control: s.Control, Subject: transport.StreamSubject(stream), ID: id, Peer: "agent " + peer,
 		Window: s.Window, Lanes: s.Lanes, IdleTimeout: s.IdleTimeout, OpenTimeout: open, Logger: s.Logger,
 	})
 	if err != nil {
-		closeAll()
+		conns.close()
 		return nil, err
 	}
-	return &recvStream{Receiver: in, close: closeAll}, nil
+	return &recvStream{Receiver: in, close: conns.close}, nil
 }

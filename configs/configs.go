@@ -38,6 +38,7 @@ type Agent struct {
 	// GhostLimit is the largest deleted file that travels with its data.
 	GhostLimit Size     `toml:"ghost_limit"`
 	NATS       NATS     `toml:"nats"`
+	Direct     Direct   `toml:"direct"`
 	Limits     Limits   `toml:"limits"`
 	Timeouts   Timeouts `toml:"timeouts"`
 	Log        Log      `toml:"log"`
@@ -66,6 +67,17 @@ type TLS struct {
 	CA   string `toml:"ca"`
 	Cert string `toml:"cert"`
 	Key  string `toml:"key"`
+}
+
+// Direct is the agent's own server, from which destinations fetch the streams of trees
+// that leave this host.
+type Direct struct {
+	Enabled bool `toml:"enabled"`
+	// Listen is host:port; 0.0.0.0 is every IPv4 address, [::] every address.
+	Listen string `toml:"listen"`
+	// Advertise are this host's addresses for others, host or host:port; empty: those
+	// of its network interfaces.
+	Advertise []string `toml:"advertise"`
 }
 
 // Limits bound what a migration takes of the host and of the network.
@@ -132,6 +144,7 @@ func DefaultAgent() *Agent {
 		StateDir:   "/var/lib/godwit-agent",
 		GhostLimit: 1 << 30,
 		NATS:       NATS{URLs: []string{"nats://127.0.0.1:4222"}},
+		Direct:     Direct{Enabled: true, Listen: "0.0.0.0:4223", Advertise: []string{}},
 		Limits:     Limits{Outgoing: 4, Incoming: 4, Window: 8 << 20, Chunk: 512 << 10, Lanes: 2, MemoryLimit: 96 << 20},
 		Timeouts: Timeouts{
 			Freeze: 10 * second, Frozen: 120 * second, Idle: 15 * second, Prepared: 30 * second,

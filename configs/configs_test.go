@@ -91,6 +91,23 @@ freeze = "1m30s"
 			},
 		},
 		{
+			name: "direct lane",
+			file: "[direct]\nenabled = false\nlisten = \"[::]:99\"\nadvertise = [\"alpha.example\", \"10.0.0.1:5\", \"[fd00::1]:6\", \"fd00::2\"]\n",
+			want: func(c *Agent) {
+				c.Direct = Direct{Listen: "[::]:99", Advertise: []string{"alpha.example", "10.0.0.1:5", "[fd00::1]:6", "fd00::2"}}
+			},
+		},
+		{
+			name: "direct lane, all wrong",
+			file: "[direct]\nlisten = \"alpha:0\"\nadvertise = [\"nats://a:1\", \"b:x\"]\n",
+			problems: []string{
+				`FILE:2:1: direct.listen: port "0"; want a number from 1 to 65535`,
+				`FILE:2:1: direct.listen: host "alpha" is no IP address`,
+				`FILE:3:1: direct.advertise: "nats://a:1" is no address or name; want host or host:port`,
+				`FILE:3:1: direct.advertise: "b:x": port "x"; want a number from 1 to 65535`,
+			},
+		},
+		{
 			name:      "flag before environment before file",
 			file:      "[limits]\nlanes = 3\nwindow = \"2MiB\"\n[log]\nlevel = \"warn\"",
 			env:       []string{"GODWIT_AGENT_LIMITS_LANES=5", "GODWIT_AGENT_LOG_LEVEL=error", "GODWIT_AGENT_NATS_URLS= nats://x:1 ,nats://y:2", "HOME=/root", "GODWIT_SERVE_LISTEN=x"},

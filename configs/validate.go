@@ -3,6 +3,7 @@ package configs
 import (
 	"fmt"
 	"net"
+	"net/netip"
 	"net/url"
 	"path/filepath"
 	"regexp"
@@ -52,6 +53,8 @@ func (c *Agent) validate(l *loader) {
 		l.bad("nats.urls", "is empty; want at least one URL, such as \"nats://127.0.0.1:4222\"")
 	}
 	validateNATS(l, c.NATS)
+
+	c.Direct.validate(l)
 
 	lim := c.Limits
 	if lim.Window < minWindow || lim.Window > maxWindow {
@@ -116,6 +119,31 @@ func (c *Coordinator) validate(l *loader) {
 		}
 	}
 	c.Log.validate(l)
+}
+
+func (c Direct) validate(l *loader) {
+	if host, port, err := net.SplitHostPort(c.Listen); err != nil {
+		l.bad("direct.listen", "%q is no address; want host:port, such as 0.0.0.0:4223", c.Listen)
+	} else {
+		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+			l.bad("direct.listen", "port %q; want a number from 1 to 65535", port)
+		}
+		if _, err := netip.ParseAddr(host); err != nil {
+			l.bad("direct.listen", "host %q is no IP address", host)
+		}
+	}
+	for _, a := range c.Advertise {
+		host := a
+		if h, port, err := net.SplitHostPort(a); err == nil {
+			host = h
+			if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+				l.bad("direct.advertise", "%q: port %q; want a number from 1 to 65535", a, port)
+			}
+		}
+		if _, err := netip.ParseAddr(host); err != nil && (host == "" || strings.ContainsAny(host, " /:@,")) {
+			l.bad("direct.advertise", "%q is no address or name; want host or host:port", a)
+		}
+	}
 }
 
 func (c Log) validate(l *loader) {

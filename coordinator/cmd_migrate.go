@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"godwit/configs"
 	"godwit/configs/external"
@@ -31,6 +32,8 @@ type migrateArgs struct {
 	rounds       uint32
 	total        string
 	noConverge   string
+	lane         string
+	compress     string
 	detach       bool
 	attach       bool
 }
@@ -55,6 +58,10 @@ With --mode postcopy or hybrid the tree runs at the destination before its memor
 there, and waits for what it misses. Until all of it has come both hosts are needed:
 if one of them or the bus is away, the tree waits; if the source is gone for good, it
 is lost.
+
+The stream goes straight from host to host where the destination reaches the source's
+agent, else over the cluster (--lane); it is compressed where that is faster
+(--compress).
 
 What becomes of open files is said by entries; "godwit plan" shows what there is,
 and what becomes of each file.
@@ -90,6 +97,7 @@ to the standard output; with --output json that is one document.`,
 	f.Uint32Var(&args.rounds, "max-rounds", 0, "`number` of rounds of pre-copy; 0: 30")
 	f.StringVar(&args.total, "max-total", "0", "`size` of what may travel before the freeze, such as 8GiB; 0: four times the memory")
 	f.StringVar(&args.noConverge, "on-no-converge", "freeze", "`what` to do if memory is written faster than it travels: freeze for longer, throttle the tree, postcopy for what is left, or abort")
+	args.streamFlags(f)
 	f.BoolVar(&args.attach, "attach", false, "give the tree this terminal, in the place of the one that it was started on, until it ends")
 	f.BoolVar(&args.detach, "detach", false, "return as soon as the source has begun, and print the migration's id")
 	return cmd
@@ -232,7 +240,40 @@ func (m *migrateArgs) copying(o *wire.MigrateOptions) error {
 		return usagef("--max-total %q: %w", m.total, err)
 	}
 	o.MaxCopyBytes = uint64(total)
+	if o.Lane, ok = laneChoices[m.lane]; !ok {
+		return usagef("--lane %q: want auto, direct or cluster", m.lane)
+	}
+	if o.Compression, ok = compressions[m.compress]; !ok {
+		return usagef("--compress %q: want auto, none, s2 or zstd", m.compress)
+	}
 	return nil
+}
+
+// streamFlags are the flags about the stream.
+func (m *migrateArgs) streamFlags(f *pflag.FlagSet) {
+	f.StringVar(&m.lane, "lane", "auto", "`way` of the stream: auto, direct from host to host or not at all, or over the cluster")
+	f.StringVar(&m.compress, "compress", "auto", "`codec` of the stream: auto, by measurement on the way, none, s2 or zstd")
+}
+
+// laneChoices are the values of --lane, compressions those of --compress.
+var (
+	laneChoices = map[string]wire.LaneChoice{
+		"auto": wire.LaneChoice_LANE_CHOICE_AUTO, "direct": wire.LaneChoice_LANE_CHOICE_DIRECT, "cluster": wire.LaneChoice_LANE_CHOICE_CLUSTER,
+	}
+	compressions = map[string]wire.Compression{
+		"auto": wire.Compression_COMPRESSION_AUTO, "none": wire.Compression_COMPRESSION_NONE, "s2": wire.Compression_COMPRESSION_S2, "zstd": wire.Compression_COMPRESSION_ZSTD,
+	}
+)
+
+// laneText is a lane for people.
+func laneText(l *wire.Lane) string {
+	switch {
+	case l.GetDirect():
+		return "direct " + printable(l.Address)
+	case l.GetReason() != "":
+		return "cluster (direct: " + printable(l.Reason) + ")"
+	}
+	return "cluster"
 }
 
 // copyModes are the values of --mode, noConverge those of --on-no-converge.

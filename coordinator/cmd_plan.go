@@ -51,6 +51,7 @@ entry, or why it is refused.
 	f.StringArrayVar(&args.external, "external", nil, "`ENTRY` that says what becomes of open files, as migrate has it (repeatable)")
 	f.StringArrayVar(&args.inherit, "inherit", nil, "`KEY=PATH[,forward]`, as migrate has it (repeatable)")
 	f.StringVar(&args.pidNamespace, "pid-namespace", "same", "`where` the pids are needed: same or new")
+	args.streamFlags(f)
 	f.BoolVar(&args.hash, "hash", false, "compare the contents of files, which reads all of them on both hosts")
 	return cmd
 }
@@ -104,11 +105,14 @@ type planDoc struct {
 	Processes   int    `json:"processes"`
 	MemoryBytes uint64 `json:"memory_bytes"`
 	// EarlyBytes can travel while the tree runs; NotEarly says why nothing can.
-	EarlyBytes uint64          `json:"early_bytes"`
-	NotEarly   string          `json:"not_early,omitempty"`
-	Objects    []planObjectDoc `json:"objects"`
-	Error      *errorDoc       `json:"error,omitempty"`
-	ExitCode   int             `json:"exit_code"`
+	EarlyBytes uint64 `json:"early_bytes"`
+	NotEarly   string `json:"not_early,omitempty"`
+	// Lane is what the stream would travel over, Compression how.
+	Lane        string          `json:"lane,omitempty"`
+	Compression string          `json:"compression"`
+	Objects     []planObjectDoc `json:"objects"`
+	Error       *errorDoc       `json:"error,omitempty"`
+	ExitCode    int             `json:"exit_code"`
 }
 
 type planObjectDoc struct {
@@ -157,6 +161,10 @@ type holderDoc struct {
 func newPlanDoc(r *wire.Record, s *survey) *planDoc {
 	d := &planDoc{Source: r.Source, Destination: r.Destination, PID: r.Pid, Comm: s.root.GetComm(), Command: s.root.GetCommand(),
 		Processes: len(s.req.GetTasks()), MemoryBytes: s.req.GetMemoryBytes(), EarlyBytes: s.req.GetEarlyBytes(), NotEarly: s.req.GetNotEarly(), Objects: []planObjectDoc{}}
+	if s.lane != nil {
+		d.Lane = laneText(s.lane)
+	}
+	d.Compression = strings.ToLower(strings.TrimPrefix(r.Options.GetCompression().String(), "COMPRESSION_"))
 	resolved := map[string]*wire.Resolution{}
 	for _, x := range s.resolutions {
 		resolved[x.Key] = x
@@ -193,8 +201,8 @@ func newPlanObjectDoc(o *wire.OpenObject, r *wire.Resolution, p *wire.Presence) 
 
 // print prints the plan; width bounds a line, 0 does not.
 func (d *planDoc) print(w io.Writer, width int) error {
-	if _, err := fmt.Fprintf(w, "pid %d (%s) of %s to %s: %s, %s of memory, %s\n%s\n\n", d.PID, printable(d.Comm), d.Source, d.Destination,
-		plural(d.Processes, "process"), formatBytes(d.MemoryBytes), plural(len(d.Objects), "object"), d.copyText()); err != nil {
+	if _, err := fmt.Fprintf(w, "pid %d (%s) of %s to %s: %s, %s of memory, %s\n%s\n%s\n", d.PID, printable(d.Comm), d.Source, d.Destination,
+		plural(d.Processes, "process"), formatBytes(d.MemoryBytes), plural(len(d.Objects), "object"), d.copyText(), d.streamText()); err != nil {
 		return err
 	}
 	t := newTable(w, "HELD BY", "KIND", "KEY", "OBJECT", "AT "+strings.ToUpper(d.Destination), "CARRIED")
@@ -217,6 +225,19 @@ func (d *planDoc) copyText() string {
 		return "its memory travels while the tree is frozen, which takes no longer than all else (--mode precopy: while it runs)"
 	}
 	return fmt.Sprintf("%s of its memory travels while the tree runs, round by round what was written meanwhile, the rest while it is frozen", formatBytes(min(d.EarlyBytes, d.MemoryBytes)))
+}
+
+// streamText says how the stream would travel.
+func (d *planDoc) streamText() string {
+	s := ""
+	if d.Lane != "" {
+		s = "lane: " + d.Lane + "\n"
+	}
+	s += "compression: " + d.Compression
+	if d.Compression == "auto" {
+		s += ", by what is measured on the way"
+	}
+	return s + "\n"
 }
 
 func (o *planObjectDoc) name() string {

@@ -168,6 +168,7 @@ type fakeAgent struct {
 	objects  []*wire.OpenObject
 	resolved func(*wire.ResolveRequest) *wire.ResolveReply
 	declared []string // at the last preflight
+	started  *wire.StartRequest
 	handed   []*wire.Resolution
 
 	mu      sync.Mutex
@@ -285,16 +286,28 @@ func (f *fakeAgent) preflight(ctx context.Context, req *wire.PreflightRequest) (
 	f.mu.Lock()
 	f.declared = req.Options.GetExternal()
 	f.mu.Unlock()
-	return &wire.PreflightReply{Root: root, Objects: f.objects, Requirements: &wire.Requirements{
+	return &wire.PreflightReply{Root: root, Objects: f.objects, Direct: &wire.DirectOffer{Addresses: []string{"10.0.0.1:4223"}, Seed: "secret"}, Requirements: &wire.Requirements{
 		MemoryBytes: 1 << 30, EarlyBytes: 1000 << 20,
 		Tasks: []*wire.RequiredTask{{Pid: req.Pid, Tids: []int32{req.Pid, req.Pid + 1, req.Pid + 2}}, {Pid: req.Pid + 9, Tids: []int32{req.Pid + 9}}},
 	}}, nil
 }
 
+// fakeLane is the lane to who offers this.
+func fakeLane(o *wire.DirectOffer) *wire.Lane {
+	if o.GetSeed() != "secret" {
+		return &wire.Lane{Reason: "nothing was offered"}
+	}
+	return &wire.Lane{Direct: true, Address: o.Addresses[0]}
+}
+
 func (f *fakeAgent) resolve(_ context.Context, req *wire.ResolveRequest) (*wire.ResolveReply, error) {
 	f.called("resolve")
 	if f.resolved != nil {
-		return f.resolved(req), nil
+		reply := f.resolved(req)
+		if req.Requirements != nil {
+			reply.Lane = fakeLane(req.Direct)
+		}
+		return reply, nil
 	}
 	return &wire.ResolveReply{}, nil
 }
@@ -416,11 +429,14 @@ func (f *fakeAgent) prepare(ctx context.Context, req *wire.PrepareRequest) (*wir
 				ResumedAtUnixUs: 1_700_000_000_812_000, PeakRssBytes: 80 << 20}
 		})
 	}()
-	return &wire.PrepareReply{Stream: id}, nil
+	return &wire.PrepareReply{Stream: id, Lane: fakeLane(req.Direct), Codecs: []string{"s2"}}, nil
 }
 
 func (f *fakeAgent) start(ctx context.Context, req *wire.StartRequest) (*wire.StartReply, error) {
 	f.called("start")
+	f.mu.Lock()
+	f.started = req
+	f.mu.Unlock()
 	id := req.Id
 	if err := f.at(ctx, atStart); err != nil {
 		return nil, err

@@ -39,6 +39,9 @@ type migration struct {
 	// What the destination holds, and the entries that led to it.
 	resolutions []*wire.Resolution
 	entries     []*wire.Entry
+	direct      *wire.DirectOffer // of the source
+	lane        *wire.Lane        // that the destination chose
+	codecs      []string          // that it knows
 
 	created bool // the record exists
 	// prepared: the destination may hold something for the migration.
@@ -224,7 +227,7 @@ func (m *migration) preflight(ctx context.Context, seen **wire.Requirements) (la
 		}
 	}
 	m.prepared = true
-	m.resolutions, m.entries = found.resolutions, found.entries
+	m.resolutions, m.entries, m.direct = found.resolutions, found.entries, found.direct
 	dstErr := m.prepare(ctx, found.req)
 	if ctx.Err() != nil {
 		return false, context.Cause(ctx)
@@ -293,12 +296,16 @@ func (m *migration) prepare(ctx context.Context, req *wire.Requirements) error {
 	defer cancel()
 	prep, err := transport.Call[*wire.PrepareRequest, *wire.PrepareReply](call, m.link.nc, r.Destination, "prepare", &wire.PrepareRequest{
 		Protocol: wire.Version, Id: r.Id, Source: r.Source, Requirements: req, Options: declaring(r.Options, m.resolutions), Resolutions: m.resolutions,
+		Direct: m.direct,
 	})
 	err = withHosts(ctx, m.link.nc, r.Destination, err)
 	if err == nil && prep.Stream == "" {
 		err = wire.Errorf(wire.Code_CODE_INTERNAL, "the answer does not name the stream").At(r.Destination, wire.State_STATE_PREFLIGHT.Phase())
 	}
-	m.stream = prep.GetStream()
+	m.stream, m.lane, m.codecs = prep.GetStream(), prep.GetLane(), prep.GetCodecs()
+	if err == nil && m.lane != nil {
+		m.view.note(r.Id, "lane: "+laneText(m.lane))
+	}
 	return err
 }
 
@@ -338,7 +345,7 @@ func (m *migration) start(ctx context.Context) error {
 	defer cancel()
 	_, err := transport.Call[*wire.StartRequest, *wire.StartReply](call, m.link.nc, r.Source, "start", &wire.StartRequest{
 		Protocol: wire.Version, Id: r.Id, Pid: r.Pid, Options: declaring(r.Options, m.resolutions), Destination: r.Destination, Stream: m.stream,
-		Resolutions: m.resolutions, Entries: m.entries,
+		Resolutions: m.resolutions, Entries: m.entries, Lane: m.lane, Codecs: m.codecs,
 	})
 	if ctx.Err() != nil {
 		return context.Cause(ctx)

@@ -2,6 +2,7 @@ package coordinator
 
 import (
 	"encoding/json"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -241,6 +242,9 @@ func TestMigrateUsage(t *testing.T) {
 		{"migrate alpha:1 beta --timeout -1s", "--timeout"},
 		{"migrate alpha:1 beta --mode live", "want auto, precopy, stop-and-copy, postcopy or hybrid"},
 		{"migrate alpha:1 beta --on-no-converge wait", "want freeze, throttle, postcopy or abort"},
+		{"migrate alpha:1 beta --lane short", "want auto, direct or cluster"},
+		{"migrate alpha:1 beta --compress lz4", "want auto, none, s2 or zstd"},
+		{"plan alpha:1 beta --lane short", "want auto, direct or cluster"},
 		{"migrate alpha:1 beta --max-downtime 0", "want at least 1ms"},
 		{"migrate alpha:1 beta --max-total much", "--max-total"},
 		{"migrate alpha:1 beta --nonsense", "unknown flag: --nonsense; see godwit migrate --help"},
@@ -262,15 +266,37 @@ func TestMigrateOptions(t *testing.T) {
 		external: []string{"file[1:2]"}, inherit: []string{"file[3:4]=/run/a,b=c", "file[5:6]=/x,forward", "file[1:2]=/y"},
 		pidNamespace: "new", bandwidth: "100MB/s", timeout: 1500 * time.Millisecond,
 		mode: "precopy", downtime: 30 * time.Millisecond, rounds: 7, total: "8GiB", noConverge: "abort",
+		lane: "direct", compress: "zstd",
 	}).options()
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := `{"external":["file[1:2]","file[3:4]","file[5:6]"],"inherit":[{"key":"file[3:4]","path":"/run/a,b=c"},` +
 		`{"key":"file[5:6]","path":"/x","forward":true},{"key":"file[1:2]","path":"/y"}],"pid_namespace_new":true,"timeout_ms":1500,"bandwidth":100000000,` +
-		`"copy_mode":1,"max_downtime_ms":30,"max_rounds":7,"max_copy_bytes":8589934592,"no_converge":2}`
+		`"copy_mode":1,"max_downtime_ms":30,"max_rounds":7,"max_copy_bytes":8589934592,"no_converge":2,"lane":1,"compression":3}`
 	if b, _ := json.Marshal(got); string(b) != want {
 		t.Errorf("options %s\nwant    %s", b, want)
+	}
+}
+
+// TestMigrateLane: what the source offers goes to the destination, what that chose to the source,
+// and no key into the record.
+func TestMigrateLane(t *testing.T) {
+	b := newBus(t)
+	alpha := b.agent("alpha")
+	b.agent("beta")
+	c := b.godwit("migrate", "alpha:412", "beta", "--lane", "direct", "--compress", "s2")
+	if code := c.wait(t); code != 0 || !strings.Contains(c.stderr.String(), "lane: direct 10.0.0.1:4223") {
+		t.Errorf("exit code %d, %s", code, c.stderr.String())
+	}
+	r := alpha.started
+	if !r.GetLane().GetDirect() || r.Lane.Address != "10.0.0.1:4223" || !slices.Equal(r.Codecs, []string{"s2"}) ||
+		r.Options.Lane != wire.LaneChoice_LANE_CHOICE_DIRECT || r.Options.Compression != wire.Compression_COMPRESSION_S2 {
+		t.Errorf("the source was told %v", r)
+	}
+	recs, err := b.records.List(t.Context())
+	if err != nil || len(recs) != 1 || strings.Contains(recs[0].String(), "secret") {
+		t.Errorf("records %v, %v", recs, err)
 	}
 }
 

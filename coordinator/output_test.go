@@ -66,7 +66,7 @@ func sample() []*wire.Record {
 	done := walk(proto.CloneOf(base), s("REQUESTED", "PREFLIGHT", "FREEZING", "FINAL_COPYING", "RESTORING", "STAGED", "HANDING_OFF", "COMPLETED")...)
 	done.Owner, done.LandedPid = wire.Owner_OWNER_DESTINATION, 412
 	done.SourceReport = &wire.Report{Rounds: 3, PrecopyUs: 4_200_000, PrecopyBytes: 1200 << 20, DirtyBytesPerSecond: 50_000_000, CopyNote: "memory is written faster than it travels", FrozenUs: 820_000, FreezeUs: 3_100, DumpUs: 500_000, TransferUs: 600_000, Bytes: 1 << 30, Pages: 1 << 18, ResentBytes: 4096,
-		BytesPerSecond: 500 << 20, FrozenAtUnixUs: 1_700_000_000_100_000, PeakRssBytes: 92 << 20}
+		BytesPerSecond: 500 << 20, Lane: "direct 10.0.0.1:4223", Compression: "auto: s2 for 97 %", StreamBytes: 3 << 30, FrozenAtUnixUs: 1_700_000_000_100_000, PeakRssBytes: 92 << 20}
 	done.DestinationReport = &wire.Report{FrozenUs: 30_000, RestoreUs: 700_000, ResumeUs: 850, Bytes: 1 << 30, Pages: 1 << 18, ResumedAtUnixUs: 1_700_000_000_912_345, PeakRssBytes: 80 << 20}
 
 	aborted := walk(proto.CloneOf(base), s("REQUESTED", "PREFLIGHT", "FREEZING", "FINAL_COPYING", "RESTORING", "ABORTING", "ABORTED")...)

@@ -117,6 +117,11 @@ type reportDoc struct {
 	Faults     uint64  `json:"faults,omitempty"`
 	FaultP50MS float64 `json:"fault_p50_ms,omitempty"`
 	FaultP99MS float64 `json:"fault_p99_ms,omitempty"`
+
+	// Of the stream, by the source; StreamBytes are before compression.
+	Lane        string `json:"lane,omitempty"`
+	Compression string `json:"compression,omitempty"`
+	StreamBytes uint64 `json:"stream_bytes,omitempty"`
 }
 
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
@@ -139,6 +144,7 @@ func newReportDoc(r *wire.Report) *reportDoc {
 		BytesPerSecond: r.BytesPerSecond, FrozenAt: at(r.FrozenAtUnixUs), ResumedAt: at(r.ResumedAtUnixUs), PeakRSSBytes: r.PeakRssBytes,
 		Rounds: r.Rounds, PrecopyMS: ms(r.PrecopyUs), PrecopyBytes: r.PrecopyBytes, DirtyBytesPerSecond: r.DirtyBytesPerSecond, CopyNote: r.CopyNote,
 		PagingMS: ms(r.PagingUs), PagedBytes: r.PagedBytes, Faults: r.Faults, FaultP50MS: ms(r.FaultP50Us), FaultP99MS: ms(r.FaultP99Us),
+		Lane: r.Lane, Compression: r.Compression, StreamBytes: r.StreamBytes,
 	}
 }
 
@@ -241,6 +247,12 @@ func printReport(w io.Writer, r *wire.Record, total time.Duration) error {
 			s += fmt.Sprintf(" (%s of it sent again)", formatBytes(sent.ResentBytes))
 		}
 		line("transferred", "%s", s)
+	}
+	if src.GetLane() != "" {
+		line("lane", "%s", printable(src.Lane))
+	}
+	if src.GetCompression() != "" && src.GetStreamBytes() > 0 {
+		line("compression", "%s, %s on the wire for %s of memory and images", printable(src.Compression), formatBytes(src.Bytes-min(src.Bytes, src.ResentBytes)), formatBytes(src.StreamBytes))
 	}
 	if wire.Committed(r.State) {
 		for _, p := range r.Options.GetProxied() {

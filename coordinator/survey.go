@@ -22,7 +22,9 @@ type survey struct {
 	entries     []*wire.Entry
 	problems    []*wire.Problem // what entries ask for in vain
 	presences   []*wire.Presence
-	dstErr      error // the destination cannot be asked
+	direct      *wire.DirectOffer // of the source
+	lane        *wire.Lane        // if the destination tried it
+	dstErr      error             // the destination cannot be asked
 }
 
 // looking says how closely a survey looks.
@@ -37,6 +39,7 @@ func (m *migration) survey(ctx context.Context, o *wire.MigrateOptions, how look
 	s := &survey{}
 	first, err := m.askSource(ctx, declaring(o, nil), how.hash)
 	s.root, s.req, s.objects = first.GetRoot(), first.GetRequirements(), first.GetObjects()
+	s.direct = first.GetDirect()
 	if ctx.Err() != nil {
 		return s, err
 	}
@@ -52,7 +55,7 @@ func (m *migration) survey(ctx context.Context, o *wire.MigrateOptions, how look
 		return s, err
 	}
 	second, err := m.askSource(ctx, declaring(o, s.resolutions), false, s.resolutions...)
-	s.req = second.GetRequirements()
+	s.req, s.direct = second.GetRequirements(), second.GetDirect()
 	return s, err
 }
 
@@ -116,8 +119,11 @@ func (m *migration) askResolve(ctx context.Context, s *survey, o *wire.MigrateOp
 	call, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	reply, err := transport.Call[*wire.ResolveRequest, *wire.ResolveReply](call, m.link.nc, r.Destination, "resolve", &wire.ResolveRequest{
-		Protocol: wire.Version, Id: r.Id, Source: r.Source, Objects: s.objects, Options: o, Look: look, Requirements: needs,
+		Protocol: wire.Version, Id: r.Id, Source: r.Source, Objects: s.objects, Options: o, Look: look, Requirements: needs, Direct: s.direct,
 	})
+	if needs != nil {
+		s.lane = reply.GetLane()
+	}
 	s.resolutions, s.entries, s.problems, s.presences = reply.GetResolutions(), reply.GetEntries(), reply.GetProblems(), reply.GetPresences()
 	return withHosts(ctx, m.link.nc, r.Destination, err)
 }

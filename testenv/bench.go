@@ -30,11 +30,13 @@ type benchCase struct {
 	mib        int // of memory, about
 	// argv is its command; bin are the programs, prefix where its files go.
 	argv func(bin *workloads.Programs, prefix string) []string
+	// both: over both lanes, and compared with more.
+	both bool
 }
 
 // dirtier is a case of "selfcheck dirtier".
 func dirtier(name, what string, mib, rate, threads, fds int) benchCase {
-	return benchCase{name, what, mib, func(bin *workloads.Programs, prefix string) []string {
+	return benchCase{name: name, what: what, mib: mib, argv: func(bin *workloads.Programs, prefix string) []string {
 		args := []string{bin.Selfcheck, "dirtier", prefix}
 		for _, n := range []int{mib, rate, threads, fds} {
 			args = append(args, strconv.Itoa(n))
@@ -55,7 +57,12 @@ func benchCases(quick bool) []benchCase {
 		}
 		return fmt.Sprintf("%d GiB, %s", n>>10, rest)
 	}
+	both := func(c benchCase) benchCase {
+		c.both = true
+		return c
+	}
 	return []benchCase{
+		both(dirtier("lanes", large(gib, "idle"), gib, 0, 0, 0)),
 		dirtier("tiny", "1 MiB, idle", 1, 0, 0, 0),
 		dirtier("idle", large(gib, "idle"), gib, 0, 0, 0),
 		dirtier("dirty-50", large(gib, "50 MB/s"), gib, 50, 0, 0),
@@ -68,7 +75,7 @@ func benchCases(quick bool) []benchCase {
 		dirtier("fds-10", "10 descriptors", some, 0, 0, 10),
 		dirtier("fds-1000", "1000 descriptors", some, 0, 0, 1000),
 		dirtier("fds-10000", "10000 descriptors", some, 0, 0, 10000),
-		{"redis", large(gib, "redis, 3 clients"), gib, func(bin *workloads.Programs, prefix string) []string {
+		{name: "redis", what: large(gib, "redis, 3 clients"), mib: gib, argv: func(bin *workloads.Programs, prefix string) []string {
 			return []string{bin.Selfcheck, "heart", prefix, "/usr/bin/python3", bin.Drive, prefix + "-redis", "redis", filepath.Dir(prefix), strconv.Itoa(gib)}
 		}},
 	}
@@ -93,14 +100,17 @@ type benchRow struct {
 	// found everything as it had left it.
 	Verified bool `json:"verified"`
 	// QuietGapMS is the longest pause that it saw while nothing was moved.
-	QuietGapMS float64     `json:"quiet_gap_ms"`
-	MemcpyRate float64     `json:"memcpy_bytes_per_second"`
-	TCPRate    float64     `json:"tcp_bytes_per_second"`
-	Moves      []benchMove `json:"moves"`
+	QuietGapMS float64 `json:"quiet_gap_ms"`
+	MemcpyRate float64 `json:"memcpy_bytes_per_second"`
+	TCPRate    float64 `json:"tcp_bytes_per_second"`
+	// ImagesMS is how long a dump to a tmpfs and the restore from it took on one host.
+	ImagesMS float64     `json:"images_ms,omitempty"`
+	Moves    []benchMove `json:"moves"`
 }
 
 type benchMove struct {
 	Mode           string   `json:"mode"`
+	Lane           string   `json:"lane"`
 	TotalMS        float64  `json:"total_ms"` // from the request to the record's end
 	GapMS          float64  `json:"gap_ms"`   // longest pause that the workload saw
 	FrozenMS       *float64 `json:"frozen_ms"`
@@ -116,6 +126,9 @@ type benchMove struct {
 	TotalPerTCP    float64  `json:"total_per_tcp"`
 	GapPerMemcpy   float64  `json:"gap_per_memcpy"`
 	GapPerTCP      float64  `json:"gap_per_tcp"`
+	// A bare stream of messages over the same lane, right before; 0: not measured.
+	BareRate     float64 `json:"bare_bytes_per_second,omitempty"`
+	TotalPerBare float64 `json:"total_per_bare,omitempty"`
 	// Of precopy: against stop-and-copy of the same tree.
 	TotalPerStop float64         `json:"total_per_stop_and_copy,omitempty"`
 	GapPerStop   float64         `json:"gap_per_stop_and_copy,omitempty"`
@@ -175,6 +188,9 @@ type bencher struct {
 	env   *hosts.Env
 	fleet *fleet.Fleet
 	bin   *workloads.Programs
+
+	programs *fleet.Binaries
+	bare     string // the program of the baseline
 }
 
 // runBench runs cases and writes a line for each move to out. The document is
@@ -200,15 +216,22 @@ func runBench(ctx context.Context, out io.Writer, cases []benchCase, quick bool)
 	if b.bin, err = workloads.Build(ctx, filepath.Join(b.dir, "bin")); err != nil {
 		return nil, err
 	}
-	programs, err := fleet.Build(ctx, filepath.Join(b.dir, "bin"))
+	if b.programs, err = fleet.Build(ctx, filepath.Join(b.dir, "bin")); err != nil {
+		return nil, err
+	}
+	if err := b.buildBare(ctx); err != nil {
+		return nil, err
+	}
+	unmount, err := b.mountTmpfs()
 	if err != nil {
 		return nil, err
 	}
+	defer func() { err = errors.Join(err, unmount()) }()
 	if b.env, err = hosts.New(b.dir, "alpha", "beta", "hub"); err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, b.env.Close()) }()
-	if b.fleet, err = fleet.Start(ctx, b.env, programs, filepath.Join(b.dir, "fleet"), "hub", []string{"alpha", "beta"}); err != nil {
+	if b.fleet, err = fleet.Start(ctx, b.env, b.programs, filepath.Join(b.dir, "fleet"), "hub", []string{"alpha", "beta"}); err != nil {
 		return nil, err
 	}
 	doc = &benchDoc{Started: time.Now().UTC(), Quick: quick, CPUs: runtime.NumCPU()}
@@ -227,6 +250,7 @@ func runBench(ctx context.Context, out io.Writer, cases []benchCase, quick bool)
 		row := b.row(ctx, c)
 		doc.Rows = append(doc.Rows, row)
 		b.tell(row)
+		b.compare(row)
 		if row.Error != "" {
 			errs = append(errs, fmt.Errorf("%s: %s", c.name, row.Error))
 		}
@@ -244,8 +268,8 @@ var columns = []struct {
 	title string
 	width int
 }{
-	{"tree", 30}, {"mode", 13}, {"total ms", 8}, {"gap ms", 8}, {"quiet ms", 8}, {"sent/memory", 11}, {"RSS MiB src+dst", 15},
-	{"CPU s src+dst+bus", 17}, {"total/memcpy", 12}, {"total/TCP", 9}, {"gap/TCP", 8}, {"total/stop", 10}, {"gap/stop", 8}, {"MB/s dirtied", 12},
+	{"tree", 30}, {"mode, lane", 22}, {"total ms", 8}, {"gap ms", 8}, {"quiet ms", 8}, {"sent/memory", 11}, {"RSS MiB src+dst", 15},
+	{"CPU s src+dst+bus", 17}, {"total/memcpy", 12}, {"total/TCP", 9}, {"gap/TCP", 8}, {"total/bare", 10}, {"total/stop", 10}, {"gap/stop", 8}, {"MB/s dirtied", 12},
 }
 
 func (b *bencher) head() {
@@ -275,10 +299,10 @@ func (b *bencher) tell(r benchRow) {
 	}
 	mib := func(n uint64) uint64 { return n >> 20 }
 	for _, m := range r.Moves {
-		b.cells(tree, m.Mode, fmt.Sprintf("%.0f", m.TotalMS), fmt.Sprintf("%.1f", m.GapMS), fmt.Sprintf("%.1f", r.QuietGapMS), ratio(m.SentPerMemory),
+		b.cells(tree, m.Mode+", "+m.Lane, fmt.Sprintf("%.0f", m.TotalMS), fmt.Sprintf("%.1f", m.GapMS), fmt.Sprintf("%.1f", r.QuietGapMS), ratio(m.SentPerMemory),
 			fmt.Sprintf("%d+%d", mib(m.Source.PeakRSSBytes), mib(m.Destination.PeakRSSBytes)),
 			fmt.Sprintf("%.2f+%.2f+%.2f", m.Source.CPUSeconds, m.Destination.CPUSeconds, m.Bus.CPUSeconds),
-			ratio(m.TotalPerMemcpy), ratio(m.TotalPerTCP), ratio(m.GapPerTCP), ratio(m.TotalPerStop), ratio(m.GapPerStop), fmt.Sprintf("%.0f", m.DirtiedRate/1e6))
+			ratio(m.TotalPerMemcpy), ratio(m.TotalPerTCP), ratio(m.GapPerTCP), ratio(m.TotalPerBare), ratio(m.TotalPerStop), ratio(m.GapPerStop), fmt.Sprintf("%.0f", m.DirtiedRate/1e6))
 	}
 	if r.Skipped != "" {
 		b.cells(tree, "skipped: "+r.Skipped)
@@ -352,19 +376,40 @@ func (b *bencher) measure(ctx context.Context, c benchCase, row *benchRow) (err 
 		return err
 	}
 	row.QuietGapMS = float64(quiet.Longest) / 1e6
-	todo := []struct {
-		mode string
-		to   *hosts.Host
-	}{{fleet.StopAndCopy, beta}, {fleet.PreCopy, alpha}}
-	for _, t := range todo {
-		m, err := b.move(ctx, r, t.to, t.mode, size, row)
+	for _, t := range todo(c) {
+		to := beta
+		if r.Host == beta {
+			to = alpha
+		}
+		var bare float64
+		if c.both {
+			if bare, err = b.bareRate(ctx, r.Host, to, t.lane, max(size, 256<<20)); err != nil {
+				return err
+			}
+		}
+		m, err := b.move(ctx, r, to, t, size, row)
 		if err != nil {
 			return fmt.Errorf("%s: %w", t.mode, err)
 		}
-		if len(row.Moves) > 0 {
-			m.TotalPerStop, m.GapPerStop = m.TotalMS/row.Moves[0].TotalMS, m.GapMS/row.Moves[0].GapMS
+		if sent := float64(m.SentBytes); bare > 0 && sent > 0 {
+			m.BareRate, m.TotalPerBare = bare, m.TotalMS/(1000*sent/bare)
+		}
+		for _, stop := range row.Moves {
+			if t.mode != fleet.StopAndCopy && stop.Mode == fleet.StopAndCopy && stop.Lane == m.Lane {
+				m.TotalPerStop, m.GapPerStop = m.TotalMS/stop.TotalMS, m.GapMS/stop.GapMS
+			}
 		}
 		row.Moves = append(row.Moves, *m)
+	}
+	if c.both {
+		if err := warm(size + 256<<20); err != nil {
+			return err
+		}
+		took, err := b.throughImages(ctx, r)
+		if err != nil {
+			return err
+		}
+		row.ImagesMS = float64(took.Microseconds()) / 1000
 	}
 	if err := r.Stop(ctx); err != nil {
 		return err
@@ -373,13 +418,28 @@ func (b *bencher) measure(ctx context.Context, c benchCase, row *benchRow) (err 
 	return nil
 }
 
+// laneRounds is how often a tree is moved in each way where lanes are compared.
+const laneRounds = 3
+
+// way is how a tree is moved.
+type way struct{ mode, lane string }
+
+// todo are the moves of a case: there and back.
+func todo(c benchCase) []way {
+	if c.both {
+		all := []way{{fleet.StopAndCopy, laneCluster}, {fleet.StopAndCopy, laneDirect}, {fleet.PreCopy, laneCluster}, {fleet.PreCopy, laneDirect}}
+		return slices.Repeat(all, laneRounds)
+	}
+	return []way{{fleet.StopAndCopy, "auto"}, {fleet.PreCopy, "auto"}}
+}
+
 // move moves a workload and measures that.
-func (b *bencher) move(ctx context.Context, r *workloads.Run, to *hosts.Host, mode string, size uint64, row *benchRow) (*benchMove, error) {
+func (b *bencher) move(ctx context.Context, r *workloads.Run, to *hosts.Host, w way, size uint64, row *benchRow) (*benchMove, error) {
 	from := r.Host
 	if err := warm(size + 256<<20); err != nil {
 		return nil, err
 	}
-	m := &benchMove{Mode: mode}
+	m := &benchMove{Mode: w.mode}
 	used := []struct {
 		host *hosts.Host
 		pid  int
@@ -399,7 +459,7 @@ func (b *bencher) move(ctx context.Context, r *workloads.Run, to *hosts.Host, mo
 	if _, err := r.Heartbeats(ctx); err != nil {
 		return nil, err
 	}
-	doc, res, err := b.fleet.Migrate(ctx, from.Name(), r.Pid, to.Name(), "--mode", mode)
+	doc, res, err := b.fleet.Migrate(ctx, from.Name(), r.Pid, to.Name(), "--mode", w.mode, "--lane", w.lane)
 	if err != nil {
 		return nil, err
 	}
@@ -407,6 +467,10 @@ func (b *bencher) move(ctx context.Context, r *workloads.Run, to *hosts.Host, mo
 		return nil, fmt.Errorf("godwit migrate: exit code %d, %s %s", res.Code, doc.Reason, strings.TrimSpace(res.Stderr))
 	}
 	r.Host = to
+	if doc.SourceReport == nil {
+		return nil, errors.New("godwit migrate: the report says nothing of the source")
+	}
+	m.Lane, _, _ = strings.Cut(doc.SourceReport.Lane, " ")
 	beats, err := r.Heartbeats(ctx)
 	if err != nil {
 		return nil, err

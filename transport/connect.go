@@ -2,6 +2,9 @@ package transport
 
 import (
 	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -12,6 +15,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nkeys"
 )
 
 // Config says how to reach the bus. At most one way to authenticate may be set.
@@ -21,6 +25,7 @@ type Config struct {
 	// Name of this connection, shown by the server's tools.
 	Name string
 
+	NKeySeed     string // the seed itself
 	NKeySeedFile string // file with a user's nkey seed (bus.Start makes such)
 	CredsFile    string // NATS credentials file (JWT and seed)
 	User         string // with Password
@@ -30,6 +35,8 @@ type Config struct {
 	TLSCA   string // PEM file with the authorities to trust; empty: the system's
 	TLSCert string // PEM files of the client's certificate and key
 	TLSKey  string
+	// TLSPin demands TLS with the certificate that has this SHA-256, whoever signed it.
+	TLSPin []byte
 
 	// Timeout of one attempt to connect; 0 means 3 s.
 	Timeout time.Duration
@@ -132,7 +139,7 @@ func (cfg Config) options(log hclog.Logger) ([]nats.Option, error) {
 		}),
 	}
 	ways := 0
-	for _, set := range []bool{cfg.NKeySeedFile != "", cfg.CredsFile != "", cfg.User != "", cfg.Token != ""} {
+	for _, set := range []bool{cfg.NKeySeed != "", cfg.NKeySeedFile != "", cfg.CredsFile != "", cfg.User != "", cfg.Token != ""} {
 		if set {
 			ways++
 		}
@@ -141,6 +148,12 @@ func (cfg Config) options(log hclog.Logger) ([]nats.Option, error) {
 		return nil, errors.New("more than one way to authenticate to the bus is configured: choose one of nkey, creds, user and token")
 	}
 	switch {
+	case cfg.NKeySeed != "":
+		opt, err := seedOption(cfg.NKeySeed)
+		if err != nil {
+			return nil, err
+		}
+		opts = append(opts, opt)
 	case cfg.NKeySeedFile != "":
 		opt, err := nats.NkeyOptionFromSeed(cfg.NKeySeedFile)
 		if err != nil {
@@ -169,10 +182,43 @@ func (cfg Config) options(log hclog.Logger) ([]nats.Option, error) {
 	if cfg.TLSCert != "" {
 		opts = append(opts, nats.ClientCert(cfg.TLSCert, cfg.TLSKey))
 	}
+	if cfg.TLSPin != nil {
+		opts = append(opts, nats.Secure(pinned(cfg.TLSPin)))
+	}
 	if cfg.InProcess != nil {
 		opts = append(opts, nats.InProcessServer(cfg.InProcess))
 	}
 	return opts, nil
+}
+
+// seedOption authenticates by a seed that is in no file.
+func seedOption(seed string) (nats.Option, error) {
+	kp, err := nkeys.FromSeed([]byte(seed))
+	if err != nil {
+		return nil, fmt.Errorf("use an nkey: %w", err)
+	}
+	public, err := kp.PublicKey()
+	if err != nil {
+		return nil, fmt.Errorf("use an nkey: %w", err)
+	}
+	return nats.Nkey(public, kp.Sign), nil
+}
+
+// pinned trusts one certificate alone.
+func pinned(digest []byte) *tls.Config {
+	return &tls.Config{
+		MinVersion: tls.VersionTLS13,
+		// Not the chain is checked but the certificate itself, below, on every handshake.
+		InsecureSkipVerify: true,
+		VerifyConnection: func(cs tls.ConnectionState) error {
+			if len(cs.PeerCertificates) > 0 {
+				if sum := sha256.Sum256(cs.PeerCertificates[0].Raw); subtle.ConstantTimeCompare(sum[:], digest) == 1 {
+					return nil
+				}
+			}
+			return errors.New("the server's certificate is not the one that was announced")
+		},
+	}
 }
 
 // reconnectDelay grows from 50 ms to 2 s and is jittered, so that a fleet does

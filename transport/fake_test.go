@@ -138,8 +138,11 @@ type pair struct {
 	sData      []*fakeLink
 	rData      []*fakeLink
 	sCtl, rCtl *fakeLink
-	s          *Sender
-	r          *Receiver
+	// Of a pair with a direct lane.
+	sDirect, rDirect []*fakeLink
+	direct           *fakeNet
+	s                *Sender
+	r                *Receiver
 }
 
 func links(ls []*fakeLink) []link {
@@ -152,17 +155,29 @@ func links(ls []*fakeLink) []link {
 
 func newPair(t testing.TB, n *fakeNet, lanes, chunk, window int, tm timing) *pair {
 	t.Helper()
-	p := &pair{net: n, sCtl: n.link(), rCtl: n.link()}
+	return newPairBy(t, n, nil, SenderConfig{Lanes: lanes, ChunkSize: chunk, Window: window}, tm)
+}
+
+// newPairBy opens a stream with a direct lane over the net direct; nil: without.
+func newPairBy(t testing.TB, n, direct *fakeNet, cfg SenderConfig, tm timing) *pair {
+	t.Helper()
+	lanes, window := cfg.Lanes, cfg.Window
+	p := &pair{net: n, direct: direct, sCtl: n.link(), rCtl: n.link()}
 	for range lanes {
 		p.sData = append(p.sData, n.link())
 		p.rData = append(p.rData, n.link())
+		if direct != nil {
+			p.sDirect = append(p.sDirect, direct.link())
+			p.rDirect = append(p.rDirect, direct.link())
+		}
 	}
 	var err error
-	p.r, err = newReceiver(ReceiverConfig{Subject: "s", ID: "id", Lanes: lanes, Window: window, Peer: "agent alpha"}, links(p.rData), p.rCtl, tm)
+	p.r, err = newReceiver(ReceiverConfig{Subject: "s", ID: "id", Lanes: lanes, Window: window, Peer: "agent alpha"}, links(p.rDirect), links(p.rData), p.rCtl, tm)
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.s, err = newSender(t.Context(), SenderConfig{Subject: "s", ID: "id", Lanes: lanes, ChunkSize: chunk, Window: window, Peer: "agent beta"}, links(p.sData), p.sCtl, tm)
+	cfg.Subject, cfg.ID, cfg.Peer = "s", "id", "agent beta"
+	p.s, err = newSender(t.Context(), cfg, links(p.sDirect), links(p.sData), p.sCtl, tm)
 	if err != nil {
 		t.Fatal(err)
 	}

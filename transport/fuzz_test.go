@@ -32,14 +32,14 @@ func FuzzPeer(f *testing.F) {
 	f.Add([]byte("\x04\x00\x02\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"))
 	tm := timing{tick: time.Hour, heartbeat: time.Hour, probe: time.Hour, blind: time.Hour, blindMax: time.Hour, idle: time.Hour, open: time.Hour}
 	f.Fuzz(func(t *testing.T, in []byte) {
-		r, err := newReceiver(ReceiverConfig{Subject: "s", ID: "id", Window: minWindow}, []link{discard{}}, discard{}, tm)
+		r, err := newReceiver(ReceiverConfig{Subject: "s", ID: "id", Window: minWindow}, nil, []link{discard{}}, discard{}, tm)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer r.Abort(nil)
 		s := &Sender{
 			stream: wire.StreamKey("id"), session: 7, peer: "p", t: tm, log: logger(nil), ctl: discard{},
-			stop: make(chan struct{}), changed: make(chan struct{}), window: minWindow, chunk: 4096, tally: newTally(),
+			stop: make(chan struct{}), changed: make(chan struct{}), window: minWindow, chunk: 4096, tally: newTally(), adapt: newAdapter(Compression{}),
 		}
 		s.opened(wire.FrameHeader{Session: 9, Lanes: 2}, wire.AckBody{Window: minWindow, Next: []uint64{0, 1}})
 		for range 5 {

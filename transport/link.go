@@ -117,3 +117,20 @@ func (l *natsLink) close() {
 		l.nc.RemoveStatusListener(status)
 	}
 }
+
+func natsLinks(conns []*nats.Conn) []link {
+	ls := make([]link, len(conns))
+	for i, nc := range conns {
+		ls[i] = newNATSLink(nc)
+	}
+	return ls
+}
+
+// livesOf is the sum over links.
+func livesOf(ls []link) uint64 {
+	var n uint64
+	for _, l := range ls {
+		n += l.lives()
+	}
+	return n
+}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"time"
 
@@ -20,6 +21,9 @@ type ReceiverConfig struct {
 	// Control is for everything else and must not be one of them.
 	Data    []*nats.Conn
 	Control *nats.Conn
+	// Direct are connections to the sender's own server, if there is one; chunks
+	// come over these or over Data.
+	Direct []*nats.Conn
 	// Subject of the stream (StreamSubject), and its ID, which both ends know.
 	Subject string
 	ID      string
@@ -49,6 +53,7 @@ type Receiver struct {
 	log      hclog.Logger
 	t        timing
 	data     []link
+	direct   []link
 	ctl      link
 	window   int64
 	maxLanes int
@@ -71,14 +76,16 @@ type Receiver struct {
 	lanes   []laneQueue
 	deliver uint64 // next chunk for Recv
 	applied uint64 // first chunk that was not released
-	handed  []int64
+	handed  []handed
 	held    int64 // cost of what was received and not released
 	total   *wire.FrameTotal
 	endSeq  uint64
 	eof     bool // Recv has verified the end
 	left    bool // bye is closed
 	tally   *tally
-	due     int64 // cost received or released since the last ack
+	due     int64     // cost received or released since the last ack
+	broken  time.Time // since when a direct connection is down; zero: none is
+	cut     bool      // for longer than a moment
 
 	meter meter
 	stats Stats
@@ -93,6 +100,14 @@ type chunk struct {
 	seq     uint64
 	payload []byte
 	crc     uint32
+	coded   *wire.CodedHeader // payload is what its codec made of the chunk; nil: it is the chunk
+	cost    int64
+}
+
+// handed is a chunk that Recv gave out.
+type handed struct {
+	cost int64
+	buf  []byte // to be used again; may be nil
 }
 
 // NewReceiver starts to listen for a stream; from when it returns a sender may
@@ -101,16 +116,12 @@ func NewReceiver(ctx context.Context, cfg ReceiverConfig) (*Receiver, error) {
 	if len(cfg.Data) == 0 || cfg.Control == nil {
 		return nil, errors.New("listen for a stream: data and control connections are required")
 	}
-	data := make([]link, len(cfg.Data))
-	for i, nc := range cfg.Data {
-		data[i] = newNATSLink(nc)
-	}
-	r, err := newReceiver(cfg, data, newNATSLink(cfg.Control), timings(cfg.IdleTimeout, cfg.OpenTimeout))
+	r, err := newReceiver(cfg, natsLinks(cfg.Direct), natsLinks(cfg.Data), newNATSLink(cfg.Control), timings(cfg.IdleTimeout, cfg.OpenTimeout))
 	if err != nil {
 		return nil, err
 	}
 	// The servers must know the subscriptions before the sender is told.
-	for _, nc := range append([]*nats.Conn{cfg.Control}, cfg.Data...) {
+	for _, nc := range slices.Concat([]*nats.Conn{cfg.Control}, cfg.Data, cfg.Direct) {
 		if err := flush(ctx, nc); err != nil {
 			r.Abort(err)
 			return nil, fmt.Errorf("listen for stream %s: %w", cfg.ID, err)
@@ -119,7 +130,7 @@ func NewReceiver(ctx context.Context, cfg ReceiverConfig) (*Receiver, error) {
 	return r, nil
 }
 
-func newReceiver(cfg ReceiverConfig, data []link, ctl link, t timing) (*Receiver, error) {
+func newReceiver(cfg ReceiverConfig, direct, data []link, ctl link, t timing) (*Receiver, error) {
 	r := &Receiver{
 		stream:   wire.StreamKey(cfg.ID),
 		session:  newSession(),
@@ -128,6 +139,7 @@ func newReceiver(cfg ReceiverConfig, data []link, ctl link, t timing) (*Receiver
 		log:      logger(cfg.Logger).Named("receiver").With("stream", cfg.ID),
 		t:        t,
 		data:     data,
+		direct:   direct,
 		ctl:      ctl,
 		window:   int64(cfg.Window),
 		maxLanes: cfg.Lanes,
@@ -157,8 +169,10 @@ func newReceiver(cfg ReceiverConfig, data []link, ctl link, t timing) (*Receiver
 		return err
 	}
 	err := listen(ctl, r.subject+".ctl")
-	for k := 0; k < r.maxLanes && err == nil; k++ {
-		err = listen(data[k%len(data)], laneSubject(r.subject, k))
+	for _, ls := range [][]link{data, direct} {
+		for k := 0; k < r.maxLanes && len(ls) > 0 && err == nil; k++ {
+			err = listen(ls[k%len(ls)], laneSubject(r.subject, k))
+		}
 	}
 	if err != nil {
 		r.teardown()
@@ -257,7 +271,7 @@ func (r *Receiver) take(h wire.FrameHeader, payload []byte) error {
 	case wire.FramePing:
 		signal(r.kick)
 		return nil
-	case wire.FrameData, wire.FrameEnd, wire.FrameProbe:
+	case wire.FrameData, wire.FrameCompressed, wire.FrameEnd, wire.FrameProbe:
 	default:
 		return fmt.Errorf("%w: a frame of type %s", ErrProtocol, h.Type)
 	}
@@ -306,9 +320,18 @@ func (r *Receiver) take(h wire.FrameHeader, payload []byte) error {
 		if r.held+c > r.window {
 			return fmt.Errorf("%w: chunk %d would make %d bytes of at most %d", ErrWindow, h.Seq, r.held+c, r.window)
 		}
+		ch := chunk{seq: h.Seq, payload: payload, crc: h.BodyCRC, cost: c}
+		n := len(payload)
+		if h.Type == wire.FrameCompressed {
+			coded, body, err := wire.ParseCoded(payload, MaxChunkSize)
+			if err != nil {
+				return fmt.Errorf("%w: %w", ErrProtocol, err)
+			}
+			ch.payload, ch.crc, ch.coded, n = body, coded.CRC, &coded, int(coded.Length)
+		}
 		r.held += c
-		r.meter.add(len(payload), now)
-		q.chunks = append(q.chunks, chunk{seq: h.Seq, payload: payload, crc: h.BodyCRC})
+		r.meter.add(n, now)
+		q.chunks = append(q.chunks, ch)
 	}
 	q.next += uint64(len(r.lanes))
 	r.pay(c)
@@ -358,7 +381,11 @@ func (r *Receiver) Recv(ctx context.Context) ([]byte, error) {
 				q.chunks[0] = chunk{}
 				q.chunks = q.chunks[1:]
 				r.deliver++
-				r.handed = append(r.handed, cost(len(c.payload)))
+				if c.coded != nil {
+					r.mu.Unlock()
+					return r.open(c)
+				}
+				r.handed = append(r.handed, handed{cost: c.cost})
 				r.tally.add(len(c.payload), c.crc)
 				r.mu.Unlock()
 				return c.payload, nil
@@ -392,6 +419,21 @@ func (r *Receiver) Recv(ctx context.Context) ([]byte, error) {
 	}
 }
 
+// open gives out a compressed chunk.
+func (r *Receiver) open(c chunk) ([]byte, error) {
+	buf := getFrame(int(c.coded.Length))
+	if err := expand(*c.coded, buf, c.payload); err != nil {
+		err = fmt.Errorf("%s: chunk %d: %w", r.peer, c.seq, err)
+		r.fail(err, true)
+		return nil, err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.handed = append(r.handed, handed{cost: c.cost, buf: buf})
+	r.tally.add(len(buf), c.crc)
+	return buf, nil
+}
+
 // Release says that the oldest chunk that Recv returned and that was not
 // released yet has been applied: its share of the window is free again, and
 // the sender may count it as done.
@@ -402,10 +444,14 @@ func (r *Receiver) Release() {
 		panic("transport: Release without a chunk of Recv")
 	}
 	c := r.handed[0]
+	r.handed[0] = handed{}
 	r.handed = r.handed[1:]
-	r.held -= c
+	r.held -= c.cost
 	r.applied++
-	r.pay(c)
+	r.pay(c.cost)
+	if c.buf != nil {
+		putFrame(c.buf)
+	}
 	r.finish()
 }
 
@@ -445,6 +491,9 @@ func (r *Receiver) run() {
 				r.mu.Unlock()
 				beat = false
 			}
+			if r.look(now) {
+				beat = false // at once
+			}
 			r.watch(now, r.t.stalled(last, now))
 			last = now
 		}
@@ -458,11 +507,25 @@ func (r *Receiver) run() {
 
 // lives is the sum over all connections.
 func (r *Receiver) lives() uint64 {
-	n := r.ctl.lives()
-	for _, l := range r.data {
-		n += l.lives()
+	return r.ctl.lives() + livesOf(r.data) + livesOf(r.direct)
+}
+
+// look sees whether the direct connections stand; true means that the sender is to
+// be told. One that comes back within a moment is as good as before.
+func (r *Receiver) look(now time.Time) bool {
+	down := slices.ContainsFunc(r.direct, func(l link) bool { return !l.up() })
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	was := r.cut
+	switch {
+	case !down:
+		r.broken, r.cut = time.Time{}, false
+	case r.broken.IsZero():
+		r.broken = now
+	default:
+		r.cut = now.Sub(r.broken) >= r.t.probe
 	}
-	return n
+	return r.cut != was
 }
 
 // watch fails the stream if the sender has not been heard for too long, not
@@ -502,13 +565,18 @@ func (r *Receiver) acknowledge() {
 		return
 	}
 	h := wire.FrameHeader{Type: wire.FrameAck, Lanes: uint8(max(len(r.lanes), 1)), Stream: r.stream, Session: r.session, Epoch: r.epoch, Seq: r.applied}
-	a := wire.AckBody{Peer: r.sender, Window: uint64(r.window), Resend: r.nak, Done: r.eof && r.applied > r.endSeq}
+	a := wire.AckBody{Peer: r.sender, Window: uint64(r.window), Resend: r.nak, Done: r.eof && r.applied > r.endSeq, Cut: r.cut}
+	direct := len(r.direct) > 0 && r.broken.IsZero()
 	for _, q := range r.lanes {
 		a.Next = append(a.Next, q.next)
 	}
 	r.due = 0
 	r.mu.Unlock()
-	_ = r.ctl.send(r.subject+".ack", h.Frame(a.Append(nil))) // the next one says the same and more
+	frame := h.Frame(a.Append(nil))
+	if direct {
+		_ = r.direct[0].send(r.subject+".ack", frame)
+	}
+	_ = r.ctl.send(r.subject+".ack", frame) // the next one says the same and more
 }
 
 // Abort ends the stream with an error, which the sender gets too, and tears it
@@ -582,7 +650,7 @@ func (r *Receiver) teardown() {
 		unsub()
 	}
 	r.wg.Wait()
-	for _, l := range r.data {
+	for _, l := range slices.Concat(r.data, r.direct) {
 		l.close()
 	}
 	r.ctl.close()

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -22,6 +23,11 @@ type SenderConfig struct {
 	// Control is for everything else and must not be one of them.
 	Data    []*nats.Conn
 	Control *nats.Conn
+	// Direct, if there are any, are used for chunks in place of Data until they
+	// carry nothing any more. They lead to the receiver's Direct.
+	Direct []*nats.Conn
+	// OnlyDirect ends the stream if they do, in place of going on over Data.
+	OnlyDirect bool
 	// Subject of the stream (StreamSubject), and its ID, which both ends know.
 	Subject string
 	ID      string
@@ -32,6 +38,8 @@ type SenderConfig struct {
 	Window    int    // bytes under way; 0 means 8 MiB; the smaller of both ends' counts
 	Lanes     int    // 0 means 2; the smaller of both ends' counts
 	Rate      uint64 // cap, bytes per second on the wire; 0: none
+	// Compression of chunks; the zero value is none.
+	Compression Compression
 
 	IdleTimeout time.Duration // without a word of the receiver; 0 means 15 s
 	OpenTimeout time.Duration // until the receiver answers; 0 means 30 s
@@ -47,10 +55,10 @@ type Sender struct {
 	peer    string
 	log     hclog.Logger
 	t       timing
-	data    []link
 	ctl     link
 	limit   limiter
 	chunk   int
+	only    bool // data is all that may be used
 
 	wg   sync.WaitGroup
 	stop chan struct{} // closed: goroutines end
@@ -61,9 +69,16 @@ type Sender struct {
 	err     error         // first failure; nothing is sent after it
 	down    bool          // torn down
 
+	data   []link    // in use
+	spare  []link    // for when they carry nothing any more
+	idling []link    // carry nothing any more
+	cut    time.Time // since when the receiver says so; zero: it does not
+	adapt  *adapter
+
 	lanes    int // 0 until the receiver has answered
 	window   int64
 	used     int64 // bytes of the window in use, reservations included
+	flying   int64 // the same, counted as chunks are in memory even when they are compressed; at most twice the window
 	peerSess uint64
 	heard    time.Time
 
@@ -92,15 +107,18 @@ type Sender struct {
 
 // entry is one chunk between Send and its being applied.
 type entry struct {
-	seq   uint64
-	typ   wire.FrameType
-	frame []byte // header and payload; nil once the receiver has it
-	n     int
-	crc   uint32
-	cost  int64
-	busy  bool // a lane is publishing frame
-	acked bool
-	sent  bool
+	seq    uint64
+	typ    wire.FrameType
+	frame  []byte // header and payload; nil once the receiver has it
+	n      int    // bytes of payload
+	crc    uint32
+	cost   int64
+	memory int        // bytes of the chunk
+	codec  wire.Codec // the choice when it was first sent
+	coded  bool       // codec has been chosen
+	busy   bool       // a lane is publishing frame, or compressing it
+	acked  bool
+	sent   bool
 }
 
 // Buffer is a chunk that is being filled; see Sender.Buffer.
@@ -128,14 +146,14 @@ func NewSender(ctx context.Context, cfg SenderConfig) (*Sender, error) {
 	if len(cfg.Data) == 0 || cfg.Control == nil {
 		return nil, errors.New("open a stream: data and control connections are required")
 	}
-	data := make([]link, len(cfg.Data))
-	for i, nc := range cfg.Data {
-		data[i] = newNATSLink(nc)
-	}
-	return newSender(ctx, cfg, data, newNATSLink(cfg.Control), timings(cfg.IdleTimeout, cfg.OpenTimeout))
+	return newSender(ctx, cfg, natsLinks(cfg.Direct), natsLinks(cfg.Data), newNATSLink(cfg.Control), timings(cfg.IdleTimeout, cfg.OpenTimeout))
 }
 
-func newSender(ctx context.Context, cfg SenderConfig, data []link, ctl link, t timing) (*Sender, error) {
+func newSender(ctx context.Context, cfg SenderConfig, direct, data []link, ctl link, t timing) (*Sender, error) {
+	var spare []link
+	if len(direct) > 0 {
+		data, spare = direct, data
+	}
 	s := &Sender{
 		stream:  wire.StreamKey(cfg.ID),
 		session: newSession(),
@@ -144,7 +162,10 @@ func newSender(ctx context.Context, cfg SenderConfig, data []link, ctl link, t t
 		log:     logger(cfg.Logger).Named("sender").With("stream", cfg.ID),
 		t:       t,
 		data:    data,
+		spare:   spare,
+		only:    cfg.OnlyDirect,
 		ctl:     ctl,
+		adapt:   newAdapter(cfg.Compression),
 		chunk:   cfg.ChunkSize,
 		stop:    make(chan struct{}),
 		changed: make(chan struct{}),
@@ -162,7 +183,7 @@ func newSender(ctx context.Context, cfg SenderConfig, data []link, ctl link, t t
 	if s.chunk <= 0 || s.chunk > MaxChunkSize {
 		s.chunk = DefaultChunkSize
 	}
-	for _, l := range data {
+	for _, l := range slices.Concat(spare, data) {
 		s.chunk = min(s.chunk, l.maxPayload()-wire.FrameHeaderLen)
 	}
 	if s.chunk < 1<<10 {
@@ -175,12 +196,18 @@ func newSender(ctx context.Context, cfg SenderConfig, data []link, ctl link, t t
 	}
 	lanes = min(lanes, wire.MaxLanes)
 
-	unsub, err := ctl.subscribe(s.subject+".ack", s.onFrame)
-	if err != nil {
-		s.closeLinks()
-		return nil, fmt.Errorf("open stream %s: %w", cfg.ID, err)
+	acks := []link{ctl}
+	if len(spare) > 0 {
+		acks = append(acks, data[0]) // the shorter way
 	}
-	s.subs = append(s.subs, unsub)
+	for _, l := range acks {
+		unsub, err := l.subscribe(s.subject+".ack", s.onFrame)
+		if err != nil {
+			s.teardown()
+			return nil, fmt.Errorf("open stream %s: %w", cfg.ID, err)
+		}
+		s.subs = append(s.subs, unsub)
+	}
 	if err := s.open(ctx, lanes); err != nil {
 		s.fail(err, !errors.Is(err, ErrBusy))
 		s.teardown()
@@ -262,19 +289,27 @@ func (s *Sender) Buffer(ctx context.Context, n int) (*Buffer, error) {
 		return nil, fmt.Errorf("send %d bytes in one chunk: at most %d are allowed", n, s.chunk)
 	}
 	c := cost(n)
+	var since time.Time
 	for {
 		s.mu.Lock()
 		if err := s.usable(); err != nil {
 			s.mu.Unlock()
 			return nil, err
 		}
-		if s.used+c <= s.window {
+		if s.used+c <= s.window && s.flying+c <= 2*s.window {
 			s.used += c
+			s.flying += c
+			if !since.IsZero() {
+				s.adapt.wait(time.Since(since))
+			}
 			s.mu.Unlock()
 			return &Buffer{s: s, frame: getFrame(wire.FrameHeaderLen + n), n: n, cost: c}, nil
 		}
 		changed := s.changed
 		s.mu.Unlock()
+		if since.IsZero() {
+			since = time.Now()
+		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
@@ -308,8 +343,9 @@ func (s *Sender) Send(b *Buffer) error {
 	}
 	s.tally.add(b.n, crc)
 	s.meter.add(b.n, time.Now())
-	s.append(&entry{typ: wire.FrameData, frame: b.frame[:wire.FrameHeaderLen+b.n], n: b.n, crc: crc, cost: cost(b.n)})
+	s.append(&entry{typ: wire.FrameData, frame: b.frame[:wire.FrameHeaderLen+b.n], n: b.n, memory: b.n, crc: crc, cost: cost(b.n)})
 	s.used -= b.cost - cost(b.n)
+	s.flying -= b.cost - cost(b.n)
 	if b.cost != cost(b.n) {
 		s.broadcast()
 	}
@@ -321,6 +357,9 @@ func (s *Sender) Send(b *Buffer) error {
 //
 // Preconditions: mu is held, the entry's cost is in used.
 func (s *Sender) append(e *entry) {
+	if s.base == s.next {
+		s.adapt.pause()
+	}
 	e.seq = s.next
 	s.next++
 	s.entries = append(s.entries, e)
@@ -346,6 +385,7 @@ func (s *Sender) drop(b *Buffer) {
 		return
 	}
 	s.used -= b.cost
+	s.flying -= b.cost
 	putFrame(b.frame)
 	b.frame = nil
 	s.broadcast()
@@ -465,7 +505,7 @@ func (s *Sender) teardown() {
 }
 
 func (s *Sender) closeLinks() {
-	for _, l := range s.data {
+	for _, l := range slices.Concat(s.data, s.spare, s.idling) {
 		l.close()
 	}
 	s.ctl.close()
@@ -509,8 +549,8 @@ func (s *Sender) rewind(why string) {
 
 // runLane publishes the chunks of one lane.
 func (s *Sender) runLane(k int) {
-	l := s.data[k%len(s.data)]
 	subject := laneSubject(s.subject, k)
+	var coder coder
 	for {
 		s.mu.Lock()
 		var e *entry
@@ -523,7 +563,7 @@ func (s *Sender) runLane(k int) {
 			if seq := s.laneSend[k]; seq < s.next {
 				e = s.entries[seq-s.base]
 				h = s.header(e.typ)
-				h.Seq, h.Length, h.BodyCRC = seq, uint32(e.n), e.crc
+				h.Seq = seq
 				e.busy = true
 				s.sending++
 				s.laneSend[k] += uint64(s.lanes)
@@ -543,6 +583,7 @@ func (s *Sender) runLane(k int) {
 			}
 			s.mu.Lock()
 		}
+		l := s.data[k%len(s.data)]
 		s.mu.Unlock()
 		h.Lane = uint8(k)
 
@@ -550,6 +591,8 @@ func (s *Sender) runLane(k int) {
 			_ = l.send(subject, h.Frame(nil)) // another probe follows
 			continue
 		}
+		s.compress(&coder, e)
+		h.Type, h.Length, h.BodyCRC = e.typ, uint32(e.n), e.crc
 		err := s.sleep(s.limit.reserve(len(e.frame), time.Now()))
 		s.mu.Lock()
 		stale := s.epoch != h.Epoch
@@ -575,7 +618,7 @@ func (s *Sender) runLane(k int) {
 		epoch := h.Epoch
 		s.mu.Unlock()
 		if err != nil && !errors.Is(err, ErrClosed) {
-			if s.awaitLink(l) != nil {
+			if s.awaitLink(k, l) != nil {
 				return
 			}
 			s.mu.Lock()
@@ -604,13 +647,17 @@ func (s *Sender) sleep(d time.Duration) error {
 	}
 }
 
-// awaitLink waits until the connection stands again.
-func (s *Sender) awaitLink(l link) error {
+// awaitLink waits until the connection of a lane stands again, or another one
+// has taken its place.
+func (s *Sender) awaitLink(k int, l link) error {
 	for {
 		if err := s.sleep(20 * time.Millisecond); err != nil {
 			return err
 		}
-		if l.up() {
+		s.mu.Lock()
+		other := s.data[k%len(s.data)] != l
+		s.mu.Unlock()
+		if other || l.up() {
 			return nil
 		}
 	}
@@ -632,7 +679,10 @@ func (s *Sender) runTicker() {
 		now := time.Now()
 		var lives uint64
 		allUp := true
-		for _, l := range s.data {
+		s.mu.Lock()
+		data := s.data
+		s.mu.Unlock()
+		for _, l := range data {
 			lives += l.lives()
 			allUp = allUp && l.up()
 		}
@@ -656,7 +706,12 @@ func (s *Sender) runTicker() {
 			s.fail(err, true)
 			return
 		}
-		if lives != s.livesSum {
+		if !s.cut.IsZero() && s.only && now.Sub(s.cut) > s.t.idle {
+			s.mu.Unlock()
+			s.fail(fmt.Errorf("%s: %w for %s, and nothing else may be used", s.peer, ErrCut, now.Sub(s.cut).Round(100*time.Millisecond)), true)
+			return
+		}
+		if lives != s.livesSum && len(data) > 0 && data[0] == s.data[0] {
 			s.livesSum = lives
 			s.rewind("a connection was made again")
 		}
@@ -754,6 +809,7 @@ func (s *Sender) onAck(h wire.FrameHeader, a wire.AckBody) error {
 	}
 	now := time.Now()
 	s.heard = now
+	s.heardCut(a.Cut, now)
 	moved := false
 	for k, n := range a.Next {
 		if n <= s.laneAcked[k] {
@@ -779,6 +835,12 @@ func (s *Sender) onAck(h wire.FrameHeader, a wire.AckBody) error {
 			return fmt.Errorf("%w: it applied chunk %d without having it", ErrProtocol, e.seq)
 		}
 		s.used -= e.cost
+		if e.typ != wire.FrameEnd {
+			s.flying -= cost(e.memory)
+		}
+		if e.coded {
+			s.adapt.arrived(now, e.codec, e.memory, e.n)
+		}
 		s.entries[0] = nil
 		s.entries = s.entries[1:]
 		s.base++
@@ -817,9 +879,7 @@ func (s *Sender) opened(h wire.FrameHeader, a wire.AckBody) {
 		s.laneSend[k], s.laneAcked[k] = uint64(k), uint64(k)
 		s.wake[k] = make(chan struct{}, 1)
 	}
-	for _, l := range s.data {
-		s.livesSum += l.lives()
-	}
+	s.livesSum = livesOf(s.data)
 	s.broadcast()
 }
 
@@ -829,6 +889,7 @@ func (s *Sender) Stats() Stats {
 	defer s.mu.Unlock()
 	st := s.stats
 	st.Chunks, st.Bytes = s.tally.chunks, s.tally.bytes
+	st.Compression, st.Detoured = s.adapt.text(), len(s.idling) > 0
 	st.First, st.Last = s.meter.first, s.meter.last
 	st.BytesPerSecond = s.meter.perSecond(time.Now())
 	return st

@@ -32,8 +32,21 @@ import (
 // if nothing at all comes back it goes back blindly, at growing intervals, so
 // that a slow link is not flooded with repetitions.
 //
-// The window counts bytes from Buffer until the receiver's Release, so it
-// bounds memory at both ends. A chunk's memory at the sender is free again as
+// There may be two sets of connections for data: the direct ones, which are the
+// receiver's to a server in the sender's process, and those over the cluster. The
+// receiver listens on both, the sender uses the direct ones. When the receiver tells
+// that they are lost for longer than a moment, the sender goes back, as after any loss,
+// and on over the cluster; numbers, epochs and windows know nothing of it.
+// Acknowledgements take both ways.
+//
+// A lane compresses a chunk before it first sends it (adapter says whether and by
+// what). A chunk whose codec makes nothing of it travels as it is.
+//
+// The window counts bytes from Buffer until the receiver's Release, as they are in
+// memory until they are compressed and as they are on the wire from then on. So it
+// bounds memory at both ends, but for one chunk that the receiver works on. What is under
+// way counts twice that at most as it is in memory, too: it would be waited for while a
+// tree is frozen. A chunk's memory at the sender is free again as
 // soon as the receiver has it, its share of the window when it was applied.
 //
 // Both ends tell each other twice a second that they live, on the control
@@ -71,6 +84,8 @@ var (
 	ErrTotal = errors.New("the stream does not add up")
 	// ErrProtocol: the other end broke the rules of the stream.
 	ErrProtocol = errors.New("the other end broke the stream protocol")
+	// ErrCut: the connections of the direct lane are lost.
+	ErrCut = errors.New("the direct connections to the source are lost")
 	// ErrClosed: this end has been closed.
 	ErrClosed = errors.New("the stream is closed")
 )
@@ -86,6 +101,8 @@ type Stats struct {
 	Stale          uint64    // receiver: frames of older epochs or of other senders
 	Corrupt        uint64    // frames that were dropped because of their checksum
 	BytesPerSecond uint64    // of payload, smoothed over about a second
+	Compression    string    // sender: how the chunks travelled, for people
+	Detoured       bool      // sender: the direct lane was given up
 	First, Last    time.Time // when the first and the last payload was sent or received; zero: never
 }
 

@@ -324,17 +324,17 @@ func TestStreamOpen(t *testing.T) {
 	tm.open = 50 * time.Millisecond
 	n := newFakeNet()
 	cfg := SenderConfig{Subject: "s", ID: "id", Peer: "agent beta"}
-	_, err := newSender(t.Context(), cfg, []link{n.link()}, n.link(), tm)
+	_, err := newSender(t.Context(), cfg, nil, []link{n.link()}, n.link(), tm)
 	if !errors.Is(err, ErrPeerSilent) || !strings.Contains(err.Error(), "agent beta") {
 		t.Errorf("without a receiver: %v, want ErrPeerSilent", err)
 	}
 	p := newPair(t, n, 1, 0, 0, fastTiming)
-	if _, err := newSender(t.Context(), cfg, []link{n.link()}, n.link(), fastTiming); !errors.Is(err, ErrBusy) {
+	if _, err := newSender(t.Context(), cfg, nil, []link{n.link()}, n.link(), fastTiming); !errors.Is(err, ErrBusy) {
 		t.Errorf("second sender: %v, want ErrBusy", err)
 	}
 	transfer(t, p.s, p.r, 20, 1000) // the first one is not disturbed
 
-	r, err := newReceiver(ReceiverConfig{Subject: "u", ID: "u", Peer: "agent alpha"}, []link{n.link()}, n.link(), tm)
+	r, err := newReceiver(ReceiverConfig{Subject: "u", ID: "u", Peer: "agent alpha"}, nil, []link{n.link()}, n.link(), tm)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -58,6 +58,9 @@ const (
 	FrameAbort FrameType = 6
 	// FrameBye tells the receiver that the sender knows everything to be applied.
 	FrameBye FrameType = 7
+	// FrameCompressed is FrameData whose payload is a CodedHeader and what a
+	// codec made of the chunk. Only a receiver that named the codec gets it.
+	FrameCompressed FrameType = 8
 )
 
 func (t FrameType) String() string {
@@ -76,6 +79,8 @@ func (t FrameType) String() string {
 		return "abort"
 	case FrameBye:
 		return "bye"
+	case FrameCompressed:
+		return "compressed data"
 	}
 	return fmt.Sprintf("frame type %d", uint8(t))
 }
@@ -178,7 +183,7 @@ func ParseFrame(b []byte) (h FrameHeader, payload []byte, err error) {
 	}
 	payload = b[FrameHeaderLen:]
 	switch {
-	case h.Type < FrameData || h.Type > FrameBye:
+	case h.Type < FrameData || h.Type > FrameCompressed:
 		err = fmt.Errorf("unknown type %d", h.Type)
 	case h.Lanes == 0 || h.Lanes > MaxLanes || h.Lane >= h.Lanes:
 		err = fmt.Errorf("lane %d of %d", h.Lane, h.Lanes)
@@ -186,7 +191,7 @@ func ParseFrame(b []byte) (h FrameHeader, payload []byte, err error) {
 		err = fmt.Errorf("payload of %d bytes, the header says %d", len(payload), h.Length)
 	case BodyCRC(payload) != h.BodyCRC:
 		err = fmt.Errorf("payload checksum %08x, computed %08x", h.BodyCRC, BodyCRC(payload))
-	case (h.Type == FrameData || h.Type == FrameEnd) && h.Seq%uint64(h.Lanes) != uint64(h.Lane):
+	case (h.Type == FrameData || h.Type == FrameEnd || h.Type == FrameCompressed) && h.Seq%uint64(h.Lanes) != uint64(h.Lane):
 		err = fmt.Errorf("chunk %d on lane %d of %d", h.Seq, h.Lane, h.Lanes)
 	}
 	if err != nil {
@@ -206,6 +211,9 @@ type AckBody struct {
 	Resend bool
 	// Done says that everything including the end has been applied.
 	Done bool
+	// Cut says that the receiver has lost its connections to the source: the
+	// direct lane carries nothing. Set only if there was one.
+	Cut bool
 	// Next is for each lane the first chunk that has not arrived.
 	Next []uint64
 }
@@ -222,6 +230,9 @@ func (a AckBody) Append(b []byte) []byte {
 	}
 	if a.Done {
 		flags |= 2
+	}
+	if a.Cut {
+		flags |= 4
 	}
 	b = append(b, flags, byte(len(a.Next)))
 	for _, n := range a.Next {
@@ -240,9 +251,10 @@ func ParseAckBody(b []byte) (AckBody, error) {
 		Window: binary.LittleEndian.Uint64(b[8:]),
 		Resend: b[16]&1 != 0,
 		Done:   b[16]&2 != 0,
+		Cut:    b[16]&4 != 0,
 	}
 	n := int(b[17])
-	if b[16]&^3 != 0 || n > MaxLanes || len(b) != 18+8*n {
+	if b[16]&^7 != 0 || n > MaxLanes || len(b) != 18+8*n {
 		return AckBody{}, fmt.Errorf("%w: acknowledgement of %d bytes for %d lanes, flags %#x", ErrCorrupt, len(b), n, b[16])
 	}
 	for i := range n {
@@ -256,7 +268,7 @@ type FrameTotal struct {
 	Chunks uint64
 	Bytes  uint64 // of payload
 	// Digest is the SHA-256 over (seq uint64, length uint32, CRC-32C uint32),
-	// little endian, of every chunk in order.
+	// little endian, of every chunk in order, before any compression.
 	Digest [32]byte
 }
 

@@ -101,6 +101,109 @@ func (Code) EnumDescriptor() ([]byte, []int) {
 	return file_wire_godwit_proto_rawDescGZIP(), []int{0}
 }
 
+// LaneChoice says over what the stream may travel.
+type LaneChoice int32
+
+const (
+	LaneChoice_LANE_CHOICE_AUTO    LaneChoice = 0 // straight to the source if it can be reached, else over the cluster
+	LaneChoice_LANE_CHOICE_DIRECT  LaneChoice = 1 // straight, or not at all
+	LaneChoice_LANE_CHOICE_CLUSTER LaneChoice = 2
+)
+
+// Enum value maps for LaneChoice.
+var (
+	LaneChoice_name = map[int32]string{
+		0: "LANE_CHOICE_AUTO",
+		1: "LANE_CHOICE_DIRECT",
+		2: "LANE_CHOICE_CLUSTER",
+	}
+	LaneChoice_value = map[string]int32{
+		"LANE_CHOICE_AUTO":    0,
+		"LANE_CHOICE_DIRECT":  1,
+		"LANE_CHOICE_CLUSTER": 2,
+	}
+)
+
+func (x LaneChoice) Enum() *LaneChoice {
+	p := new(LaneChoice)
+	*p = x
+	return p
+}
+
+func (x LaneChoice) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (LaneChoice) Descriptor() protoreflect.EnumDescriptor {
+	return file_wire_godwit_proto_enumTypes[1].Descriptor()
+}
+
+func (LaneChoice) Type() protoreflect.EnumType {
+	return &file_wire_godwit_proto_enumTypes[1]
+}
+
+func (x LaneChoice) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use LaneChoice.Descriptor instead.
+func (LaneChoice) EnumDescriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{1}
+}
+
+// Compression says how the chunks of the stream travel.
+type Compression int32
+
+const (
+	Compression_COMPRESSION_AUTO Compression = 0 // measured while they do
+	Compression_COMPRESSION_NONE Compression = 1
+	Compression_COMPRESSION_S2   Compression = 2
+	Compression_COMPRESSION_ZSTD Compression = 3
+)
+
+// Enum value maps for Compression.
+var (
+	Compression_name = map[int32]string{
+		0: "COMPRESSION_AUTO",
+		1: "COMPRESSION_NONE",
+		2: "COMPRESSION_S2",
+		3: "COMPRESSION_ZSTD",
+	}
+	Compression_value = map[string]int32{
+		"COMPRESSION_AUTO": 0,
+		"COMPRESSION_NONE": 1,
+		"COMPRESSION_S2":   2,
+		"COMPRESSION_ZSTD": 3,
+	}
+)
+
+func (x Compression) Enum() *Compression {
+	p := new(Compression)
+	*p = x
+	return p
+}
+
+func (x Compression) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Compression) Descriptor() protoreflect.EnumDescriptor {
+	return file_wire_godwit_proto_enumTypes[2].Descriptor()
+}
+
+func (Compression) Type() protoreflect.EnumType {
+	return &file_wire_godwit_proto_enumTypes[2]
+}
+
+func (x Compression) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Compression.Descriptor instead.
+func (Compression) EnumDescriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{2}
+}
+
 // CopyMode says when memory travels.
 type CopyMode int32
 
@@ -141,11 +244,11 @@ func (x CopyMode) String() string {
 }
 
 func (CopyMode) Descriptor() protoreflect.EnumDescriptor {
-	return file_wire_godwit_proto_enumTypes[1].Descriptor()
+	return file_wire_godwit_proto_enumTypes[3].Descriptor()
 }
 
 func (CopyMode) Type() protoreflect.EnumType {
-	return &file_wire_godwit_proto_enumTypes[1]
+	return &file_wire_godwit_proto_enumTypes[3]
 }
 
 func (x CopyMode) Number() protoreflect.EnumNumber {
@@ -154,7 +257,7 @@ func (x CopyMode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CopyMode.Descriptor instead.
 func (CopyMode) EnumDescriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{1}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{3}
 }
 
 // NoConverge says what becomes of a pre-copy of memory that is written faster than it travels.
@@ -194,11 +297,11 @@ func (x NoConverge) String() string {
 }
 
 func (NoConverge) Descriptor() protoreflect.EnumDescriptor {
-	return file_wire_godwit_proto_enumTypes[2].Descriptor()
+	return file_wire_godwit_proto_enumTypes[4].Descriptor()
 }
 
 func (NoConverge) Type() protoreflect.EnumType {
-	return &file_wire_godwit_proto_enumTypes[2]
+	return &file_wire_godwit_proto_enumTypes[4]
 }
 
 func (x NoConverge) Number() protoreflect.EnumNumber {
@@ -207,7 +310,7 @@ func (x NoConverge) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NoConverge.Descriptor instead.
 func (NoConverge) EnumDescriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{2}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{4}
 }
 
 type State int32
@@ -279,11 +382,11 @@ func (x State) String() string {
 }
 
 func (State) Descriptor() protoreflect.EnumDescriptor {
-	return file_wire_godwit_proto_enumTypes[3].Descriptor()
+	return file_wire_godwit_proto_enumTypes[5].Descriptor()
 }
 
 func (State) Type() protoreflect.EnumType {
-	return &file_wire_godwit_proto_enumTypes[3]
+	return &file_wire_godwit_proto_enumTypes[5]
 }
 
 func (x State) Number() protoreflect.EnumNumber {
@@ -292,7 +395,7 @@ func (x State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use State.Descriptor instead.
 func (State) EnumDescriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{3}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{5}
 }
 
 type Owner int32
@@ -325,11 +428,11 @@ func (x Owner) String() string {
 }
 
 func (Owner) Descriptor() protoreflect.EnumDescriptor {
-	return file_wire_godwit_proto_enumTypes[4].Descriptor()
+	return file_wire_godwit_proto_enumTypes[6].Descriptor()
 }
 
 func (Owner) Type() protoreflect.EnumType {
-	return &file_wire_godwit_proto_enumTypes[4]
+	return &file_wire_godwit_proto_enumTypes[6]
 }
 
 func (x Owner) Number() protoreflect.EnumNumber {
@@ -338,7 +441,7 @@ func (x Owner) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Owner.Descriptor instead.
 func (Owner) EnumDescriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{4}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{6}
 }
 
 // Object is one thing that a message speaks about.
@@ -1662,6 +1765,8 @@ type MigrateOptions struct {
 	MaxRounds       uint32      `protobuf:"varint,11,opt,name=max_rounds,json=maxRounds,proto3" json:"max_rounds,omitempty"`               // of pre-copy; 0: 30
 	MaxCopyBytes    uint64      `protobuf:"varint,12,opt,name=max_copy_bytes,json=maxCopyBytes,proto3" json:"max_copy_bytes,omitempty"`    // that travel before the freeze; 0: four times the memory
 	NoConverge      NoConverge  `protobuf:"varint,13,opt,name=no_converge,json=noConverge,proto3,enum=godwit.wire.v1.NoConverge" json:"no_converge,omitempty"`
+	Lane            LaneChoice  `protobuf:"varint,80,opt,name=lane,proto3,enum=godwit.wire.v1.LaneChoice" json:"lane,omitempty"`
+	Compression     Compression `protobuf:"varint,81,opt,name=compression,proto3,enum=godwit.wire.v1.Compression" json:"compression,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1787,6 +1892,159 @@ func (x *MigrateOptions) GetNoConverge() NoConverge {
 	return NoConverge_NO_CONVERGE_FREEZE
 }
 
+func (x *MigrateOptions) GetLane() LaneChoice {
+	if x != nil {
+		return x.Lane
+	}
+	return LaneChoice_LANE_CHOICE_AUTO
+}
+
+func (x *MigrateOptions) GetCompression() Compression {
+	if x != nil {
+		return x.Compression
+	}
+	return Compression_COMPRESSION_AUTO
+}
+
+// DirectOffer is how the destination reaches the server that the source's agent has for the
+// stream of one migration. It is only ever sent in control messages and kept nowhere.
+type DirectOffer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Addresses     []string               `protobuf:"bytes,1,rep,name=addresses,proto3" json:"addresses,omitempty"`     // host:port, the likeliest first; none: see reason
+	Server        string                 `protobuf:"bytes,2,opt,name=server,proto3" json:"server,omitempty"`           // name that the server must answer with
+	Seed          string                 `protobuf:"bytes,3,opt,name=seed,proto3" json:"seed,omitempty"`               // of an nkey that is good for this migration's stream alone
+	Certificate   []byte                 `protobuf:"bytes,4,opt,name=certificate,proto3" json:"certificate,omitempty"` // SHA-256 of the server's certificate; empty: without TLS
+	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`           // why nothing is offered
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DirectOffer) Reset() {
+	*x = DirectOffer{}
+	mi := &file_wire_godwit_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DirectOffer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DirectOffer) ProtoMessage() {}
+
+func (x *DirectOffer) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DirectOffer.ProtoReflect.Descriptor instead.
+func (*DirectOffer) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *DirectOffer) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *DirectOffer) GetServer() string {
+	if x != nil {
+		return x.Server
+	}
+	return ""
+}
+
+func (x *DirectOffer) GetSeed() string {
+	if x != nil {
+		return x.Seed
+	}
+	return ""
+}
+
+func (x *DirectOffer) GetCertificate() []byte {
+	if x != nil {
+		return x.Certificate
+	}
+	return nil
+}
+
+func (x *DirectOffer) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+// Lane is what the stream of a migration travels over.
+type Lane struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Direct        bool                   `protobuf:"varint,1,opt,name=direct,proto3" json:"direct,omitempty"`  // else over the cluster
+	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"` // of the source, direct alone
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`   // why not directly; empty: it was not asked for
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Lane) Reset() {
+	*x = Lane{}
+	mi := &file_wire_godwit_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Lane) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Lane) ProtoMessage() {}
+
+func (x *Lane) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Lane.ProtoReflect.Descriptor instead.
+func (*Lane) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *Lane) GetDirect() bool {
+	if x != nil {
+		return x.Direct
+	}
+	return false
+}
+
+func (x *Lane) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Lane) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 // Attachment is the terminal of whoever asked for a migration. Its bytes go on flowing from and to
 // a new one at the destination, as a relay of which it is home.
 type Attachment struct {
@@ -1800,7 +2058,7 @@ type Attachment struct {
 
 func (x *Attachment) Reset() {
 	*x = Attachment{}
-	mi := &file_wire_godwit_proto_msgTypes[17]
+	mi := &file_wire_godwit_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1812,7 +2070,7 @@ func (x *Attachment) String() string {
 func (*Attachment) ProtoMessage() {}
 
 func (x *Attachment) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[17]
+	mi := &file_wire_godwit_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1825,7 +2083,7 @@ func (x *Attachment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attachment.ProtoReflect.Descriptor instead.
 func (*Attachment) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{17}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Attachment) GetId() string {
@@ -1861,7 +2119,7 @@ type WindowSize struct {
 
 func (x *WindowSize) Reset() {
 	*x = WindowSize{}
-	mi := &file_wire_godwit_proto_msgTypes[18]
+	mi := &file_wire_godwit_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1873,7 +2131,7 @@ func (x *WindowSize) String() string {
 func (*WindowSize) ProtoMessage() {}
 
 func (x *WindowSize) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[18]
+	mi := &file_wire_godwit_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1886,7 +2144,7 @@ func (x *WindowSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WindowSize.ProtoReflect.Descriptor instead.
 func (*WindowSize) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{18}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *WindowSize) GetRows() uint32 {
@@ -1928,7 +2186,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[19]
+	mi := &file_wire_godwit_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1940,7 +2198,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[19]
+	mi := &file_wire_godwit_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1953,7 +2211,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{19}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ResizeRequest) GetId() string {
@@ -1979,7 +2237,7 @@ type ResizeReply struct {
 
 func (x *ResizeReply) Reset() {
 	*x = ResizeReply{}
-	mi := &file_wire_godwit_proto_msgTypes[20]
+	mi := &file_wire_godwit_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1991,7 +2249,7 @@ func (x *ResizeReply) String() string {
 func (*ResizeReply) ProtoMessage() {}
 
 func (x *ResizeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[20]
+	mi := &file_wire_godwit_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2004,7 +2262,7 @@ func (x *ResizeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeReply.ProtoReflect.Descriptor instead.
 func (*ResizeReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{20}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ResizeReply) GetError() *Error {
@@ -2029,7 +2287,7 @@ type Proxy struct {
 
 func (x *Proxy) Reset() {
 	*x = Proxy{}
-	mi := &file_wire_godwit_proto_msgTypes[21]
+	mi := &file_wire_godwit_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2041,7 +2299,7 @@ func (x *Proxy) String() string {
 func (*Proxy) ProtoMessage() {}
 
 func (x *Proxy) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[21]
+	mi := &file_wire_godwit_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2054,7 +2312,7 @@ func (x *Proxy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proxy.ProtoReflect.Descriptor instead.
 func (*Proxy) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{21}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Proxy) GetId() string {
@@ -2110,7 +2368,7 @@ type ProxyState struct {
 
 func (x *ProxyState) Reset() {
 	*x = ProxyState{}
-	mi := &file_wire_godwit_proto_msgTypes[22]
+	mi := &file_wire_godwit_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2122,7 +2380,7 @@ func (x *ProxyState) String() string {
 func (*ProxyState) ProtoMessage() {}
 
 func (x *ProxyState) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[22]
+	mi := &file_wire_godwit_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2135,7 +2393,7 @@ func (x *ProxyState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyState.ProtoReflect.Descriptor instead.
 func (*ProxyState) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{22}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ProxyState) GetId() string {
@@ -2216,7 +2474,7 @@ type Holder struct {
 
 func (x *Holder) Reset() {
 	*x = Holder{}
-	mi := &file_wire_godwit_proto_msgTypes[23]
+	mi := &file_wire_godwit_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2228,7 +2486,7 @@ func (x *Holder) String() string {
 func (*Holder) ProtoMessage() {}
 
 func (x *Holder) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[23]
+	mi := &file_wire_godwit_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2241,7 +2499,7 @@ func (x *Holder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Holder.ProtoReflect.Descriptor instead.
 func (*Holder) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{23}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Holder) GetPid() int32 {
@@ -2318,7 +2576,7 @@ type OpenObject struct {
 
 func (x *OpenObject) Reset() {
 	*x = OpenObject{}
-	mi := &file_wire_godwit_proto_msgTypes[24]
+	mi := &file_wire_godwit_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2330,7 +2588,7 @@ func (x *OpenObject) String() string {
 func (*OpenObject) ProtoMessage() {}
 
 func (x *OpenObject) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[24]
+	mi := &file_wire_godwit_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2343,7 +2601,7 @@ func (x *OpenObject) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenObject.ProtoReflect.Descriptor instead.
 func (*OpenObject) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{24}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *OpenObject) GetKey() string {
@@ -2552,7 +2810,7 @@ type JournalStream struct {
 
 func (x *JournalStream) Reset() {
 	*x = JournalStream{}
-	mi := &file_wire_godwit_proto_msgTypes[25]
+	mi := &file_wire_godwit_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2564,7 +2822,7 @@ func (x *JournalStream) String() string {
 func (*JournalStream) ProtoMessage() {}
 
 func (x *JournalStream) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[25]
+	mi := &file_wire_godwit_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2577,7 +2835,7 @@ func (x *JournalStream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JournalStream.ProtoReflect.Descriptor instead.
 func (*JournalStream) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{25}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *JournalStream) GetIdentifier() string {
@@ -2652,7 +2910,7 @@ type Resolution struct {
 
 func (x *Resolution) Reset() {
 	*x = Resolution{}
-	mi := &file_wire_godwit_proto_msgTypes[26]
+	mi := &file_wire_godwit_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2664,7 +2922,7 @@ func (x *Resolution) String() string {
 func (*Resolution) ProtoMessage() {}
 
 func (x *Resolution) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[26]
+	mi := &file_wire_godwit_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2677,7 +2935,7 @@ func (x *Resolution) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resolution.ProtoReflect.Descriptor instead.
 func (*Resolution) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{26}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Resolution) GetKey() string {
@@ -2790,7 +3048,7 @@ type FileState struct {
 
 func (x *FileState) Reset() {
 	*x = FileState{}
-	mi := &file_wire_godwit_proto_msgTypes[27]
+	mi := &file_wire_godwit_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2802,7 +3060,7 @@ func (x *FileState) String() string {
 func (*FileState) ProtoMessage() {}
 
 func (x *FileState) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[27]
+	mi := &file_wire_godwit_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2815,7 +3073,7 @@ func (x *FileState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileState.ProtoReflect.Descriptor instead.
 func (*FileState) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{27}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *FileState) GetSize() uint64 {
@@ -2850,13 +3108,14 @@ type ResolveRequest struct {
 	Options       *MigrateOptions        `protobuf:"bytes,5,opt,name=options,proto3" json:"options,omitempty"`           // entries
 	Look          bool                   `protobuf:"varint,6,opt,name=look,proto3" json:"look,omitempty"`                // say where files are, too
 	Requirements  *Requirements          `protobuf:"bytes,7,opt,name=requirements,proto3" json:"requirements,omitempty"` // if set: check them, and hold everything for a moment
+	Direct        *DirectOffer           `protobuf:"bytes,80,opt,name=direct,proto3" json:"direct,omitempty"`            // if set, with requirements: try it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ResolveRequest) Reset() {
 	*x = ResolveRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[28]
+	mi := &file_wire_godwit_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2868,7 +3127,7 @@ func (x *ResolveRequest) String() string {
 func (*ResolveRequest) ProtoMessage() {}
 
 func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[28]
+	mi := &file_wire_godwit_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2881,7 +3140,7 @@ func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveRequest.ProtoReflect.Descriptor instead.
 func (*ResolveRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{28}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ResolveRequest) GetProtocol() uint32 {
@@ -2933,6 +3192,13 @@ func (x *ResolveRequest) GetRequirements() *Requirements {
 	return nil
 }
 
+func (x *ResolveRequest) GetDirect() *DirectOffer {
+	if x != nil {
+		return x.Direct
+	}
+	return nil
+}
+
 // Entry is one rule in force, for the source to apply to the frozen tree.
 type Entry struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2945,7 +3211,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_wire_godwit_proto_msgTypes[29]
+	mi := &file_wire_godwit_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2957,7 +3223,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[29]
+	mi := &file_wire_godwit_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2970,7 +3236,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{29}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Entry) GetText() string {
@@ -3006,7 +3272,7 @@ type Presence struct {
 
 func (x *Presence) Reset() {
 	*x = Presence{}
-	mi := &file_wire_godwit_proto_msgTypes[30]
+	mi := &file_wire_godwit_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3018,7 +3284,7 @@ func (x *Presence) String() string {
 func (*Presence) ProtoMessage() {}
 
 func (x *Presence) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[30]
+	mi := &file_wire_godwit_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3031,7 +3297,7 @@ func (x *Presence) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Presence.ProtoReflect.Descriptor instead.
 func (*Presence) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{30}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Presence) GetPath() string {
@@ -3062,13 +3328,15 @@ type ResolveReply struct {
 	Entries       []*Entry               `protobuf:"bytes,3,rep,name=entries,proto3" json:"entries,omitempty"`   // in force, in order of precedence
 	Presences     []*Presence            `protobuf:"bytes,4,rep,name=presences,proto3" json:"presences,omitempty"`
 	Error         *Error                 `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
+	Lane          *Lane                  `protobuf:"bytes,80,opt,name=lane,proto3" json:"lane,omitempty"`     // what the stream would travel over; unset: it was not tried
+	Codecs        []string               `protobuf:"bytes,81,rep,name=codecs,proto3" json:"codecs,omitempty"` // that chunks may be compressed with
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ResolveReply) Reset() {
 	*x = ResolveReply{}
-	mi := &file_wire_godwit_proto_msgTypes[31]
+	mi := &file_wire_godwit_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3080,7 +3348,7 @@ func (x *ResolveReply) String() string {
 func (*ResolveReply) ProtoMessage() {}
 
 func (x *ResolveReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[31]
+	mi := &file_wire_godwit_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3093,7 +3361,7 @@ func (x *ResolveReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveReply.ProtoReflect.Descriptor instead.
 func (*ResolveReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{31}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ResolveReply) GetResolutions() []*Resolution {
@@ -3131,6 +3399,20 @@ func (x *ResolveReply) GetError() *Error {
 	return nil
 }
 
+func (x *ResolveReply) GetLane() *Lane {
+	if x != nil {
+		return x.Lane
+	}
+	return nil
+}
+
+func (x *ResolveReply) GetCodecs() []string {
+	if x != nil {
+		return x.Codecs
+	}
+	return nil
+}
+
 type PreflightRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	Protocol    uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"`
@@ -3149,7 +3431,7 @@ type PreflightRequest struct {
 
 func (x *PreflightRequest) Reset() {
 	*x = PreflightRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[32]
+	mi := &file_wire_godwit_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3161,7 +3443,7 @@ func (x *PreflightRequest) String() string {
 func (*PreflightRequest) ProtoMessage() {}
 
 func (x *PreflightRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[32]
+	mi := &file_wire_godwit_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3174,7 +3456,7 @@ func (x *PreflightRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreflightRequest.ProtoReflect.Descriptor instead.
 func (*PreflightRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{32}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PreflightRequest) GetProtocol() uint32 {
@@ -3239,13 +3521,14 @@ type PreflightReply struct {
 	Root          *Process               `protobuf:"bytes,2,opt,name=root,proto3" json:"root,omitempty"`
 	Error         *Error                 `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
 	Objects       []*OpenObject          `protobuf:"bytes,4,rep,name=objects,proto3" json:"objects,omitempty"` // if it was asked for
+	Direct        *DirectOffer           `protobuf:"bytes,80,opt,name=direct,proto3" json:"direct,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PreflightReply) Reset() {
 	*x = PreflightReply{}
-	mi := &file_wire_godwit_proto_msgTypes[33]
+	mi := &file_wire_godwit_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3257,7 +3540,7 @@ func (x *PreflightReply) String() string {
 func (*PreflightReply) ProtoMessage() {}
 
 func (x *PreflightReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[33]
+	mi := &file_wire_godwit_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3270,7 +3553,7 @@ func (x *PreflightReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreflightReply.ProtoReflect.Descriptor instead.
 func (*PreflightReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{33}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *PreflightReply) GetRequirements() *Requirements {
@@ -3301,6 +3584,13 @@ func (x *PreflightReply) GetObjects() []*OpenObject {
 	return nil
 }
 
+func (x *PreflightReply) GetDirect() *DirectOffer {
+	if x != nil {
+		return x.Direct
+	}
+	return nil
+}
+
 type PrepareRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Protocol      uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"`
@@ -3309,13 +3599,14 @@ type PrepareRequest struct {
 	Requirements  *Requirements          `protobuf:"bytes,4,opt,name=requirements,proto3" json:"requirements,omitempty"`
 	Options       *MigrateOptions        `protobuf:"bytes,5,opt,name=options,proto3" json:"options,omitempty"`
 	Resolutions   []*Resolution          `protobuf:"bytes,6,rep,name=resolutions,proto3" json:"resolutions,omitempty"`
+	Direct        *DirectOffer           `protobuf:"bytes,80,opt,name=direct,proto3" json:"direct,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[34]
+	mi := &file_wire_godwit_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3327,7 +3618,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[34]
+	mi := &file_wire_godwit_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3340,7 +3631,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{34}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *PrepareRequest) GetProtocol() uint32 {
@@ -3385,17 +3676,26 @@ func (x *PrepareRequest) GetResolutions() []*Resolution {
 	return nil
 }
 
+func (x *PrepareRequest) GetDirect() *DirectOffer {
+	if x != nil {
+		return x.Direct
+	}
+	return nil
+}
+
 type PrepareReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Stream        string                 `protobuf:"bytes,1,opt,name=stream,proto3" json:"stream,omitempty"` // stream name that the source sends to
 	Error         *Error                 `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	Lane          *Lane                  `protobuf:"bytes,80,opt,name=lane,proto3" json:"lane,omitempty"`
+	Codecs        []string               `protobuf:"bytes,81,rep,name=codecs,proto3" json:"codecs,omitempty"` // that chunks may be compressed with
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PrepareReply) Reset() {
 	*x = PrepareReply{}
-	mi := &file_wire_godwit_proto_msgTypes[35]
+	mi := &file_wire_godwit_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3407,7 +3707,7 @@ func (x *PrepareReply) String() string {
 func (*PrepareReply) ProtoMessage() {}
 
 func (x *PrepareReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[35]
+	mi := &file_wire_godwit_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3420,7 +3720,7 @@ func (x *PrepareReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareReply.ProtoReflect.Descriptor instead.
 func (*PrepareReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{35}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PrepareReply) GetStream() string {
@@ -3433,6 +3733,20 @@ func (x *PrepareReply) GetStream() string {
 func (x *PrepareReply) GetError() *Error {
 	if x != nil {
 		return x.Error
+	}
+	return nil
+}
+
+func (x *PrepareReply) GetLane() *Lane {
+	if x != nil {
+		return x.Lane
+	}
+	return nil
+}
+
+func (x *PrepareReply) GetCodecs() []string {
+	if x != nil {
+		return x.Codecs
 	}
 	return nil
 }
@@ -3451,7 +3765,7 @@ type ReserveRequest struct {
 
 func (x *ReserveRequest) Reset() {
 	*x = ReserveRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[36]
+	mi := &file_wire_godwit_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3463,7 +3777,7 @@ func (x *ReserveRequest) String() string {
 func (*ReserveRequest) ProtoMessage() {}
 
 func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[36]
+	mi := &file_wire_godwit_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3476,7 +3790,7 @@ func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveRequest.ProtoReflect.Descriptor instead.
 func (*ReserveRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{36}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ReserveRequest) GetProtocol() uint32 {
@@ -3516,7 +3830,7 @@ type ReserveReply struct {
 
 func (x *ReserveReply) Reset() {
 	*x = ReserveReply{}
-	mi := &file_wire_godwit_proto_msgTypes[37]
+	mi := &file_wire_godwit_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3528,7 +3842,7 @@ func (x *ReserveReply) String() string {
 func (*ReserveReply) ProtoMessage() {}
 
 func (x *ReserveReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[37]
+	mi := &file_wire_godwit_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3541,7 +3855,7 @@ func (x *ReserveReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveReply.ProtoReflect.Descriptor instead.
 func (*ReserveReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{37}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ReserveReply) GetError() *Error {
@@ -3561,13 +3875,15 @@ type StartRequest struct {
 	Stream        string                 `protobuf:"bytes,6,opt,name=stream,proto3" json:"stream,omitempty"`
 	Resolutions   []*Resolution          `protobuf:"bytes,7,rep,name=resolutions,proto3" json:"resolutions,omitempty"` // what the destination holds
 	Entries       []*Entry               `protobuf:"bytes,8,rep,name=entries,proto3" json:"entries,omitempty"`         // of ResolveReply: the frozen tree is compared
+	Lane          *Lane                  `protobuf:"bytes,80,opt,name=lane,proto3" json:"lane,omitempty"`              // of PrepareReply
+	Codecs        []string               `protobuf:"bytes,81,rep,name=codecs,proto3" json:"codecs,omitempty"`          // of PrepareReply
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[38]
+	mi := &file_wire_godwit_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3579,7 +3895,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[38]
+	mi := &file_wire_godwit_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3592,7 +3908,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{38}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *StartRequest) GetProtocol() uint32 {
@@ -3651,6 +3967,20 @@ func (x *StartRequest) GetEntries() []*Entry {
 	return nil
 }
 
+func (x *StartRequest) GetLane() *Lane {
+	if x != nil {
+		return x.Lane
+	}
+	return nil
+}
+
+func (x *StartRequest) GetCodecs() []string {
+	if x != nil {
+		return x.Codecs
+	}
+	return nil
+}
+
 type StartReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Error         *Error                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
@@ -3660,7 +3990,7 @@ type StartReply struct {
 
 func (x *StartReply) Reset() {
 	*x = StartReply{}
-	mi := &file_wire_godwit_proto_msgTypes[39]
+	mi := &file_wire_godwit_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3672,7 +4002,7 @@ func (x *StartReply) String() string {
 func (*StartReply) ProtoMessage() {}
 
 func (x *StartReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[39]
+	mi := &file_wire_godwit_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3685,7 +4015,7 @@ func (x *StartReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartReply.ProtoReflect.Descriptor instead.
 func (*StartReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{39}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *StartReply) GetError() *Error {
@@ -3705,7 +4035,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[40]
+	mi := &file_wire_godwit_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3717,7 +4047,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[40]
+	mi := &file_wire_godwit_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3730,7 +4060,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{40}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -3756,7 +4086,7 @@ type AbortReply struct {
 
 func (x *AbortReply) Reset() {
 	*x = AbortReply{}
-	mi := &file_wire_godwit_proto_msgTypes[41]
+	mi := &file_wire_godwit_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3768,7 +4098,7 @@ func (x *AbortReply) String() string {
 func (*AbortReply) ProtoMessage() {}
 
 func (x *AbortReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[41]
+	mi := &file_wire_godwit_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3781,7 +4111,7 @@ func (x *AbortReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortReply.ProtoReflect.Descriptor instead.
 func (*AbortReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{41}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *AbortReply) GetError() *Error {
@@ -3824,7 +4154,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_wire_godwit_proto_msgTypes[42]
+	mi := &file_wire_godwit_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3836,7 +4166,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[42]
+	mi := &file_wire_godwit_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3849,7 +4179,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{42}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Record) GetId() string {
@@ -4024,7 +4354,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_wire_godwit_proto_msgTypes[43]
+	mi := &file_wire_godwit_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4036,7 +4366,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[43]
+	mi := &file_wire_godwit_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4049,7 +4379,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{43}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Step) GetState() State {
@@ -4100,13 +4430,16 @@ type Report struct {
 	Faults              uint64                 `protobuf:"varint,52,opt,name=faults,proto3" json:"faults,omitempty"`                                                          // destination: pages that the tree waited for
 	FaultP50Us          uint64                 `protobuf:"varint,53,opt,name=fault_p50_us,json=faultP50Us,proto3" json:"fault_p50_us,omitempty"`                              // destination: how long it waited for a page
 	FaultP99Us          uint64                 `protobuf:"varint,54,opt,name=fault_p99_us,json=faultP99Us,proto3" json:"fault_p99_us,omitempty"`
+	Lane                string                 `protobuf:"bytes,80,opt,name=lane,proto3" json:"lane,omitempty"`                                   // source: what the stream travelled over, for people
+	Compression         string                 `protobuf:"bytes,81,opt,name=compression,proto3" json:"compression,omitempty"`                     // source: how its chunks did, for people
+	StreamBytes         uint64                 `protobuf:"varint,82,opt,name=stream_bytes,json=streamBytes,proto3" json:"stream_bytes,omitempty"` // of the stream, before compression, headers and repetitions
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
 }
 
 func (x *Report) Reset() {
 	*x = Report{}
-	mi := &file_wire_godwit_proto_msgTypes[44]
+	mi := &file_wire_godwit_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4118,7 +4451,7 @@ func (x *Report) String() string {
 func (*Report) ProtoMessage() {}
 
 func (x *Report) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[44]
+	mi := &file_wire_godwit_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4131,7 +4464,7 @@ func (x *Report) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Report.ProtoReflect.Descriptor instead.
 func (*Report) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{44}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Report) GetFrozenUs() uint64 {
@@ -4295,6 +4628,27 @@ func (x *Report) GetFaultP99Us() uint64 {
 	return 0
 }
 
+func (x *Report) GetLane() string {
+	if x != nil {
+		return x.Lane
+	}
+	return ""
+}
+
+func (x *Report) GetCompression() string {
+	if x != nil {
+		return x.Compression
+	}
+	return ""
+}
+
+func (x *Report) GetStreamBytes() uint64 {
+	if x != nil {
+		return x.StreamBytes
+	}
+	return 0
+}
+
 // Progress is published while a migration goes on; it is never stored.
 type Progress struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -4313,7 +4667,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_wire_godwit_proto_msgTypes[45]
+	mi := &file_wire_godwit_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4325,7 +4679,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[45]
+	mi := &file_wire_godwit_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4338,7 +4692,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{45}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Progress) GetId() string {
@@ -4418,7 +4772,7 @@ type PagesRequest struct {
 
 func (x *PagesRequest) Reset() {
 	*x = PagesRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[46]
+	mi := &file_wire_godwit_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4430,7 +4784,7 @@ func (x *PagesRequest) String() string {
 func (*PagesRequest) ProtoMessage() {}
 
 func (x *PagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[46]
+	mi := &file_wire_godwit_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4443,7 +4797,7 @@ func (x *PagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PagesRequest.ProtoReflect.Descriptor instead.
 func (*PagesRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{46}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *PagesRequest) GetId() string {
@@ -4494,7 +4848,7 @@ type PagesReply struct {
 
 func (x *PagesReply) Reset() {
 	*x = PagesReply{}
-	mi := &file_wire_godwit_proto_msgTypes[47]
+	mi := &file_wire_godwit_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4506,7 +4860,7 @@ func (x *PagesReply) String() string {
 func (*PagesReply) ProtoMessage() {}
 
 func (x *PagesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[47]
+	mi := &file_wire_godwit_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4519,7 +4873,7 @@ func (x *PagesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PagesReply.ProtoReflect.Descriptor instead.
 func (*PagesReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{47}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *PagesReply) GetError() *Error {
@@ -4567,7 +4921,7 @@ type PageRange struct {
 
 func (x *PageRange) Reset() {
 	*x = PageRange{}
-	mi := &file_wire_godwit_proto_msgTypes[48]
+	mi := &file_wire_godwit_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4579,7 +4933,7 @@ func (x *PageRange) String() string {
 func (*PageRange) ProtoMessage() {}
 
 func (x *PageRange) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[48]
+	mi := &file_wire_godwit_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4592,7 +4946,7 @@ func (x *PageRange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageRange.ProtoReflect.Descriptor instead.
 func (*PageRange) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{48}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *PageRange) GetStart() uint64 {
@@ -4629,7 +4983,7 @@ type Item struct {
 
 func (x *Item) Reset() {
 	*x = Item{}
-	mi := &file_wire_godwit_proto_msgTypes[49]
+	mi := &file_wire_godwit_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4641,7 +4995,7 @@ func (x *Item) String() string {
 func (*Item) ProtoMessage() {}
 
 func (x *Item) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[49]
+	mi := &file_wire_godwit_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4654,7 +5008,7 @@ func (x *Item) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Item.ProtoReflect.Descriptor instead.
 func (*Item) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{49}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *Item) GetItem() isItem_Item {
@@ -4785,7 +5139,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_wire_godwit_proto_msgTypes[50]
+	mi := &file_wire_godwit_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4797,7 +5151,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[50]
+	mi := &file_wire_godwit_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4810,7 +5164,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{50}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *Hello) GetProtocol() uint32 {
@@ -4853,7 +5207,7 @@ type ImageEntry struct {
 
 func (x *ImageEntry) Reset() {
 	*x = ImageEntry{}
-	mi := &file_wire_godwit_proto_msgTypes[51]
+	mi := &file_wire_godwit_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4865,7 +5219,7 @@ func (x *ImageEntry) String() string {
 func (*ImageEntry) ProtoMessage() {}
 
 func (x *ImageEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[51]
+	mi := &file_wire_godwit_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4878,7 +5232,7 @@ func (x *ImageEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageEntry.ProtoReflect.Descriptor instead.
 func (*ImageEntry) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{51}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ImageEntry) GetFile() string {
@@ -4918,7 +5272,7 @@ type ImagesDone struct {
 
 func (x *ImagesDone) Reset() {
 	*x = ImagesDone{}
-	mi := &file_wire_godwit_proto_msgTypes[52]
+	mi := &file_wire_godwit_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4930,7 +5284,7 @@ func (x *ImagesDone) String() string {
 func (*ImagesDone) ProtoMessage() {}
 
 func (x *ImagesDone) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[52]
+	mi := &file_wire_godwit_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4943,7 +5297,7 @@ func (x *ImagesDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagesDone.ProtoReflect.Descriptor instead.
 func (*ImagesDone) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{52}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ImagesDone) GetEntries() uint64 {
@@ -4961,7 +5315,7 @@ type DataDone struct {
 
 func (x *DataDone) Reset() {
 	*x = DataDone{}
-	mi := &file_wire_godwit_proto_msgTypes[53]
+	mi := &file_wire_godwit_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4973,7 +5327,7 @@ func (x *DataDone) String() string {
 func (*DataDone) ProtoMessage() {}
 
 func (x *DataDone) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[53]
+	mi := &file_wire_godwit_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4986,7 +5340,7 @@ func (x *DataDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DataDone.ProtoReflect.Descriptor instead.
 func (*DataDone) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{53}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{55}
 }
 
 type StreamEnd struct {
@@ -5000,7 +5354,7 @@ type StreamEnd struct {
 
 func (x *StreamEnd) Reset() {
 	*x = StreamEnd{}
-	mi := &file_wire_godwit_proto_msgTypes[54]
+	mi := &file_wire_godwit_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5012,7 +5366,7 @@ func (x *StreamEnd) String() string {
 func (*StreamEnd) ProtoMessage() {}
 
 func (x *StreamEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[54]
+	mi := &file_wire_godwit_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5025,7 +5379,7 @@ func (x *StreamEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamEnd.ProtoReflect.Descriptor instead.
 func (*StreamEnd) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{54}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *StreamEnd) GetDataBytes() uint64 {
@@ -5169,7 +5523,7 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\aInherit\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x18\n" +
-	"\aforward\x18\x03 \x01(\bR\aforward\"\xb3\x04\n" +
+	"\aforward\x18\x03 \x01(\bR\aforward\"\xa2\x05\n" +
 	"\x0eMigrateOptions\x12\x1a\n" +
 	"\bexternal\x18\x01 \x03(\tR\bexternal\x121\n" +
 	"\ainherit\x18\x02 \x03(\v2\x17.godwit.wire.v1.InheritR\ainherit\x12*\n" +
@@ -5187,7 +5541,19 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"max_rounds\x18\v \x01(\rR\tmaxRounds\x12$\n" +
 	"\x0emax_copy_bytes\x18\f \x01(\x04R\fmaxCopyBytes\x12;\n" +
 	"\vno_converge\x18\r \x01(\x0e2\x1a.godwit.wire.v1.NoConvergeR\n" +
-	"noConverge\"`\n" +
+	"noConverge\x12.\n" +
+	"\x04lane\x18P \x01(\x0e2\x1a.godwit.wire.v1.LaneChoiceR\x04lane\x12=\n" +
+	"\vcompression\x18Q \x01(\x0e2\x1b.godwit.wire.v1.CompressionR\vcompression\"\x91\x01\n" +
+	"\vDirectOffer\x12\x1c\n" +
+	"\taddresses\x18\x01 \x03(\tR\taddresses\x12\x16\n" +
+	"\x06server\x18\x02 \x01(\tR\x06server\x12\x12\n" +
+	"\x04seed\x18\x03 \x01(\tR\x04seed\x12 \n" +
+	"\vcertificate\x18\x04 \x01(\fR\vcertificate\x12\x16\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\"P\n" +
+	"\x04Lane\x12\x16\n" +
+	"\x06direct\x18\x01 \x01(\bR\x06direct\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"`\n" +
 	"\n" +
 	"Attachment\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
@@ -5290,7 +5656,7 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\tFileState\x12\x12\n" +
 	"\x04size\x18\x01 \x01(\x04R\x04size\x12\x19\n" +
 	"\bmtime_ns\x18\x02 \x01(\x03R\amtimeNs\x12\x16\n" +
-	"\x06digest\x18\x03 \x01(\tR\x06digest\"\x9a\x02\n" +
+	"\x06digest\x18\x03 \x01(\tR\x06digest\"\xcf\x02\n" +
 	"\x0eResolveRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x16\n" +
@@ -5298,7 +5664,8 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\aobjects\x18\x04 \x03(\v2\x1a.godwit.wire.v1.OpenObjectR\aobjects\x128\n" +
 	"\aoptions\x18\x05 \x01(\v2\x1e.godwit.wire.v1.MigrateOptionsR\aoptions\x12\x12\n" +
 	"\x04look\x18\x06 \x01(\bR\x04look\x12@\n" +
-	"\frequirements\x18\a \x01(\v2\x1c.godwit.wire.v1.RequirementsR\frequirements\"I\n" +
+	"\frequirements\x18\a \x01(\v2\x1c.godwit.wire.v1.RequirementsR\frequirements\x123\n" +
+	"\x06direct\x18P \x01(\v2\x1b.godwit.wire.v1.DirectOfferR\x06direct\"I\n" +
 	"\x05Entry\x12\x12\n" +
 	"\x04text\x18\x01 \x01(\tR\x04text\x12\x16\n" +
 	"\x06origin\x18\x02 \x01(\tR\x06origin\x12\x14\n" +
@@ -5306,13 +5673,15 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\bPresence\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12 \n" +
-	"\vdifferences\x18\x03 \x03(\tR\vdifferences\"\x97\x02\n" +
+	"\vdifferences\x18\x03 \x03(\tR\vdifferences\"\xd9\x02\n" +
 	"\fResolveReply\x12<\n" +
 	"\vresolutions\x18\x01 \x03(\v2\x1a.godwit.wire.v1.ResolutionR\vresolutions\x123\n" +
 	"\bproblems\x18\x02 \x03(\v2\x17.godwit.wire.v1.ProblemR\bproblems\x12/\n" +
 	"\aentries\x18\x03 \x03(\v2\x15.godwit.wire.v1.EntryR\aentries\x126\n" +
 	"\tpresences\x18\x04 \x03(\v2\x18.godwit.wire.v1.PresenceR\tpresences\x12+\n" +
-	"\x05error\x18\x05 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"\x9a\x02\n" +
+	"\x05error\x18\x05 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\x12(\n" +
+	"\x04lane\x18P \x01(\v2\x14.godwit.wire.v1.LaneR\x04lane\x12\x16\n" +
+	"\x06codecs\x18Q \x03(\tR\x06codecs\"\x9a\x02\n" +
 	"\x10PreflightRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x10\n" +
@@ -5321,29 +5690,33 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\vdestination\x18\x05 \x01(\tR\vdestination\x12\x1a\n" +
 	"\bdiscover\x18\x06 \x01(\bR\bdiscover\x12\x12\n" +
 	"\x04hash\x18\a \x01(\bR\x04hash\x12<\n" +
-	"\vresolutions\x18\x14 \x03(\v2\x1a.godwit.wire.v1.ResolutionR\vresolutions\"\xe2\x01\n" +
+	"\vresolutions\x18\x14 \x03(\v2\x1a.godwit.wire.v1.ResolutionR\vresolutions\"\x97\x02\n" +
 	"\x0ePreflightReply\x12@\n" +
 	"\frequirements\x18\x01 \x01(\v2\x1c.godwit.wire.v1.RequirementsR\frequirements\x12+\n" +
 	"\x04root\x18\x02 \x01(\v2\x17.godwit.wire.v1.ProcessR\x04root\x12+\n" +
 	"\x05error\x18\x03 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\x124\n" +
-	"\aobjects\x18\x04 \x03(\v2\x1a.godwit.wire.v1.OpenObjectR\aobjects\"\x8e\x02\n" +
+	"\aobjects\x18\x04 \x03(\v2\x1a.godwit.wire.v1.OpenObjectR\aobjects\x123\n" +
+	"\x06direct\x18P \x01(\v2\x1b.godwit.wire.v1.DirectOfferR\x06direct\"\xc3\x02\n" +
 	"\x0ePrepareRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x16\n" +
 	"\x06source\x18\x03 \x01(\tR\x06source\x12@\n" +
 	"\frequirements\x18\x04 \x01(\v2\x1c.godwit.wire.v1.RequirementsR\frequirements\x128\n" +
 	"\aoptions\x18\x05 \x01(\v2\x1e.godwit.wire.v1.MigrateOptionsR\aoptions\x12<\n" +
-	"\vresolutions\x18\x06 \x03(\v2\x1a.godwit.wire.v1.ResolutionR\vresolutions\"S\n" +
+	"\vresolutions\x18\x06 \x03(\v2\x1a.godwit.wire.v1.ResolutionR\vresolutions\x123\n" +
+	"\x06direct\x18P \x01(\v2\x1b.godwit.wire.v1.DirectOfferR\x06direct\"\x95\x01\n" +
 	"\fPrepareReply\x12\x16\n" +
 	"\x06stream\x18\x01 \x01(\tR\x06stream\x12+\n" +
-	"\x05error\x18\x02 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"h\n" +
+	"\x05error\x18\x02 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\x12(\n" +
+	"\x04lane\x18P \x01(\v2\x14.godwit.wire.v1.LaneR\x04lane\x12\x16\n" +
+	"\x06codecs\x18Q \x03(\tR\x06codecs\"h\n" +
 	"\x0eReserveRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x10\n" +
 	"\x03pid\x18\x03 \x01(\x05R\x03pid\x12\x18\n" +
 	"\arelease\x18\x04 \x01(\bR\arelease\";\n" +
 	"\fReserveReply\x12+\n" +
-	"\x05error\x18\x01 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"\xaf\x02\n" +
+	"\x05error\x18\x01 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"\xf1\x02\n" +
 	"\fStartRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x10\n" +
@@ -5352,7 +5725,9 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\vdestination\x18\x05 \x01(\tR\vdestination\x12\x16\n" +
 	"\x06stream\x18\x06 \x01(\tR\x06stream\x12<\n" +
 	"\vresolutions\x18\a \x03(\v2\x1a.godwit.wire.v1.ResolutionR\vresolutions\x12/\n" +
-	"\aentries\x18\b \x03(\v2\x15.godwit.wire.v1.EntryR\aentries\"9\n" +
+	"\aentries\x18\b \x03(\v2\x15.godwit.wire.v1.EntryR\aentries\x12(\n" +
+	"\x04lane\x18P \x01(\v2\x14.godwit.wire.v1.LaneR\x04lane\x12\x16\n" +
+	"\x06codecs\x18Q \x03(\tR\x06codecs\"9\n" +
 	"\n" +
 	"StartReply\x12+\n" +
 	"\x05error\x18\x01 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"6\n" +
@@ -5391,7 +5766,7 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x04Step\x12+\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x15.godwit.wire.v1.StateR\x05state\x12\x17\n" +
 	"\aunix_ms\x18\x02 \x01(\x03R\x06unixMs\x12\x0e\n" +
-	"\x02by\x18\x03 \x01(\tR\x02by\"\xf7\x05\n" +
+	"\x02by\x18\x03 \x01(\tR\x02by\"\xd0\x06\n" +
 	"\x06Report\x12\x1b\n" +
 	"\tfrozen_us\x18\x01 \x01(\x04R\bfrozenUs\x12\x1b\n" +
 	"\tfreeze_us\x18\x02 \x01(\x04R\bfreezeUs\x12\x17\n" +
@@ -5422,7 +5797,10 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\ffault_p50_us\x185 \x01(\x04R\n" +
 	"faultP50Us\x12 \n" +
 	"\ffault_p99_us\x186 \x01(\x04R\n" +
-	"faultP99Us\"\x97\x02\n" +
+	"faultP99Us\x12\x12\n" +
+	"\x04lane\x18P \x01(\tR\x04lane\x12 \n" +
+	"\vcompression\x18Q \x01(\tR\vcompression\x12!\n" +
+	"\fstream_bytes\x18R \x01(\x04R\vstreamBytes\"\x97\x02\n" +
 	"\bProgress\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12+\n" +
@@ -5495,7 +5873,17 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x12CODE_UNKNOWN_STATE\x10\b\x12\x10\n" +
 	"\fCODE_VERSION\x10\t\x12\r\n" +
 	"\tCODE_BUSY\x10\n" +
-	"*w\n" +
+	"*S\n" +
+	"\n" +
+	"LaneChoice\x12\x14\n" +
+	"\x10LANE_CHOICE_AUTO\x10\x00\x12\x16\n" +
+	"\x12LANE_CHOICE_DIRECT\x10\x01\x12\x17\n" +
+	"\x13LANE_CHOICE_CLUSTER\x10\x02*c\n" +
+	"\vCompression\x12\x14\n" +
+	"\x10COMPRESSION_AUTO\x10\x00\x12\x14\n" +
+	"\x10COMPRESSION_NONE\x10\x01\x12\x12\n" +
+	"\x0eCOMPRESSION_S2\x10\x02\x12\x14\n" +
+	"\x10COMPRESSION_ZSTD\x10\x03*w\n" +
 	"\bCopyMode\x12\x12\n" +
 	"\x0eCOPY_MODE_AUTO\x10\x00\x12\x15\n" +
 	"\x11COPY_MODE_PRECOPY\x10\x01\x12\x12\n" +
@@ -5541,145 +5929,157 @@ func file_wire_godwit_proto_rawDescGZIP() []byte {
 	return file_wire_godwit_proto_rawDescData
 }
 
-var file_wire_godwit_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
+var file_wire_godwit_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
+var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 57)
 var file_wire_godwit_proto_goTypes = []any{
 	(Code)(0),                // 0: godwit.wire.v1.Code
-	(CopyMode)(0),            // 1: godwit.wire.v1.CopyMode
-	(NoConverge)(0),          // 2: godwit.wire.v1.NoConverge
-	(State)(0),               // 3: godwit.wire.v1.State
-	(Owner)(0),               // 4: godwit.wire.v1.Owner
-	(*Object)(nil),           // 5: godwit.wire.v1.Object
-	(*Problem)(nil),          // 6: godwit.wire.v1.Problem
-	(*Error)(nil),            // 7: godwit.wire.v1.Error
-	(*AgentInfo)(nil),        // 8: godwit.wire.v1.AgentInfo
-	(*InfoRequest)(nil),      // 9: godwit.wire.v1.InfoRequest
-	(*InfoReply)(nil),        // 10: godwit.wire.v1.InfoReply
-	(*PsRequest)(nil),        // 11: godwit.wire.v1.PsRequest
-	(*Process)(nil),          // 12: godwit.wire.v1.Process
-	(*PsReply)(nil),          // 13: godwit.wire.v1.PsReply
-	(*ExternalFile)(nil),     // 14: godwit.wire.v1.ExternalFile
-	(*RequiredFile)(nil),     // 15: godwit.wire.v1.RequiredFile
-	(*RequiredTask)(nil),     // 16: godwit.wire.v1.RequiredTask
-	(*RequiredPort)(nil),     // 17: godwit.wire.v1.RequiredPort
-	(*Rlimit)(nil),           // 18: godwit.wire.v1.Rlimit
-	(*Requirements)(nil),     // 19: godwit.wire.v1.Requirements
-	(*Inherit)(nil),          // 20: godwit.wire.v1.Inherit
-	(*MigrateOptions)(nil),   // 21: godwit.wire.v1.MigrateOptions
-	(*Attachment)(nil),       // 22: godwit.wire.v1.Attachment
-	(*WindowSize)(nil),       // 23: godwit.wire.v1.WindowSize
-	(*ResizeRequest)(nil),    // 24: godwit.wire.v1.ResizeRequest
-	(*ResizeReply)(nil),      // 25: godwit.wire.v1.ResizeReply
-	(*Proxy)(nil),            // 26: godwit.wire.v1.Proxy
-	(*ProxyState)(nil),       // 27: godwit.wire.v1.ProxyState
-	(*Holder)(nil),           // 28: godwit.wire.v1.Holder
-	(*OpenObject)(nil),       // 29: godwit.wire.v1.OpenObject
-	(*JournalStream)(nil),    // 30: godwit.wire.v1.JournalStream
-	(*Resolution)(nil),       // 31: godwit.wire.v1.Resolution
-	(*FileState)(nil),        // 32: godwit.wire.v1.FileState
-	(*ResolveRequest)(nil),   // 33: godwit.wire.v1.ResolveRequest
-	(*Entry)(nil),            // 34: godwit.wire.v1.Entry
-	(*Presence)(nil),         // 35: godwit.wire.v1.Presence
-	(*ResolveReply)(nil),     // 36: godwit.wire.v1.ResolveReply
-	(*PreflightRequest)(nil), // 37: godwit.wire.v1.PreflightRequest
-	(*PreflightReply)(nil),   // 38: godwit.wire.v1.PreflightReply
-	(*PrepareRequest)(nil),   // 39: godwit.wire.v1.PrepareRequest
-	(*PrepareReply)(nil),     // 40: godwit.wire.v1.PrepareReply
-	(*ReserveRequest)(nil),   // 41: godwit.wire.v1.ReserveRequest
-	(*ReserveReply)(nil),     // 42: godwit.wire.v1.ReserveReply
-	(*StartRequest)(nil),     // 43: godwit.wire.v1.StartRequest
-	(*StartReply)(nil),       // 44: godwit.wire.v1.StartReply
-	(*AbortRequest)(nil),     // 45: godwit.wire.v1.AbortRequest
-	(*AbortReply)(nil),       // 46: godwit.wire.v1.AbortReply
-	(*Record)(nil),           // 47: godwit.wire.v1.Record
-	(*Step)(nil),             // 48: godwit.wire.v1.Step
-	(*Report)(nil),           // 49: godwit.wire.v1.Report
-	(*Progress)(nil),         // 50: godwit.wire.v1.Progress
-	(*PagesRequest)(nil),     // 51: godwit.wire.v1.PagesRequest
-	(*PagesReply)(nil),       // 52: godwit.wire.v1.PagesReply
-	(*PageRange)(nil),        // 53: godwit.wire.v1.PageRange
-	(*Item)(nil),             // 54: godwit.wire.v1.Item
-	(*Hello)(nil),            // 55: godwit.wire.v1.Hello
-	(*ImageEntry)(nil),       // 56: godwit.wire.v1.ImageEntry
-	(*ImagesDone)(nil),       // 57: godwit.wire.v1.ImagesDone
-	(*DataDone)(nil),         // 58: godwit.wire.v1.DataDone
-	(*StreamEnd)(nil),        // 59: godwit.wire.v1.StreamEnd
+	(LaneChoice)(0),          // 1: godwit.wire.v1.LaneChoice
+	(Compression)(0),         // 2: godwit.wire.v1.Compression
+	(CopyMode)(0),            // 3: godwit.wire.v1.CopyMode
+	(NoConverge)(0),          // 4: godwit.wire.v1.NoConverge
+	(State)(0),               // 5: godwit.wire.v1.State
+	(Owner)(0),               // 6: godwit.wire.v1.Owner
+	(*Object)(nil),           // 7: godwit.wire.v1.Object
+	(*Problem)(nil),          // 8: godwit.wire.v1.Problem
+	(*Error)(nil),            // 9: godwit.wire.v1.Error
+	(*AgentInfo)(nil),        // 10: godwit.wire.v1.AgentInfo
+	(*InfoRequest)(nil),      // 11: godwit.wire.v1.InfoRequest
+	(*InfoReply)(nil),        // 12: godwit.wire.v1.InfoReply
+	(*PsRequest)(nil),        // 13: godwit.wire.v1.PsRequest
+	(*Process)(nil),          // 14: godwit.wire.v1.Process
+	(*PsReply)(nil),          // 15: godwit.wire.v1.PsReply
+	(*ExternalFile)(nil),     // 16: godwit.wire.v1.ExternalFile
+	(*RequiredFile)(nil),     // 17: godwit.wire.v1.RequiredFile
+	(*RequiredTask)(nil),     // 18: godwit.wire.v1.RequiredTask
+	(*RequiredPort)(nil),     // 19: godwit.wire.v1.RequiredPort
+	(*Rlimit)(nil),           // 20: godwit.wire.v1.Rlimit
+	(*Requirements)(nil),     // 21: godwit.wire.v1.Requirements
+	(*Inherit)(nil),          // 22: godwit.wire.v1.Inherit
+	(*MigrateOptions)(nil),   // 23: godwit.wire.v1.MigrateOptions
+	(*DirectOffer)(nil),      // 24: godwit.wire.v1.DirectOffer
+	(*Lane)(nil),             // 25: godwit.wire.v1.Lane
+	(*Attachment)(nil),       // 26: godwit.wire.v1.Attachment
+	(*WindowSize)(nil),       // 27: godwit.wire.v1.WindowSize
+	(*ResizeRequest)(nil),    // 28: godwit.wire.v1.ResizeRequest
+	(*ResizeReply)(nil),      // 29: godwit.wire.v1.ResizeReply
+	(*Proxy)(nil),            // 30: godwit.wire.v1.Proxy
+	(*ProxyState)(nil),       // 31: godwit.wire.v1.ProxyState
+	(*Holder)(nil),           // 32: godwit.wire.v1.Holder
+	(*OpenObject)(nil),       // 33: godwit.wire.v1.OpenObject
+	(*JournalStream)(nil),    // 34: godwit.wire.v1.JournalStream
+	(*Resolution)(nil),       // 35: godwit.wire.v1.Resolution
+	(*FileState)(nil),        // 36: godwit.wire.v1.FileState
+	(*ResolveRequest)(nil),   // 37: godwit.wire.v1.ResolveRequest
+	(*Entry)(nil),            // 38: godwit.wire.v1.Entry
+	(*Presence)(nil),         // 39: godwit.wire.v1.Presence
+	(*ResolveReply)(nil),     // 40: godwit.wire.v1.ResolveReply
+	(*PreflightRequest)(nil), // 41: godwit.wire.v1.PreflightRequest
+	(*PreflightReply)(nil),   // 42: godwit.wire.v1.PreflightReply
+	(*PrepareRequest)(nil),   // 43: godwit.wire.v1.PrepareRequest
+	(*PrepareReply)(nil),     // 44: godwit.wire.v1.PrepareReply
+	(*ReserveRequest)(nil),   // 45: godwit.wire.v1.ReserveRequest
+	(*ReserveReply)(nil),     // 46: godwit.wire.v1.ReserveReply
+	(*StartRequest)(nil),     // 47: godwit.wire.v1.StartRequest
+	(*StartReply)(nil),       // 48: godwit.wire.v1.StartReply
+	(*AbortRequest)(nil),     // 49: godwit.wire.v1.AbortRequest
+	(*AbortReply)(nil),       // 50: godwit.wire.v1.AbortReply
+	(*Record)(nil),           // 51: godwit.wire.v1.Record
+	(*Step)(nil),             // 52: godwit.wire.v1.Step
+	(*Report)(nil),           // 53: godwit.wire.v1.Report
+	(*Progress)(nil),         // 54: godwit.wire.v1.Progress
+	(*PagesRequest)(nil),     // 55: godwit.wire.v1.PagesRequest
+	(*PagesReply)(nil),       // 56: godwit.wire.v1.PagesReply
+	(*PageRange)(nil),        // 57: godwit.wire.v1.PageRange
+	(*Item)(nil),             // 58: godwit.wire.v1.Item
+	(*Hello)(nil),            // 59: godwit.wire.v1.Hello
+	(*ImageEntry)(nil),       // 60: godwit.wire.v1.ImageEntry
+	(*ImagesDone)(nil),       // 61: godwit.wire.v1.ImagesDone
+	(*DataDone)(nil),         // 62: godwit.wire.v1.DataDone
+	(*StreamEnd)(nil),        // 63: godwit.wire.v1.StreamEnd
 }
 var file_wire_godwit_proto_depIdxs = []int32{
-	5,  // 0: godwit.wire.v1.Problem.object:type_name -> godwit.wire.v1.Object
+	7,  // 0: godwit.wire.v1.Problem.object:type_name -> godwit.wire.v1.Object
 	0,  // 1: godwit.wire.v1.Error.code:type_name -> godwit.wire.v1.Code
-	6,  // 2: godwit.wire.v1.Error.problems:type_name -> godwit.wire.v1.Problem
-	27, // 3: godwit.wire.v1.AgentInfo.proxies:type_name -> godwit.wire.v1.ProxyState
-	8,  // 4: godwit.wire.v1.InfoReply.info:type_name -> godwit.wire.v1.AgentInfo
-	7,  // 5: godwit.wire.v1.InfoReply.error:type_name -> godwit.wire.v1.Error
-	12, // 6: godwit.wire.v1.PsReply.processes:type_name -> godwit.wire.v1.Process
-	7,  // 7: godwit.wire.v1.PsReply.error:type_name -> godwit.wire.v1.Error
-	16, // 8: godwit.wire.v1.Requirements.tasks:type_name -> godwit.wire.v1.RequiredTask
-	15, // 9: godwit.wire.v1.Requirements.files:type_name -> godwit.wire.v1.RequiredFile
-	14, // 10: godwit.wire.v1.Requirements.externals:type_name -> godwit.wire.v1.ExternalFile
-	17, // 11: godwit.wire.v1.Requirements.ports:type_name -> godwit.wire.v1.RequiredPort
-	18, // 12: godwit.wire.v1.Requirements.rlimits:type_name -> godwit.wire.v1.Rlimit
-	20, // 13: godwit.wire.v1.MigrateOptions.inherit:type_name -> godwit.wire.v1.Inherit
-	26, // 14: godwit.wire.v1.MigrateOptions.proxied:type_name -> godwit.wire.v1.Proxy
-	22, // 15: godwit.wire.v1.MigrateOptions.attach:type_name -> godwit.wire.v1.Attachment
-	1,  // 16: godwit.wire.v1.MigrateOptions.copy_mode:type_name -> godwit.wire.v1.CopyMode
-	2,  // 17: godwit.wire.v1.MigrateOptions.no_converge:type_name -> godwit.wire.v1.NoConverge
-	23, // 18: godwit.wire.v1.Attachment.size:type_name -> godwit.wire.v1.WindowSize
-	23, // 19: godwit.wire.v1.ResizeRequest.size:type_name -> godwit.wire.v1.WindowSize
-	7,  // 20: godwit.wire.v1.ResizeReply.error:type_name -> godwit.wire.v1.Error
-	28, // 21: godwit.wire.v1.OpenObject.holders:type_name -> godwit.wire.v1.Holder
-	30, // 22: godwit.wire.v1.OpenObject.journal:type_name -> godwit.wire.v1.JournalStream
-	26, // 23: godwit.wire.v1.OpenObject.proxy:type_name -> godwit.wire.v1.Proxy
-	28, // 24: godwit.wire.v1.OpenObject.inherited:type_name -> godwit.wire.v1.Holder
-	29, // 25: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
-	26, // 26: godwit.wire.v1.Resolution.proxy:type_name -> godwit.wire.v1.Proxy
-	32, // 27: godwit.wire.v1.Resolution.have:type_name -> godwit.wire.v1.FileState
-	29, // 28: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
-	21, // 29: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	19, // 30: godwit.wire.v1.ResolveRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	31, // 31: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
-	6,  // 32: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
-	34, // 33: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
-	35, // 34: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
-	7,  // 35: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
-	21, // 36: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	31, // 37: godwit.wire.v1.PreflightRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	19, // 38: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
-	12, // 39: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
-	7,  // 40: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
-	29, // 41: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
-	19, // 42: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	21, // 43: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	31, // 44: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	7,  // 45: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
-	7,  // 46: godwit.wire.v1.ReserveReply.error:type_name -> godwit.wire.v1.Error
-	21, // 47: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	31, // 48: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	34, // 49: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
-	7,  // 50: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
-	7,  // 51: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
-	3,  // 52: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
-	4,  // 53: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
-	21, // 54: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
-	7,  // 55: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
-	48, // 56: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
-	49, // 57: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
-	49, // 58: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
-	3,  // 59: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
-	3,  // 60: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
-	7,  // 61: godwit.wire.v1.PagesReply.error:type_name -> godwit.wire.v1.Error
-	53, // 62: godwit.wire.v1.PagesReply.ranges:type_name -> godwit.wire.v1.PageRange
-	55, // 63: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
-	56, // 64: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
-	57, // 65: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
-	59, // 66: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
-	58, // 67: godwit.wire.v1.Item.data_done:type_name -> godwit.wire.v1.DataDone
-	7,  // 68: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
-	69, // [69:69] is the sub-list for method output_type
-	69, // [69:69] is the sub-list for method input_type
-	69, // [69:69] is the sub-list for extension type_name
-	69, // [69:69] is the sub-list for extension extendee
-	0,  // [0:69] is the sub-list for field type_name
+	8,  // 2: godwit.wire.v1.Error.problems:type_name -> godwit.wire.v1.Problem
+	31, // 3: godwit.wire.v1.AgentInfo.proxies:type_name -> godwit.wire.v1.ProxyState
+	10, // 4: godwit.wire.v1.InfoReply.info:type_name -> godwit.wire.v1.AgentInfo
+	9,  // 5: godwit.wire.v1.InfoReply.error:type_name -> godwit.wire.v1.Error
+	14, // 6: godwit.wire.v1.PsReply.processes:type_name -> godwit.wire.v1.Process
+	9,  // 7: godwit.wire.v1.PsReply.error:type_name -> godwit.wire.v1.Error
+	18, // 8: godwit.wire.v1.Requirements.tasks:type_name -> godwit.wire.v1.RequiredTask
+	17, // 9: godwit.wire.v1.Requirements.files:type_name -> godwit.wire.v1.RequiredFile
+	16, // 10: godwit.wire.v1.Requirements.externals:type_name -> godwit.wire.v1.ExternalFile
+	19, // 11: godwit.wire.v1.Requirements.ports:type_name -> godwit.wire.v1.RequiredPort
+	20, // 12: godwit.wire.v1.Requirements.rlimits:type_name -> godwit.wire.v1.Rlimit
+	22, // 13: godwit.wire.v1.MigrateOptions.inherit:type_name -> godwit.wire.v1.Inherit
+	30, // 14: godwit.wire.v1.MigrateOptions.proxied:type_name -> godwit.wire.v1.Proxy
+	26, // 15: godwit.wire.v1.MigrateOptions.attach:type_name -> godwit.wire.v1.Attachment
+	3,  // 16: godwit.wire.v1.MigrateOptions.copy_mode:type_name -> godwit.wire.v1.CopyMode
+	4,  // 17: godwit.wire.v1.MigrateOptions.no_converge:type_name -> godwit.wire.v1.NoConverge
+	1,  // 18: godwit.wire.v1.MigrateOptions.lane:type_name -> godwit.wire.v1.LaneChoice
+	2,  // 19: godwit.wire.v1.MigrateOptions.compression:type_name -> godwit.wire.v1.Compression
+	27, // 20: godwit.wire.v1.Attachment.size:type_name -> godwit.wire.v1.WindowSize
+	27, // 21: godwit.wire.v1.ResizeRequest.size:type_name -> godwit.wire.v1.WindowSize
+	9,  // 22: godwit.wire.v1.ResizeReply.error:type_name -> godwit.wire.v1.Error
+	32, // 23: godwit.wire.v1.OpenObject.holders:type_name -> godwit.wire.v1.Holder
+	34, // 24: godwit.wire.v1.OpenObject.journal:type_name -> godwit.wire.v1.JournalStream
+	30, // 25: godwit.wire.v1.OpenObject.proxy:type_name -> godwit.wire.v1.Proxy
+	32, // 26: godwit.wire.v1.OpenObject.inherited:type_name -> godwit.wire.v1.Holder
+	33, // 27: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
+	30, // 28: godwit.wire.v1.Resolution.proxy:type_name -> godwit.wire.v1.Proxy
+	36, // 29: godwit.wire.v1.Resolution.have:type_name -> godwit.wire.v1.FileState
+	33, // 30: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
+	23, // 31: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	21, // 32: godwit.wire.v1.ResolveRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	24, // 33: godwit.wire.v1.ResolveRequest.direct:type_name -> godwit.wire.v1.DirectOffer
+	35, // 34: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
+	8,  // 35: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
+	38, // 36: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
+	39, // 37: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
+	9,  // 38: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
+	25, // 39: godwit.wire.v1.ResolveReply.lane:type_name -> godwit.wire.v1.Lane
+	23, // 40: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	35, // 41: godwit.wire.v1.PreflightRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	21, // 42: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
+	14, // 43: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
+	9,  // 44: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
+	33, // 45: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
+	24, // 46: godwit.wire.v1.PreflightReply.direct:type_name -> godwit.wire.v1.DirectOffer
+	21, // 47: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	23, // 48: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	35, // 49: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	24, // 50: godwit.wire.v1.PrepareRequest.direct:type_name -> godwit.wire.v1.DirectOffer
+	9,  // 51: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
+	25, // 52: godwit.wire.v1.PrepareReply.lane:type_name -> godwit.wire.v1.Lane
+	9,  // 53: godwit.wire.v1.ReserveReply.error:type_name -> godwit.wire.v1.Error
+	23, // 54: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	35, // 55: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	38, // 56: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
+	25, // 57: godwit.wire.v1.StartRequest.lane:type_name -> godwit.wire.v1.Lane
+	9,  // 58: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
+	9,  // 59: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
+	5,  // 60: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
+	6,  // 61: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
+	23, // 62: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
+	9,  // 63: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
+	52, // 64: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
+	53, // 65: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
+	53, // 66: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
+	5,  // 67: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
+	5,  // 68: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
+	9,  // 69: godwit.wire.v1.PagesReply.error:type_name -> godwit.wire.v1.Error
+	57, // 70: godwit.wire.v1.PagesReply.ranges:type_name -> godwit.wire.v1.PageRange
+	59, // 71: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
+	60, // 72: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
+	61, // 73: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
+	63, // 74: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
+	62, // 75: godwit.wire.v1.Item.data_done:type_name -> godwit.wire.v1.DataDone
+	9,  // 76: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
+	77, // [77:77] is the sub-list for method output_type
+	77, // [77:77] is the sub-list for method input_type
+	77, // [77:77] is the sub-list for extension type_name
+	77, // [77:77] is the sub-list for extension extendee
+	0,  // [0:77] is the sub-list for field type_name
 }
 
 func init() { file_wire_godwit_proto_init() }
@@ -5687,7 +6087,7 @@ func file_wire_godwit_proto_init() {
 	if File_wire_godwit_proto != nil {
 		return
 	}
-	file_wire_godwit_proto_msgTypes[49].OneofWrappers = []any{
+	file_wire_godwit_proto_msgTypes[51].OneofWrappers = []any{
 		(*Item_Hello)(nil),
 		(*Item_Entry)(nil),
 		(*Item_Facts)(nil),
@@ -5701,8 +6101,8 @@ func file_wire_godwit_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wire_godwit_proto_rawDesc), len(file_wire_godwit_proto_rawDesc)),
-			NumEnums:      5,
-			NumMessages:   55,
+			NumEnums:      7,
+			NumMessages:   57,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -93,7 +93,7 @@ func TestFrames(t *testing.T) {
 		"wrong lane": {Type: FrameData, Lane: 0, Lanes: 3, Seq: 10},
 		"no lanes":   {Type: FramePing},
 		"many lanes": {Type: FramePing, Lanes: MaxLanes + 1},
-		"type":       {Type: 8, Lanes: 1},
+		"type":       {Type: 9, Lanes: 1},
 	} {
 		if _, _, err := ParseFrame(bad.Frame(nil)); !errors.Is(err, ErrCorrupt) {
 			t.Errorf("%s: %v", name, err)
@@ -111,6 +111,7 @@ func TestFrameBodies(t *testing.T) {
 			Window: rapid.Uint64().Draw(t, "window"),
 			Resend: rapid.Bool().Draw(t, "resend"),
 			Done:   rapid.Bool().Draw(t, "done"),
+			Cut:    rapid.Bool().Draw(t, "cut"),
 			Next:   rapid.SliceOfN(rapid.Uint64(), 1, MaxLanes).Draw(t, "next"),
 		}
 		got, err := ParseAckBody(a.Append(nil))
@@ -124,7 +125,7 @@ func TestFrameBodies(t *testing.T) {
 			t.Errorf("total: %v %s", err, diff)
 		}
 	})
-	for _, b := range [][]byte{nil, make([]byte, 17), append(make([]byte, 16), 4, 0), append(make([]byte, 16), 0, 1)} {
+	for _, b := range [][]byte{nil, make([]byte, 17), append(make([]byte, 16), 8, 0), append(make([]byte, 16), 0, 1)} {
 		if _, err := ParseAckBody(b); !errors.Is(err, ErrCorrupt) {
 			t.Errorf("ack %x: %v", b, err)
 		}

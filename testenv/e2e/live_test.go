@@ -73,7 +73,7 @@ func TestLiveChurn(t *testing.T) {
 	for i := range 5 {
 		var slowly []string
 		if i%2 == 1 { // so that more changes while it is on its way
-			slowly = []string{"--bandwidth", "40MiB/s"}
+			slowly = []string{"--bandwidth", "40MiB/s", "--compress", "none"}
 		}
 		live(ctx, t, f, r, 1, slowly...)
 		goes(ctx, t, r, 50)
@@ -147,7 +147,7 @@ func TestLiveNoConverge(t *testing.T) {
 	ctx := deadline(t, 3*time.Minute)
 	f, alpha, beta := newFleet(ctx, t)
 	r := selfcheck(ctx, t, alpha, newDir(t), "dirtier", "24", "200")
-	args := []string{"--mode", fleet.PreCopy, "--bandwidth", "30MiB/s", "--max-rounds", "6", "--on-no-converge"}
+	args := []string{"--mode", fleet.PreCopy, "--bandwidth", "30MiB/s", "--compress", "none", "--max-rounds", "6", "--on-no-converge"}
 
 	m, res, err := f.Migrate(ctx, "alpha", r.Pid, "beta", append(args, "abort")...)
 	if err != nil {
@@ -195,7 +195,7 @@ func TestLiveAbort(t *testing.T) {
 	ctx := deadline(t, 2*time.Minute)
 	f, alpha, beta := newFleet(ctx, t)
 	r := selfcheck(ctx, t, alpha, newDir(t), "dirtier", "64", "10")
-	res, err := f.Run(ctx, "migrate", fmt.Sprintf("alpha:%d", r.Pid), "beta", "--mode", fleet.PreCopy, "--bandwidth", "5MiB/s", "--detach")
+	res, err := f.Run(ctx, "migrate", fmt.Sprintf("alpha:%d", r.Pid), "beta", "--mode", fleet.PreCopy, "--bandwidth", "5MiB/s", "--compress", "none", "--detach")
 	if err != nil || res.Code != 0 {
 		t.Fatalf("exit code %d, %s, %v", res.Code, res.Stderr, err)
 	}

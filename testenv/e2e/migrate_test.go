@@ -180,12 +180,12 @@ func TestMigrateGiB(t *testing.T) {
 		if m.FrozenMS == nil {
 			t.Fatal("no frozen time is reported")
 		}
-		t.Logf("to %s: %d bytes, total %.1f ms, frozen %.1f ms, observed gap %.1f ms", r.Host.Name(), m.Bytes, m.TotalMS, *m.FrozenMS, seen)
+		t.Logf("to %s: %d bytes (%s), total %.1f ms, frozen %.1f ms, observed gap %.1f ms", r.Host.Name(), m.Bytes, m.SourceReport.Compression, m.TotalMS, *m.FrozenMS, seen)
 		if m.TotalMS > float64(time.Since(begin).Milliseconds()) || m.TotalMS < *m.FrozenMS {
 			t.Errorf("total time %.1f ms does not fit frozen time %.1f ms and %v for the command", m.TotalMS, *m.FrozenMS, time.Since(begin))
 		}
-		if m.Bytes < 1<<30 || m.Pages < 1<<18 {
-			t.Errorf("%d bytes and %d pages were reported for 1 GiB", m.Bytes, m.Pages)
+		if n := m.SourceReport.StreamBytes; n < 1<<30 || m.Pages < 1<<18 {
+			t.Errorf("%d bytes and %d pages were reported for 1 GiB", n, m.Pages)
 		}
 		return agree("frozen time", *m.FrozenMS, seen)
 	})
@@ -370,7 +370,7 @@ func launch(ctx context.Context, t *testing.T, f *fleet.Fleet, r *workloads.Run,
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &inFlight{cmd: f.Godwit(ctx, "migrate", fmt.Sprintf("%s:%d", r.Host.Name(), r.Pid), to, "--output", "json", "--bandwidth", "25MiB/s")}
+	m := &inFlight{cmd: f.Godwit(ctx, "migrate", fmt.Sprintf("%s:%d", r.Host.Name(), r.Pid), to, "--output", "json", "--bandwidth", "25MiB/s", "--compress", "none")}
 	m.cmd.Stdout, m.cmd.Stderr = &m.stdout, &m.stderr
 	if err := m.cmd.Start(); err != nil {
 		t.Fatal(err)

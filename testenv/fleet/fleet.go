@@ -124,6 +124,12 @@ func (f *Fleet) keys() (ready, error) {
 	return readReady(filepath.Join(f.Dir, fmt.Sprintf("serve-%d.json", f.starts)))
 }
 
+// OperatorKey is the file with the seed that commands use; empty: the bus demands none.
+func (f *Fleet) OperatorKey() (string, error) {
+	k, err := f.keys()
+	return k.OperatorKey, err
+}
+
 // environ is an environment without settings of the programs under test.
 func environ() []string {
 	var env []string
@@ -287,10 +293,14 @@ type Migration struct {
 	FrozenClock string   `json:"frozen_clock"`
 	Bytes       uint64   `json:"bytes"`
 	Pages       uint64   `json:"pages"`
+	ResentBytes uint64   `json:"resent_bytes"`
 	ExitCode    int      `json:"exit_code"`
 	Reason      string   `json:"reason"`
 	// SourceReport is what the source measured.
 	SourceReport *struct {
+		Lane         string `json:"lane"`
+		Compression  string `json:"compression"`
+		StreamBytes  uint64 `json:"stream_bytes"`
 		Rounds       int    `json:"rounds"`
 		PrecopyBytes uint64 `json:"precopy_bytes"`
 		CopyNote     string `json:"copy_note"`
