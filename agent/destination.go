@@ -191,7 +191,7 @@ func (d *destination) receive() error {
 	defer stop()
 	go d.session.report(ctx, d.in, d.src.pages.Load, d.req.Requirements.MemoryBytes)
 
-	d.src.outlined = func() {
+	d.src.begun = func() {
 		d.enter(wire.State_STATE_PRE_COPYING)
 		d.point("outlined")
 	}

@@ -265,17 +265,13 @@ func readAllOf(c chunkReader) error {
 	if _, err := src.hello(ctx, time.Minute); err != nil {
 		return err
 	}
-	if o, err := src.Outline(ctx); err != nil {
-		return err
-	} else if o != nil {
-		for {
-			_, _, _, err := src.Early(ctx)
-			if errors.Is(err, io.EOF) {
-				break
-			}
-			if err != nil {
-				return err
-			}
+	for {
+		_, err := src.Early(ctx)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
 		}
 	}
 	if _, err := src.Images(ctx); err != nil {

@@ -4083,6 +4083,8 @@ type Report struct {
 	PrecopyBytes        uint64                 `protobuf:"varint,16,opt,name=precopy_bytes,json=precopyBytes,proto3" json:"precopy_bytes,omitempty"`                          // source: of memory that travelled before the freeze
 	DirtyBytesPerSecond uint64                 `protobuf:"varint,17,opt,name=dirty_bytes_per_second,json=dirtyBytesPerSecond,proto3" json:"dirty_bytes_per_second,omitempty"` // source: at which the tree wrote to new pages in the last round
 	CopyNote            string                 `protobuf:"bytes,18,opt,name=copy_note,json=copyNote,proto3" json:"copy_note,omitempty"`                                       // source: why it was not as asked for, empty if it was
+	EarlyFileBytes      uint64                 `protobuf:"varint,60,opt,name=early_file_bytes,json=earlyFileBytes,proto3" json:"early_file_bytes,omitempty"`                  // source: content of carried files that travelled before the freeze
+	FrozenFileBytes     uint64                 `protobuf:"varint,61,opt,name=frozen_file_bytes,json=frozenFileBytes,proto3" json:"frozen_file_bytes,omitempty"`               // source: content of carried files that travelled while the tree was frozen
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
 }
@@ -4243,6 +4245,20 @@ func (x *Report) GetCopyNote() string {
 	return ""
 }
 
+func (x *Report) GetEarlyFileBytes() uint64 {
+	if x != nil {
+		return x.EarlyFileBytes
+	}
+	return 0
+}
+
+func (x *Report) GetFrozenFileBytes() uint64 {
+	if x != nil {
+		return x.FrozenFileBytes
+	}
+	return 0
+}
+
 // Progress is published while a migration goes on; it is never stored.
 type Progress struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -4365,6 +4381,7 @@ type Item struct {
 	//	*Item_End
 	//	*Item_Outline
 	//	*Item_DataDone
+	//	*Item_EarlyFile
 	Item          isItem_Item `protobuf_oneof:"item"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4470,6 +4487,15 @@ func (x *Item) GetDataDone() *DataDone {
 	return nil
 }
 
+func (x *Item) GetEarlyFile() *EarlyFile {
+	if x != nil {
+		if x, ok := x.Item.(*Item_EarlyFile); ok {
+			return x.EarlyFile
+		}
+	}
+	return nil
+}
+
 type isItem_Item interface {
 	isItem_Item()
 }
@@ -4502,6 +4528,10 @@ type Item_DataDone struct {
 	DataDone *DataDone `protobuf:"bytes,7,opt,name=data_done,json=dataDone,proto3,oneof"` // after it only the end follows
 }
 
+type Item_EarlyFile struct {
+	EarlyFile *EarlyFile `protobuf:"bytes,60,opt,name=early_file,json=earlyFile,proto3,oneof"` // content of a file comes before the images
+}
+
 func (*Item_Hello) isItem_Item() {}
 
 func (*Item_Entry) isItem_Item() {}
@@ -4515,6 +4545,8 @@ func (*Item_End) isItem_Item() {}
 func (*Item_Outline) isItem_Item() {}
 
 func (*Item_DataDone) isItem_Item() {}
+
+func (*Item_EarlyFile) isItem_Item() {}
 
 type Hello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -4732,6 +4764,75 @@ func (*DataDone) Descriptor() ([]byte, []int) {
 	return file_wire_godwit_proto_rawDescGZIP(), []int{50}
 }
 
+// EarlyFile is a file that travels with its content, which begins to travel before the images.
+type EarlyFile struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            uint32                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`                          // of its data until the images
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`                       // where it is to be placed
+	MtimeNs       int64                  `protobuf:"varint,3,opt,name=mtime_ns,json=mtimeNs,proto3" json:"mtime_ns,omitempty"` // since 1970
+	Size          uint64                 `protobuf:"varint,4,opt,name=size,proto3" json:"size,omitempty"`                      // bytes
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EarlyFile) Reset() {
+	*x = EarlyFile{}
+	mi := &file_wire_godwit_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EarlyFile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EarlyFile) ProtoMessage() {}
+
+func (x *EarlyFile) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EarlyFile.ProtoReflect.Descriptor instead.
+func (*EarlyFile) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *EarlyFile) GetId() uint32 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *EarlyFile) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *EarlyFile) GetMtimeNs() int64 {
+	if x != nil {
+		return x.MtimeNs
+	}
+	return 0
+}
+
+func (x *EarlyFile) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
 type StreamEnd struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	DataBytes     uint64                 `protobuf:"varint,1,opt,name=data_bytes,json=dataBytes,proto3" json:"data_bytes,omitempty"`
@@ -4743,7 +4844,7 @@ type StreamEnd struct {
 
 func (x *StreamEnd) Reset() {
 	*x = StreamEnd{}
-	mi := &file_wire_godwit_proto_msgTypes[51]
+	mi := &file_wire_godwit_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4755,7 +4856,7 @@ func (x *StreamEnd) String() string {
 func (*StreamEnd) ProtoMessage() {}
 
 func (x *StreamEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[51]
+	mi := &file_wire_godwit_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4768,7 +4869,7 @@ func (x *StreamEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamEnd.ProtoReflect.Descriptor instead.
 func (*StreamEnd) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{51}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *StreamEnd) GetDataBytes() uint64 {
@@ -5134,7 +5235,7 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x04Step\x12+\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x15.godwit.wire.v1.StateR\x05state\x12\x17\n" +
 	"\aunix_ms\x18\x02 \x01(\x03R\x06unixMs\x12\x0e\n" +
-	"\x02by\x18\x03 \x01(\tR\x02by\"\xdd\x04\n" +
+	"\x02by\x18\x03 \x01(\tR\x02by\"\xb3\x05\n" +
 	"\x06Report\x12\x1b\n" +
 	"\tfrozen_us\x18\x01 \x01(\x04R\bfrozenUs\x12\x1b\n" +
 	"\tfreeze_us\x18\x02 \x01(\x04R\bfreezeUs\x12\x17\n" +
@@ -5157,7 +5258,9 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"precopy_us\x18\x0f \x01(\x04R\tprecopyUs\x12#\n" +
 	"\rprecopy_bytes\x18\x10 \x01(\x04R\fprecopyBytes\x123\n" +
 	"\x16dirty_bytes_per_second\x18\x11 \x01(\x04R\x13dirtyBytesPerSecond\x12\x1b\n" +
-	"\tcopy_note\x18\x12 \x01(\tR\bcopyNote\"\x97\x02\n" +
+	"\tcopy_note\x18\x12 \x01(\tR\bcopyNote\x12(\n" +
+	"\x10early_file_bytes\x18< \x01(\x04R\x0eearlyFileBytes\x12*\n" +
+	"\x11frozen_file_bytes\x18= \x01(\x04R\x0ffrozenFileBytes\"\x97\x02\n" +
 	"\bProgress\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12+\n" +
@@ -5170,7 +5273,7 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"pages_done\x18\x06 \x01(\x04R\tpagesDone\x12(\n" +
 	"\x10bytes_per_second\x18\a \x01(\x04R\x0ebytesPerSecond\x12\x17\n" +
 	"\aunix_ms\x18\b \x01(\x03R\x06unixMs\x12\x18\n" +
-	"\amessage\x18\t \x01(\tR\amessage\"\xcc\x02\n" +
+	"\amessage\x18\t \x01(\tR\amessage\"\x88\x03\n" +
 	"\x04Item\x12-\n" +
 	"\x05hello\x18\x01 \x01(\v2\x15.godwit.wire.v1.HelloH\x00R\x05hello\x122\n" +
 	"\x05entry\x18\x02 \x01(\v2\x1a.godwit.wire.v1.ImageEntryH\x00R\x05entry\x12\x16\n" +
@@ -5179,7 +5282,9 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"imagesDone\x12-\n" +
 	"\x03end\x18\x05 \x01(\v2\x19.godwit.wire.v1.StreamEndH\x00R\x03end\x12\x1a\n" +
 	"\aoutline\x18\x06 \x01(\fH\x00R\aoutline\x127\n" +
-	"\tdata_done\x18\a \x01(\v2\x18.godwit.wire.v1.DataDoneH\x00R\bdataDoneB\x06\n" +
+	"\tdata_done\x18\a \x01(\v2\x18.godwit.wire.v1.DataDoneH\x00R\bdataDone\x12:\n" +
+	"\n" +
+	"early_file\x18< \x01(\v2\x19.godwit.wire.v1.EarlyFileH\x00R\tearlyFileB\x06\n" +
 	"\x04item\"e\n" +
 	"\x05Hello\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
@@ -5196,7 +5301,12 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"ImagesDone\x12\x18\n" +
 	"\aentries\x18\x01 \x01(\x04R\aentries\"\n" +
 	"\n" +
-	"\bDataDone\"m\n" +
+	"\bDataDone\"^\n" +
+	"\tEarlyFile\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\rR\x02id\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x19\n" +
+	"\bmtime_ns\x18\x03 \x01(\x03R\amtimeNs\x12\x12\n" +
+	"\x04size\x18\x04 \x01(\x04R\x04size\"m\n" +
 	"\tStreamEnd\x12\x1d\n" +
 	"\n" +
 	"data_bytes\x18\x01 \x01(\x04R\tdataBytes\x12\x14\n" +
@@ -5257,7 +5367,7 @@ func file_wire_godwit_proto_rawDescGZIP() []byte {
 }
 
 var file_wire_godwit_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
+var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
 var file_wire_godwit_proto_goTypes = []any{
 	(Code)(0),                // 0: godwit.wire.v1.Code
 	(CopyMode)(0),            // 1: godwit.wire.v1.CopyMode
@@ -5315,7 +5425,8 @@ var file_wire_godwit_proto_goTypes = []any{
 	(*ImageEntry)(nil),       // 53: godwit.wire.v1.ImageEntry
 	(*ImagesDone)(nil),       // 54: godwit.wire.v1.ImagesDone
 	(*DataDone)(nil),         // 55: godwit.wire.v1.DataDone
-	(*StreamEnd)(nil),        // 56: godwit.wire.v1.StreamEnd
+	(*EarlyFile)(nil),        // 56: godwit.wire.v1.EarlyFile
+	(*StreamEnd)(nil),        // 57: godwit.wire.v1.StreamEnd
 }
 var file_wire_godwit_proto_depIdxs = []int32{
 	5,  // 0: godwit.wire.v1.Problem.object:type_name -> godwit.wire.v1.Object
@@ -5382,14 +5493,15 @@ var file_wire_godwit_proto_depIdxs = []int32{
 	52, // 61: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
 	53, // 62: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
 	54, // 63: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
-	56, // 64: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
+	57, // 64: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
 	55, // 65: godwit.wire.v1.Item.data_done:type_name -> godwit.wire.v1.DataDone
-	7,  // 66: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
-	67, // [67:67] is the sub-list for method output_type
-	67, // [67:67] is the sub-list for method input_type
-	67, // [67:67] is the sub-list for extension type_name
-	67, // [67:67] is the sub-list for extension extendee
-	0,  // [0:67] is the sub-list for field type_name
+	56, // 66: godwit.wire.v1.Item.early_file:type_name -> godwit.wire.v1.EarlyFile
+	7,  // 67: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
+	68, // [68:68] is the sub-list for method output_type
+	68, // [68:68] is the sub-list for method input_type
+	68, // [68:68] is the sub-list for extension type_name
+	68, // [68:68] is the sub-list for extension extendee
+	0,  // [0:68] is the sub-list for field type_name
 }
 
 func init() { file_wire_godwit_proto_init() }
@@ -5405,6 +5517,7 @@ func file_wire_godwit_proto_init() {
 		(*Item_End)(nil),
 		(*Item_Outline)(nil),
 		(*Item_DataDone)(nil),
+		(*Item_EarlyFile)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -5412,7 +5525,7 @@ func file_wire_godwit_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wire_godwit_proto_rawDesc), len(file_wire_godwit_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   52,
+			NumMessages:   53,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

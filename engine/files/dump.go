@@ -52,6 +52,8 @@ type Options struct {
 	ExtUnixSk bool
 	// Elsewhere: the tree goes to another host. Files of POSIX shared memory go with it.
 	Elsewhere bool
+	// Early is what the other side has of files that travel; nil: nothing.
+	Early *EarlyCopy
 	// Ends: the tree does not run on after the dump. Only then is data that waits
 	// in connections not accepted yet carried: to read it, they are accepted.
 	Ends bool
@@ -77,6 +79,11 @@ type Data struct {
 	Sum  bool
 	path string // in the absence of File
 	ino  inodeID
+
+	early   *earlyFile // the content that was sent already; nil: none
+	version version
+	mapped  bool   // CarriedFile has it
+	buf     []byte // of a block
 }
 
 // Open gives the content, for the caller to close.
@@ -252,10 +259,15 @@ type Dumper struct {
 	waiting  int                   // bytes of datagrams that travel
 	accepted LostConnections       // that the tree lacks if it runs on
 	data     []Data
-	buf      []byte // for what is queued in sockets
-	refusal  refuse.Refusal
-	lastID   uint32
-	done     bool
+	// carriedFiles are the regular files that travel with their names; tooMuch: they
+	// are more than may.
+	carriedFiles   []CarriedFile
+	tooMuch        bool
+	mappedWritable map[inodeID]bool // nil: not looked at yet
+	buf            []byte           // for what is queued in sockets
+	refusal        refuse.Refusal
+	lastID         uint32
+	done           bool
 }
 
 // fdSlot is one descriptor of a table.
