@@ -32,6 +32,10 @@ type source struct {
 	sink *streamSink
 	tree engine.Tree
 	live engine.Live // the copy of the running tree; nil: there is none
+	// early is what the other side has of the files that travel; nil: none do.
+	early *engine.EarlyCopy
+	// pages: memory travels while the tree runs.
+	pages bool
 	// confirm compares the frozen tree with what was planned; it may be nil.
 	confirm func([]plan.Object) []engine.Problem
 	// leaving are the proxies of the tree.
@@ -273,7 +277,11 @@ func (s *source) begin() (touched bool, err error) {
 		return true, err
 	}
 	first := wire.State_STATE_FREEZING
-	if s.wantsPrecopy(rec) {
+	s.pages = s.wantsPrecopy(rec)
+	if len(carried(s.req.Resolutions)) > 0 {
+		s.early = engine.NewEarlyCopy()
+	}
+	if s.pages || s.early != nil {
 		first = wire.State_STATE_PRE_COPYING
 	}
 	s.memory = rec.MemoryBytes
@@ -293,7 +301,7 @@ func limit(ctx context.Context, d time.Duration) context.Context {
 // freeze stops the tree. If it fails the tree runs.
 func (s *source) freeze() error {
 	o := s.a.dumpOptions(s.req.Options, s.req.Resolutions)
-	o.Confirm, o.Live = s.confirm, s.live
+	o.Confirm, o.Live, o.Early = s.confirm, s.live, s.early
 	frozen := s.a.cfg.Timeouts.Frozen
 	if ms := s.req.Options.GetTimeoutMs(); ms > 0 {
 		frozen = time.Duration(ms) * time.Millisecond
@@ -379,6 +387,7 @@ func (s *source) copy() error {
 	if !stats.FrozenAt.IsZero() {
 		s.frozenAt = stats.FrozenAt
 	}
+	s.report.FrozenFileBytes = stats.CarriedBytes
 	s.report.FreezeUs, s.report.DumpUs = us(stats.FreezeDur), us(stats.DumpDur)
 	if err != nil {
 		return s.because(fmt.Errorf("copy the tree of pid %d to %s: %w", s.req.Pid, s.req.Destination, err))

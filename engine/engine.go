@@ -340,6 +340,8 @@ type Standing interface {
 	Root() int
 	// Pids are all processes on this host.
 	Pids() []int
+	// Waiting lists the files that Run places.
+	Waiting() ([]Waiting, error)
 	// Run lets all tasks go. After it returned nil the tree is its own.
 	Run() error
 	// RunStopped is Run that leaves every process stopped by SIGSTOP, before

@@ -60,8 +60,8 @@ func NewEarlyFiles(places []plan.Place, mark string) (*EarlyFiles, error) {
 	return e, checkPlaces(e.places)
 }
 
-// tempName makes a name for what waits beside its place.
-func tempName(mark string) string {
+// TempName makes a name for what waits beside its place.
+func TempName(mark string) string {
 	if mark != "" {
 		mark += "-"
 	}
@@ -85,7 +85,7 @@ func (e *EarlyFiles) Announce(f *image.EarlyFile) error {
 	if err != nil {
 		return err
 	}
-	l := &earlyLanding{path: f.Path, place: place, mtime: f.MTimeNS, temp: tempName(e.mark), size: f.Size, blocks: map[uint64]uint64{}}
+	l := &earlyLanding{path: f.Path, place: place, mtime: f.MTimeNS, temp: TempName(e.mark), size: f.Size, blocks: map[uint64]uint64{}}
 	err = e.make(l, at)
 	if err != nil {
 		return fmt.Errorf("make a file for the content of %s: %w", f.Path, noRoom(err))

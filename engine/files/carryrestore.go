@@ -179,7 +179,7 @@ func (g *ghostFile) make(r *Restorer) error {
 	}
 	defer func() { _ = dir.Close() }()
 	name := filepath.Base(g.facts.Named.Path)
-	c := &carriedFile{at: g.at, name: name, temp: tempName(r.opts.Mark), typ: g.typ(), replace: g.facts.Named.Replace}
+	c := &carriedFile{at: g.at, name: name, temp: TempName(r.opts.Mark), typ: g.typ(), replace: g.facts.Named.Replace}
 	fd, flags := int(dir.Fd()), unix.O_PATH
 	switch g.typ() {
 	case unix.S_IFREG:
@@ -230,7 +230,7 @@ func (g *ghostFile) make(r *Restorer) error {
 
 // link gives a file one more name, beside its place; dir is where the first is.
 func (g *ghostFile) link(r *Restorer, dir int, at spot, name string) error {
-	c := &carriedFile{at: at, name: name, temp: tempName(r.opts.Mark), typ: unix.S_IFREG, replace: g.temp.replace}
+	c := &carriedFile{at: at, name: name, temp: TempName(r.opts.Mark), typ: unix.S_IFREG, replace: g.temp.replace}
 	err := c.in(func(fd int) error { return unix.Linkat(dir, g.temp.temp, fd, c.temp, 0) })
 	if err != nil {
 		return fmt.Errorf("link %s: %w", c.path(), err)

@@ -946,6 +946,9 @@ func (t *Tree) Pids() []int { return t.pids }
 // Init is the pid of the first process of a new pid namespace, else 0.
 func (t *Tree) Init() int { return t.init }
 
+// Waiting lists the files that Run places.
+func (t *Tree) Waiting() ([]files.Waiting, error) { return t.carried.Waiting() }
+
 // Run lets all tasks go. It may be called once.
 func (t *Tree) Run() error { return t.run(false) }
 
