@@ -110,6 +110,9 @@ type reportDoc struct {
 	PrecopyBytes        uint64  `json:"precopy_bytes,omitempty"`
 	DirtyBytesPerSecond uint64  `json:"dirty_bytes_per_second,omitempty"`
 	CopyNote            string  `json:"copy_note,omitempty"`
+	// Of files that travel with their content, by the source.
+	EarlyFileBytes  uint64 `json:"early_file_bytes,omitempty"`
+	FrozenFileBytes uint64 `json:"frozen_file_bytes,omitempty"`
 }
 
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
@@ -131,6 +134,7 @@ func newReportDoc(r *wire.Report) *reportDoc {
 		RestoreMS: ms(r.RestoreUs), ResumeMS: ms(r.ResumeUs), Bytes: r.Bytes, Pages: r.Pages, ResentBytes: r.ResentBytes,
 		BytesPerSecond: r.BytesPerSecond, FrozenAt: at(r.FrozenAtUnixUs), ResumedAt: at(r.ResumedAtUnixUs), PeakRSSBytes: r.PeakRssBytes,
 		Rounds: r.Rounds, PrecopyMS: ms(r.PrecopyUs), PrecopyBytes: r.PrecopyBytes, DirtyBytesPerSecond: r.DirtyBytesPerSecond, CopyNote: r.CopyNote,
+		EarlyFileBytes: r.EarlyFileBytes, FrozenFileBytes: r.FrozenFileBytes,
 	}
 }
 
@@ -216,6 +220,9 @@ func printReport(w io.Writer, r *wire.Record, total time.Duration) error {
 			s += fmt.Sprintf(", which wrote to %s of new pages", formatRate(src.DirtyBytesPerSecond))
 		}
 		line("pre-copy", "%s", s)
+	}
+	if src.GetEarlyFileBytes() != 0 || src.GetFrozenFileBytes() != 0 {
+		line("files", "%s of their content while the tree ran, %s while it was frozen", formatBytes(src.EarlyFileBytes), formatBytes(src.FrozenFileBytes))
 	}
 	if note := src.GetCopyNote(); note != "" {
 		line("note", "%s", printable(note))
