@@ -174,6 +174,7 @@ func (d *Dumper) dumpWished(o *object) error {
 	case err != nil:
 		return err
 	case same:
+		d.kept[inode(&o.stat)] = path
 		o.noteHint()
 		o.path = path
 		e := d.regEntry(o, o.id, path)
@@ -426,6 +427,9 @@ func (d *Dumper) carryBelow(t *carriedTree, path, to string, st *unix.Stat_t) er
 	case typ == unix.S_IFCHR, typ == unix.S_IFBLK:
 		d.refuseTree(t, path, "it is to travel with the directory that it is in, but is a device")
 		return nil
+	}
+	if d.kept[inode(st)] == to {
+		return nil // it is at its place already
 	}
 	known := d.ghosts[inode(st)]
 	if known != nil && typ == unix.S_IFREG && known.facts.Named != nil && known.facts.Named.Path != to {

@@ -263,8 +263,9 @@ type Dumper struct {
 	// are more than may.
 	carriedFiles   []CarriedFile
 	tooMuch        bool
-	mappedWritable map[inodeID]bool // nil: not looked at yet
-	buf            []byte           // for what is queued in sockets
+	kept           map[inodeID]string // places that have the content of a file already
+	mappedWritable map[inodeID]bool   // nil: not looked at yet
+	buf            []byte             // for what is queued in sockets
 	refusal        refuse.Refusal
 	lastID         uint32
 	done           bool
@@ -302,7 +303,7 @@ func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumpe
 		vpid: map[int]int{}, flights: map[*object]*flight{}, apart: map[uint32]bool{}, nameless: map[string]bool{}, externs: map[uint32]bool{},
 		remapOf: map[inodeID]*linkRemap{},
 		memfds:  map[inodeID]*memfdInode{}, ghosts: map[inodeID]*ghost{}, hashes: map[inodeID]string{}, mntns: map[int]bool{}, wantedTTYs: map[string]bool{},
-		proxies: map[string]bool{},
+		proxies: map[string]bool{}, kept: map[inodeID]string{},
 	}
 	proxied := map[string]bool{}
 	for s, travels := range o.Proxied {
