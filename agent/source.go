@@ -546,9 +546,16 @@ func (s *source) giveUp(cause error) {
 	ctx, cancel := s.brief()
 	defer cancel()
 	blame := s.blame(cause)
-	rec, err := s.ledger.move(ctx, wire.State_STATE_ABORTED, blame)
+	if s.out != nil {
+		transferred(s.report, s.out.Stats(), s.sink.pages.Load())
+	}
+	report := func(r *wire.Record) { r.SourceReport = s.report } // whose absence the operator's command waits for
+	rec, err := s.ledger.move(ctx, wire.State_STATE_ABORTED, func(r *wire.Record) {
+		blame(r)
+		report(r)
+	})
 	if f, ok := errors.AsType[*wire.Failure](err); ok && f.Code == wire.Code_CODE_CONFLICT && rec.GetState() == wire.State_STATE_ABORTED {
-		err = nil
+		_, err = s.ledger.note(ctx, report)
 	}
 	if err != nil {
 		s.log.Warn("the record could not be brought up to date", "error", err)

@@ -160,11 +160,7 @@ func TestMigrateCarryEarly(t *testing.T) {
 	ctx := deadline(t, 3*time.Minute)
 	f, alpha, beta := newFleet(ctx, t)
 	const mib = 200
-	begun := time.Now()
-	stamp := func(w string) { t.Log(w, time.Since(begun)) }
-	stamp("fleet")
 	s, run := startBusy(ctx, t, alpha, mib)
-	stamp("up")
 
 	begin := func() (id string, wait func() error) {
 		old, err := f.History(ctx)
@@ -186,18 +182,13 @@ func TestMigrateCarryEarly(t *testing.T) {
 	if res, err := f.Run(ctx, "abort", id); err != nil || res.Code != 0 {
 		t.Fatalf("abort: %+v, %v", res, err)
 	}
-	stamp("abort returned")
 	if err := wait(); err == nil {
 		t.Error("a migration that was aborted succeeds")
 	}
-	stamp("wait returned")
 	awaitEmpty(ctx, t, journalDir(beta))
-	stamp("journal empty")
 	nothingLeft(t, beta, run)
 
-	stamp("aborted")
 	_, wait = begin()
-	stamp("begun")
 	if err := f.StopAgent(ctx, "beta", unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -213,13 +204,9 @@ func TestMigrateCarryEarly(t *testing.T) {
 	if err := f.WaitHosts(ctx, "alpha", "beta"); err != nil {
 		t.Fatal(err)
 	}
-	stamp("wait returned")
 	awaitEmpty(ctx, t, journalDir(beta))
-	stamp("journal empty")
 	nothingLeft(t, beta, run)
-	stamp("left")
 	s.looks(ctx, 1)
-	stamp("looked")
 
 	for i, h := range []*hosts.Host{beta, alpha} {
 		mode, atLeast := fleet.StopAndCopy, uint64(mib<<20)
@@ -236,9 +223,7 @@ func TestMigrateCarryEarly(t *testing.T) {
 			t.Errorf("move %d: %+v: want %d bytes of files before the freeze, and few in it", i, r, atLeast)
 		}
 		t.Logf("%+v, frozen for %v ms", r, *m.FrozenMS)
-		stamp("moved")
 		s.looks(ctx, 2+i)
-		stamp("looked")
 	}
 	for _, h := range []string{"alpha", "beta"} {
 		if rss, err := f.PeakRSS(h); err != nil || rss > 128<<20 {
