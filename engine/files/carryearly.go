@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"godwit/engine/image"
+	"godwit/engine/procfs"
 	"godwit/engine/sys"
 )
 
@@ -70,11 +71,17 @@ func (d *Dumper) EarlyFiles() []CarriedFile {
 	if d.tooMuch {
 		return nil
 	}
+	leased := map[inodeID]bool{} // whose holders would be told of an open
+	for _, o := range d.objects {
+		if slices.ContainsFunc(o.info.Locks, func(l procfs.Lock) bool { return lockKinds[l.Kind] == lockLease }) {
+			leased[inode(&o.stat)] = true
+		}
+	}
 	for i := range d.carriedFiles {
 		f := &d.carriedFiles[i]
 		f.mapped = d.writesMapped(f.ino)
 	}
-	return d.carriedFiles
+	return slices.DeleteFunc(d.carriedFiles, func(f CarriedFile) bool { return leased[f.ino] })
 }
 
 // writesMapped says whether the tree may write to a file through a mapping.
@@ -134,7 +141,7 @@ func (e *EarlyCopy) buffer() []byte {
 
 // send sends what changed of one file. One that cannot be read is left to the dump.
 func (e *EarlyCopy) send(ctx context.Context, c *CarriedFile, sink image.EarlySink) (n uint64, err error) {
-	own, err := openPath(c.from, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	own, err := openPath(c.from, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_NOATIME, 0)
 	if err != nil {
 		return 0, nil
 	}
