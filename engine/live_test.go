@@ -211,7 +211,8 @@ func TestLiveHostile(t *testing.T) {
 		spoil func(*tape)
 		want  string
 	}{
-		"no outline":        {func(t *tape) { t.out = nil }, "should have come before"},
+		"no outline":        {func(t *tape) { t.out = nil }, "not among the processes"},
+		"nothing early":     {func(t *tape) { t.out, t.early = nil, nil }, "should have come before"},
 		"a parent too many": {func(t *tape) { t.out = &image.Outline{Procs: []image.OutlineProc{{Pid: pid, Parent: 7, Sid: pid}}} }, "no parent before it"},
 		"another pid":       {func(t *tape) { t.out = &image.Outline{Procs: []image.OutlineProc{{Pid: pid + 1, Sid: pid + 1}}} }, "not among the processes"},
 		"another session":   {func(t *tape) { t.out = &image.Outline{Procs: []image.OutlineProc{{Pid: pid, Sid: 1}}} }, "differs"},
