@@ -31,6 +31,8 @@ type Engine interface {
 	Plan(ctx context.Context, pid int, o engine.DumpOptions) (*engine.Plan, error)
 	// StartLive begins to copy the tree of pid while it runs.
 	StartLive(ctx context.Context, pid int, o engine.DumpOptions, sink image.EarlySink) (engine.Live, error)
+	// EarlyFiles gives the content of files that travel with the tree of pid while it runs.
+	EarlyFiles(ctx context.Context, pid int, o engine.DumpOptions, c *engine.EarlyCopy, sink image.EarlySink) (bytes uint64, err error)
 	// Freeze stops every task of the tree of pid.
 	Freeze(ctx context.Context, pid int, o engine.DumpOptions) (engine.Tree, error)
 	// Check says whether a tree that needs p can land on this host.

@@ -30,7 +30,7 @@ type destination struct {
 	in     inStream
 	src    *streamSource
 	tree   engine.Standing
-	// entry is the journal's, from the commit on, and landing its writing.
+	// entry is the journal's, and landing its writing for the commit.
 	entry   entry
 	landing *pledge
 	// pager brings memory that comes when the tree runs; nil: there is none.
@@ -155,16 +155,18 @@ func (d *destination) begin() error {
 		return nil
 	})
 	defer func() { _ = reached.wait() }()
-	if d.held, err = d.a.hold(ctx, d.req); err != nil {
+	// Before anything is made.
+	d.entry.Places = append(places(d.req.Resolutions), created(d.req.Resolutions)...)
+	if err := d.note(d.entry); err != nil {
+		return err
+	}
+	if d.held, err = d.a.hold(ctx, d.req, d.noteCreated); err != nil {
 		return err
 	}
 	if err := d.a.cfg.Engine.Check(ctx, planOf(d.req.Requirements), d.options()); err != nil {
 		return err
 	}
 	if err := d.pageWith(ctx); err != nil {
-		return err
-	}
-	if err := d.note(entry{}); err != nil {
 		return err
 	}
 	_ = reached.wait() // always nil
@@ -189,6 +191,7 @@ func (d *destination) options() engine.RestoreOptions {
 		Files:   engine.FileRestoreOptions{Policy: policy(d.req.Resolutions), Proxied: d.held.far},
 		Inherit: d.held.files, NewPidNamespace: d.req.Options.GetPidNamespaceNew(), Host: d.a.cfg.Host,
 		FileLocks: true, ExtUnixSk: true, TCPEstablished: true, Carry: places(d.req.Resolutions),
+		Mark: engine.MarkOf(d.id), Note: d.noteMade,
 	}
 	if d.pager != nil {
 		o.Paging = func(spaces []engine.Space) error {
@@ -221,7 +224,7 @@ func (d *destination) receive() error {
 	defer stop()
 	go d.session.report(ctx, d.in, d.src.pages.Load, d.req.Requirements.MemoryBytes)
 
-	d.src.outlined = func() {
+	d.src.begun = func() {
 		d.enter(wire.State_STATE_PRE_COPYING)
 		d.point("outlined")
 	}
@@ -303,7 +306,11 @@ func (d *destination) noteLanding() error {
 	if d.a.cfg.Journal == nil {
 		return nil
 	}
-	d.entry = entry{Pid: d.tree.Root()}
+	var err error
+	if d.entry.Waiting, err = d.tree.Waiting(); err != nil {
+		return err
+	}
+	d.entry.Pid = d.tree.Root()
 	if d.paged {
 		d.entry.Pager = &d.pager.who
 	}
@@ -314,6 +321,18 @@ func (d *destination) noteLanding() error {
 		}
 		d.entry.Tree = append(d.entry.Tree, h)
 	}
+	return d.note(d.entry)
+}
+
+// noteCreated tells the journal of a file that was made, before it has its name.
+func (d *destination) noteCreated(f createdFile) error {
+	d.entry.Created = append(d.entry.Created, f)
+	return d.note(d.entry)
+}
+
+// noteMade tells it of what is going to be made in its place.
+func (d *destination) noteMade(paths []string) error {
+	d.entry.Made = append(d.entry.Made, paths...)
 	return d.note(d.entry)
 }
 

@@ -47,6 +47,24 @@ type entry struct {
 	Pager *engine.Held `json:"pager,omitempty"`
 	// Ran says, at the destination, that all of the tree was let go.
 	Ran bool `json:"ran,omitempty"`
+
+	// What follows is, at the destination, what the agent makes for the tree, and what has
+	// to go if it does not run here.
+
+	// Places are where files of the tree, or made for it, may wait with the mark of the
+	// migration in their names.
+	Places []engine.Place `json:"places,omitempty"`
+	// Created are files of resolver create, Made directories and the like of the tree.
+	Created []createdFile `json:"created,omitempty"`
+	Made    []string      `json:"made,omitempty"`
+	// Waiting are the files that are placed, or have been, when the tree is let go.
+	Waiting []engine.Waiting `json:"waiting,omitempty"`
+}
+
+// createdFile is a file that was made at a path.
+type createdFile struct {
+	Path string `json:"path"`
+	Ino  uint64 `json:"ino"`
 }
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)

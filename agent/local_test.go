@@ -369,7 +369,7 @@ func TestHold(t *testing.T) {
 		return []*wire.ExternalFile{{Key: "file[1:2]", Path: "/src/x", Kind: kind, Flags: uint32(flags)}}
 	}
 	hold := func(ext []*wire.ExternalFile, in ...*wire.Inherit) (*holdings, error) {
-		return New(Config{}).hold(t.Context(), &wire.PrepareRequest{Options: &wire.MigrateOptions{Inherit: in}, Requirements: &wire.Requirements{Externals: ext}})
+		return New(Config{}).hold(t.Context(), &wire.PrepareRequest{Options: &wire.MigrateOptions{Inherit: in}, Requirements: &wire.Requirements{Externals: ext}}, nil)
 	}
 	tests := []struct {
 		name    string

@@ -41,44 +41,100 @@ func (s *source) wantsPrecopy(rec *wire.Record) bool {
 	return false
 }
 
-// precopy sends the memory of the running tree, again and again what was written
-// meanwhile, and brings the record to Freezing.
+// precopy sends the content of files that travel and the memory of the running tree,
+// again and again what was written meanwhile, and brings the record to Freezing.
 func (s *source) precopy() error {
 	ctx, stop := context.WithCancel(s.work)
 	defer stop()
 	go s.session.report(ctx, s.out, s.sink.pages.Load, s.memory)
 	begun := time.Now()
-	o := s.a.dumpOptions(s.req.Options, s.req.Resolutions)
-	live, err := s.a.cfg.Engine.StartLive(s.work, int(s.req.Pid), o, s.sink)
+	err := s.precopyFiles()
+	if err == nil && s.pages {
+		err = s.precopyMemory()
+	}
+	s.report.PrecopyUs = us(time.Since(begun))
+	if err != nil {
+		return s.because(err)
+	}
+	s.point("precopied")
+	if _, err := s.ledger.move(s.work, wire.State_STATE_FREEZING, nil); err != nil {
+		return s.because(err)
+	}
+	s.enter(wire.State_STATE_FREEZING, "pid", s.req.Pid, "rounds", s.report.Rounds, "precopied_bytes", s.report.PrecopyBytes, "file_bytes", s.report.EarlyFileBytes)
+	return nil
+}
+
+// precopyMemory sends the memory.
+func (s *source) precopyMemory() error {
+	live, err := s.a.cfg.Engine.StartLive(s.work, int(s.req.Pid), s.a.dumpOptions(s.req.Options, s.req.Resolutions), s.sink)
 	switch {
 	case errors.Is(err, engine.ErrNotLive):
 		s.report.CopyNote = err.Error()
 		s.log.Warn("the memory travels while the tree is frozen", "reason", err)
+		return nil
 	case err != nil:
-		return s.because(fmt.Errorf("begin to copy the tree of pid %d: %w", s.req.Pid, err))
-	default:
-		s.live = live
-		s.point("followed")
-		switch s.req.Options.GetCopyMode() {
-		case wire.CopyMode_COPY_MODE_POSTCOPY:
-			s.postcopy = true
-		case wire.CopyMode_COPY_MODE_HYBRID:
-			s.postcopy = true
-			fallthrough
-		default:
-			err = s.rounds(newConvergence(s.req.Options, s.memory))
-		}
-		s.report.PrecopyUs = us(time.Since(begun))
-		if err != nil {
-			return s.because(err)
-		}
-		s.point("precopied")
+		return fmt.Errorf("begin to copy the tree of pid %d: %w", s.req.Pid, err)
 	}
-	if _, err := s.ledger.move(s.work, wire.State_STATE_FREEZING, nil); err != nil {
-		return s.because(err)
+	s.live = live
+	s.point("followed")
+	switch s.req.Options.GetCopyMode() {
+	case wire.CopyMode_COPY_MODE_POSTCOPY:
+		s.postcopy = true
+		return nil
+	case wire.CopyMode_COPY_MODE_HYBRID:
+		s.postcopy = true
 	}
-	s.enter(wire.State_STATE_FREEZING, "pid", s.req.Pid, "rounds", s.report.Rounds, "precopied_bytes", s.report.PrecopyBytes)
+	return s.rounds(newConvergence(s.req.Options, s.memory))
+}
+
+// fileLooks bounds how often the files are looked at before the memory.
+const fileLooks = 5
+
+// precopyFiles sends the content of files, until little of it is written meanwhile.
+func (s *source) precopyFiles() error {
+	if s.early == nil {
+		return nil
+	}
+	o := s.a.dumpOptions(s.req.Options, s.req.Resolutions)
+	last := ^uint64(0)
+	for range fileLooks {
+		s.say("content of files travels")
+		n, err := s.a.cfg.Engine.EarlyFiles(s.work, int(s.req.Pid), o, s.early, s.sink)
+		if errors.Is(err, engine.ErrNotLive) {
+			s.log.Warn("the content of files travels while the tree is frozen", "reason", err)
+			return nil
+		}
+		if err := s.sentFiles(n, err); err != nil {
+			return err
+		}
+		if n <= leastPending || n > last/4*3 {
+			break // what is left is little, or does not get less
+		}
+		last = n
+	}
+	s.log.Debug("content of files sent", "files", s.early.Files(), "bytes", s.report.EarlyFileBytes)
 	return nil
+}
+
+// sentFiles takes in that so much content of files was sent.
+func (s *source) sentFiles(n uint64, err error) error {
+	s.report.EarlyFileBytes += n
+	if err == nil {
+		err = s.sink.flush()
+	}
+	if err != nil {
+		return fmt.Errorf("copy the files of the running tree of pid %d to %s: %w", s.req.Pid, s.req.Destination, err)
+	}
+	return nil
+}
+
+// filesAgain sends what was written to the files meanwhile: while memory travelled
+// that may be much.
+func (s *source) filesAgain() error {
+	if s.early == nil {
+		return nil
+	}
+	return s.sentFiles(s.early.Again(s.work, s.sink))
 }
 
 // rounds copies until what is left is worth a freeze.
@@ -86,6 +142,9 @@ func (s *source) rounds(c *convergence) error {
 	brake := &brake{s: s}
 	defer brake.release()
 	for {
+		if err := s.filesAgain(); err != nil {
+			return err
+		}
 		start := time.Now()
 		n, err := s.live.Round(s.work, s.sink)
 		if err == nil {

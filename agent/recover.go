@@ -163,20 +163,31 @@ func (d *destination) answerFor(e *entry, alive []engine.Held) {
 	case err != nil:
 		d.log.Error("the record cannot be read, so the migration is left as it is", "error", err)
 		d.owes = wire.CodeOf(err) != wire.Code_CODE_NOT_FOUND
+		if !d.owes && len(e.Tree) == 0 {
+			d.tidy(e, false)
+		}
 		return
 	case overruled(rec):
 		d.fence(alive)
+		if d.trouble == nil {
+			d.tidy(e, false)
+		}
+		return
+	case rec.State == wire.State_STATE_COMPLETED:
+		d.tidy(e, true)
 		return
 	case rec.State == wire.State_STATE_PAGING && e.Pager != nil:
 		d.committed.Store(true)
+		d.tidy(e, true)
 		d.watch()
 		d.awaitPaging(*e.Pager, nil, alive)
 		return
 	case rec.State != wire.State_STATE_HANDING_OFF && rec.State != wire.State_STATE_STUCK:
-		// Nothing has run here without the commit, and nothing is left of it.
+		// Nothing has run here without the commit, and no process is left of it.
 		if err := d.tell(30*time.Second, wire.Errorf(wire.Code_CODE_ABORTED, "the agent of %s ended before the tree ran there", d.a.cfg.Host)); err != nil {
 			d.log.Warn("the record could not be brought up to date; the source finds out by itself", "error", err)
 		}
+		d.tidy(e, false)
 		return
 	}
 	d.committed.Store(true)
@@ -198,10 +209,46 @@ func (d *destination) answerFor(e *entry, alive []engine.Held) {
 		d.log.Error("the record could not be brought up to date", "state", to.Word(), "error", err)
 		return
 	}
-	if d.enter(to, "pid", e.Pid); to == wire.State_STATE_PAGING {
+	d.enter(to, "pid", e.Pid)
+	d.tidy(e, to != wire.State_STATE_RETURNING)
+	if to == wire.State_STATE_PAGING {
 		d.watch()
 		d.awaitPaging(*e.Pager, nil, alive)
 	}
+}
+
+// tidy removes what an agent that died has left of the files that it made for a tree:
+// all of them, or if the tree runs here what they have replaced.
+func (d *destination) tidy(e *entry, runs bool) {
+	err := func() error {
+		if runs {
+			return engine.EndWaiting(e.Waiting)
+		}
+		errs := []error{engine.UndoWaiting(e.Waiting)}
+		if len(e.Places) > 0 {
+			errs = append(errs, engine.RemoveMarked(engine.MarkOf(e.ID), e.Places))
+		}
+		for _, f := range e.Created {
+			errs = append(errs, f.remove())
+		}
+		return errors.Join(append(errs, engine.RemoveMade(e.Made))...)
+	}()
+	if err != nil {
+		d.log.Warn("files that were made for the tree are left", "error", err)
+	}
+}
+
+// remove removes the file, as long as its path leads to it.
+func (f *createdFile) remove() error {
+	var st unix.Stat_t
+	err := unix.Lstat(f.Path, &st)
+	if err == nil && st.Ino == f.Ino {
+		err = unix.Unlink(f.Path)
+	}
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return &os.PathError{Op: "remove", Path: f.Path, Err: err}
+	}
+	return nil
 }
 
 // awaitEnd waits until a process that has died is through: what it traced has

@@ -75,7 +75,7 @@ func (a *Agent) Resolve(ctx context.Context, req *wire.ResolveRequest) (*wire.Re
 func (a *Agent) lacks(ctx context.Context, req *wire.ResolveRequest, resolutions []*wire.Resolution) ([]*wire.Problem, error) {
 	prep := &wire.PrepareRequest{Id: req.Id, Source: req.Source, Requirements: req.Requirements, Resolutions: resolutions,
 		Options: &wire.MigrateOptions{PidNamespaceNew: req.Options.GetPidNamespaceNew(), Attach: req.Options.GetAttach()}}
-	h, err := a.hold(ctx, prep)
+	h, err := a.hold(ctx, prep, nil)
 	if err == nil {
 		d := &destination{session: &session{a: a}, req: prep, held: h}
 		err = a.cfg.Engine.Check(ctx, planOf(req.Requirements), d.options())

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"godwit/configs/external"
+	"godwit/engine"
 	"godwit/wire"
 )
 
@@ -68,17 +69,53 @@ func (q *holdRequest) create() (*madeFile, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &madeFile{dir: dir, name: filepath.Base(q.Argument)}
+	m := &madeFile{dir: dir, name: engine.TempName(engine.MarkOf(q.migration))}
 	mode := q.external[0].Mode
 	if err := unix.Mknodat(int(dir.Fd()), m.name, mode&unix.S_IFMT|0o600, 0); err != nil {
 		_ = dir.Close()
 		return nil, &os.PathError{Op: "create", Path: q.Argument, Err: err}
 	}
-	if err := m.dress(mode, q.Objects); err != nil {
+	err = m.dress(mode, q.Objects)
+	if err == nil && q.note != nil {
+		var st unix.Stat_t
+		if err = unix.Fstat(int(m.file.Fd()), &st); err == nil {
+			err = q.note(createdFile{Path: q.Argument, Ino: st.Ino})
+		}
+	}
+	if err == nil {
+		err = m.rename(filepath.Base(q.Argument))
+	}
+	if err != nil {
 		m.remove()
 		return nil, err
 	}
 	return m, nil
+}
+
+// rename gives the file its name, unless that is taken.
+func (m *madeFile) rename(name string) error {
+	dir := int(m.dir.Fd())
+	err := unix.Renameat2(dir, m.name, dir, name, unix.RENAME_NOREPLACE)
+	if errors.Is(err, unix.EINVAL) { // a file system that does not know the flag
+		if err = unix.Linkat(dir, m.name, dir, name, 0); err == nil {
+			err = unix.Unlinkat(dir, m.name, 0)
+		}
+	}
+	if err != nil {
+		return &os.PathError{Op: "create", Path: name, Err: err}
+	}
+	m.name = name
+	return nil
+}
+
+// created are where files are made.
+func created(resolutions []*wire.Resolution) (out []engine.Place) {
+	for _, r := range resolutions {
+		if r.Resolver == external.Create && plainPath(r.Argument) {
+			out = append(out, engine.Place{Path: r.Argument})
+		}
+	}
+	return out
 }
 
 // dress gives it its owner, and then its mode, which a change of owner narrows.

@@ -54,6 +54,8 @@ type holdRequest struct {
 	agent     *Agent
 	migration string
 	source    string // host
+	// note tells the journal of a file that is made; nil: there is none.
+	note func(createdFile) error
 	// external are the descriptions with the key that the tree has, one for each
 	// combination of open flags.
 	external []*wire.ExternalFile
@@ -114,14 +116,14 @@ func (h *holdings) start(ctx context.Context) error {
 }
 
 // hold makes everything ready that is to stand for external keys. All failures
-// come back as one refusal that lists each. Preconditions: the caller closes the
-// result.
-func (a *Agent) hold(ctx context.Context, req *wire.PrepareRequest) (*holdings, error) {
+// come back as one refusal that lists each. note, if not nil, is told of what is made.
+// Preconditions: the caller closes the result.
+func (a *Agent) hold(ctx context.Context, req *wire.PrepareRequest, note func(createdFile) error) (*holdings, error) {
 	h := &holdings{files: map[string]engine.Inherit{}, far: map[string]*engine.Far{}}
 	var bad []*wire.Problem
 	known := req.Requirements.GetExternals()
 	for _, r := range resolutions(req) {
-		q := &holdRequest{Resolution: r, agent: a, migration: req.Id, source: req.Source}
+		q := &holdRequest{Resolution: r, agent: a, migration: req.Id, source: req.Source, note: note}
 		for _, e := range known {
 			if e.Key == r.Key {
 				q.external = append(q.external, e)

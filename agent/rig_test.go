@@ -114,6 +114,10 @@ func (e *fakeEngine) StartLive(context.Context, int, engine.DumpOptions, image.E
 	return nil, engine.ErrNotLive
 }
 
+func (e *fakeEngine) EarlyFiles(context.Context, int, engine.DumpOptions, *engine.EarlyCopy, image.EarlySink) (uint64, error) {
+	return 0, engine.ErrNotLive
+}
+
 func (e *fakeEngine) Freeze(ctx context.Context, pid int, o engine.DumpOptions) (engine.Tree, error) {
 	if err := e.w.at(ctx, "freeze"); err != nil {
 		return nil, err
@@ -241,6 +245,8 @@ type fakeStanding struct{ e *fakeEngine }
 func (s *fakeStanding) Root() int   { return 1 << 22 } // above every pid
 func (s *fakeStanding) Child() int  { return s.Root() }
 func (s *fakeStanding) Pids() []int { return []int{s.Root()} }
+
+func (s *fakeStanding) Waiting() ([]engine.Waiting, error) { return nil, nil }
 
 func (s *fakeStanding) Stats() engine.RestoreStats {
 	return engine.RestoreStats{Processes: 1, Threads: 2, Pages: uint64(s.e.bytes / pageSize), ForkDur: 3 * time.Millisecond, RestoreDur: 5 * time.Millisecond}

@@ -36,6 +36,10 @@ type source struct {
 	sink *streamSink
 	tree engine.Tree
 	live engine.Live // the copy of the running tree; nil: there is none
+	// early is what the other side has of the files that travel; nil: none do.
+	early *engine.EarlyCopy
+	// pages: memory travels while the tree runs.
+	pages bool
 	// confirm compares the frozen tree with what was planned; it may be nil.
 	confirm func([]plan.Object) []engine.Problem
 	// leaving are the proxies of the tree.
@@ -306,7 +310,11 @@ func (s *source) begin() (touched bool, err error) {
 		return true, err
 	}
 	first := wire.State_STATE_FREEZING
-	if s.wantsPrecopy(rec) {
+	s.pages = s.wantsPrecopy(rec)
+	if len(carried(s.req.Resolutions)) > 0 {
+		s.early = engine.NewEarlyCopy()
+	}
+	if s.pages || s.early != nil {
 		first = wire.State_STATE_PRE_COPYING
 	}
 	s.memory = rec.MemoryBytes
@@ -326,7 +334,7 @@ func limit(ctx context.Context, d time.Duration) context.Context {
 // freeze stops the tree. If it fails the tree runs.
 func (s *source) freeze() error {
 	o := s.a.dumpOptions(s.req.Options, s.req.Resolutions)
-	o.Confirm, o.Live, o.Late = s.confirm, s.live, s.postcopy
+	o.Confirm, o.Live, o.Late, o.Early = s.confirm, s.live, s.postcopy, s.early
 	frozen := s.a.cfg.Timeouts.Frozen
 	if ms := s.req.Options.GetTimeoutMs(); ms > 0 {
 		frozen = time.Duration(ms) * time.Millisecond
@@ -416,6 +424,7 @@ func (s *source) copy() error {
 	if !stats.FrozenAt.IsZero() {
 		s.frozenAt = stats.FrozenAt
 	}
+	s.report.FrozenFileBytes = stats.CarriedBytes
 	s.report.FreezeUs, s.report.DumpUs = us(stats.FreezeDur), us(stats.DumpDur)
 	if err != nil {
 		return s.because(fmt.Errorf("copy the tree of pid %d to %s: %w", s.req.Pid, s.req.Destination, err))
@@ -603,9 +612,16 @@ func (s *source) giveUp(cause error) {
 	ctx, cancel := s.brief()
 	defer cancel()
 	blame := s.blame(cause)
-	rec, err := s.ledger.move(ctx, wire.State_STATE_ABORTED, blame)
+	if s.out != nil {
+		transferred(s.report, s.out.Stats(), s.sink.pages.Load())
+	}
+	report := func(r *wire.Record) { r.SourceReport = s.report } // whose absence the operator's command waits for
+	rec, err := s.ledger.move(ctx, wire.State_STATE_ABORTED, func(r *wire.Record) {
+		blame(r)
+		report(r)
+	})
 	if f, ok := errors.AsType[*wire.Failure](err); ok && f.Code == wire.Code_CODE_CONFLICT && rec.GetState() == wire.State_STATE_ABORTED {
-		err = nil
+		_, err = s.ledger.note(ctx, report)
 	}
 	if err != nil {
 		s.log.Warn("the record could not be brought up to date", "error", err)

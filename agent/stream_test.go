@@ -196,6 +196,8 @@ func TestStreamMalformed(t *testing.T) {
 	gaveUp := &wire.Item{Item: &wire.Item_End{End: &wire.StreamEnd{Error: &wire.Error{Code: wire.Code_CODE_INTERNAL, Message: "pid 3 died"}}}}
 	facts := &wire.Item{Item: &wire.Item_Facts{Facts: []byte(`{"version":1}`)}}
 	allData := &wire.Item{Item: &wire.Item_DataDone{DataDone: &wire.DataDone{}}}
+	early := &wire.Item{Item: &wire.Item_EarlyFile{EarlyFile: &wire.EarlyFile{Id: 1, Path: "/srv/a", Size: 12}}}
+	early2 := &wire.Item{Item: &wire.Item_EarlyFile{EarlyFile: &wire.EarlyFile{Id: 2, Path: "/srv/b"}}}
 	outline := &wire.Item{Item: &wire.Item_Outline{Outline: []byte(`{"procs":[{"pid":7,"sid":7}]}`)}}
 	more := wire.DataHeader{Type: wire.RecordItem, Flags: wire.FlagMore, Length: 1}
 	tests := []struct {
@@ -239,6 +241,13 @@ func TestStreamMalformed(t *testing.T) {
 		{"half an early page", [][]byte{items(hello, outline), dataRecord(1, 0, 100)}, "not whole pages"},
 		{"early data cut off", [][]byte{items(hello, outline)}, "ends before the images"},
 		{"source gave up after the outline", [][]byte{items(hello, outline, gaveUp)}, "pid 3 died"},
+		{"content of no file", [][]byte{items(hello, outline), dataRecord(60, 0, 7)}, "at the wrong time"},
+		{"memory without an outline", [][]byte{items(hello, early), dataRecord(1, 0, pageSize)}, "at the wrong time"},
+		{"early content after the images", [][]byte{items(hello, early, facts, done(0)), dataRecord(60, 0, 7)}, "at the wrong time"},
+		{"an early file late", [][]byte{items(hello, facts, early)}, "unexpected item"},
+		{"an early file nowhere", [][]byte{items(hello, &wire.Item{Item: &wire.Item_EarlyFile{EarlyFile: &wire.EarlyFile{Id: 1, Path: "/srv/../etc/x"}}})}, "malformed"},
+		{"a short early digest", [][]byte{items(hello, early), dataRecord(4, 0, 7)}, "has 7 bytes"},
+		{"early content cut off", [][]byte{items(hello, early), dataRecord(60, 0, 7)}, "ends before the images"},
 		{"source gave up", [][]byte{items(hello, done(0), gaveUp)}, "pid 3 died"},
 		{"source gave up early", [][]byte{items(hello, gaveUp)}, "pid 3 died"},
 	}
@@ -253,6 +262,10 @@ func TestStreamMalformed(t *testing.T) {
 	if err := readAllOf(&chunkList{chunks: [][]byte{items(hello, facts, done(0), end(0))}}); err != nil {
 		t.Errorf("a sound stream: %v", err)
 	}
+	if err := readAllOf(&chunkList{chunks: [][]byte{items(hello, early), dataRecord(60, 5, 7), items(outline), dataRecord(5, 0, 32), items(early2), dataRecord(61, 0, 16), dataRecord(4, 0, 32), items(facts, done(0)),
+		dataRecord(61, 0, 16), dataRecord(3, 0, 9), dataRecord(4, 0, 32), items(end(7 + 32 + 16 + 32 + 16 + 9 + 32))}}); err != nil {
+		t.Errorf("a sound stream with early files: %v", err)
+	}
 	if err := readAllOf(&chunkList{chunks: [][]byte{items(hello, outline), dataRecord(5, 0, 32), dataRecord(1, 0, pageSize), items(facts, done(0)), dataRecord(6, 0, 16), items(end(pageSize + 48))}}); err != nil {
 		t.Errorf("a sound stream with early memory: %v", err)
 	}
@@ -265,17 +278,13 @@ func readAllOf(c chunkReader) error {
 	if _, err := src.hello(ctx, time.Minute); err != nil {
 		return err
 	}
-	if o, err := src.Outline(ctx); err != nil {
-		return err
-	} else if o != nil {
-		for {
-			_, _, _, err := src.Early(ctx)
-			if errors.Is(err, io.EOF) {
-				break
-			}
-			if err != nil {
-				return err
-			}
+	for {
+		_, err := src.Early(ctx)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
 		}
 	}
 	if _, err := src.Images(ctx); err != nil {
@@ -299,6 +308,8 @@ func FuzzStreamSource(f *testing.F) {
 	c := &chunkList{limit: 8 << 10}
 	sink := newStreamSink(context.Background(), c)
 	_ = sink.hello(&wire.Hello{Protocol: wire.Version, Id: "m", Source: "a"})
+	_ = sink.File(&image.EarlyFile{ID: 1, Path: "/srv/a", Size: 5})
+	_ = sink.Data(image.DataID{Kind: image.Content, ID: 1}, 0, []byte("early"))
 	_ = sink.Facts(&image.Facts{Version: 1})
 	_ = sink.Entry(inventoryEntry())
 	_ = sink.Entry(pipeEntry(1, make([]byte, 9000)))

@@ -68,6 +68,12 @@ func (s *streamSink) Outline(o *image.Outline) error {
 	return s.item(&wire.Item{Item: &wire.Item_Outline{Outline: b}})
 }
 
+// File implements image.EarlySink.
+func (s *streamSink) File(f *image.EarlyFile) error {
+	s.early = true
+	return s.item(&wire.Item{Item: &wire.Item_EarlyFile{EarlyFile: &wire.EarlyFile{Id: f.ID, Path: f.Path, MtimeNs: f.MTimeNS, Size: f.Size}}})
+}
+
 // Facts implements image.Sink.
 func (s *streamSink) Facts(f *image.Facts) error {
 	b, err := json.Marshal(f)

@@ -35,13 +35,14 @@ type chunkReader interface {
 type streamSource struct {
 	in       chunkReader
 	complete func() error // called once when all entries are there; may be nil
-	outlined func()       // called when memory comes before the images; may be nil
+	begun    func()       // called when something comes before the images; may be nil
 
 	rest   []byte // of the chunk in hand
 	inHand bool
-	items  int        // bytes
-	part   []byte     // of an item that goes on
-	back   *wire.Item // read, but not taken yet
+	items  int              // bytes
+	part   []byte           // of an item that goes on
+	back   *wire.Item       // read, but not taken yet
+	early  []image.DataKind // of which data may come before the images; nil: there is none
 
 	set     *image.Set
 	sealed  bool
@@ -79,47 +80,66 @@ func (s *streamSource) hello(ctx context.Context, patience time.Duration) (*wire
 	return h, nil
 }
 
-// Outline implements image.EarlySource.
-func (s *streamSource) Outline(ctx context.Context) (*image.Outline, error) {
-	it, err := s.imageItem(ctx)
-	if err != nil {
-		return nil, err
-	}
-	text, ok := it.Item.(*wire.Item_Outline)
-	if !ok {
-		s.back = it
-		return nil, nil
-	}
-	o := &image.Outline{}
-	if err := json.Unmarshal(text.Outline, o); err != nil {
-		return nil, fmt.Errorf("%w: outline: %w", errStream, err)
-	}
-	if s.outlined != nil {
-		s.outlined()
-	}
-	return o, nil
-}
-
 // Early implements image.EarlySource.
-func (s *streamSource) Early(ctx context.Context) (image.DataID, uint64, []byte, error) {
-	none := image.DataID{}
+func (s *streamSource) Early(ctx context.Context) (image.Early, error) {
 	for {
 		it, h, body, err := s.next(ctx)
 		switch {
+		case errors.Is(err, io.EOF) && s.early == nil:
+			return image.Early{}, fmt.Errorf("%w: it ends among the images", errStream)
 		case errors.Is(err, io.EOF):
-			return none, 0, nil, fmt.Errorf("%w: it ends before the images", errStream)
+			return image.Early{}, fmt.Errorf("%w: it ends before the images", errStream)
 		case err != nil:
-			return none, 0, nil, err
+			return image.Early{}, err
 		case it != nil:
-			s.back = it
-			return none, 0, nil, io.EOF
+			return s.earlyItem(it)
+		case s.early == nil:
+			return image.Early{}, fmt.Errorf("%w: data before the images are complete", errStream)
 		}
-		id, err := s.data(h, body, image.Memory, image.Layout)
+		id, err := s.data(h, body, s.early...)
 		if err != nil {
-			return none, 0, nil, err
+			return image.Early{}, err
 		}
 		if len(body) > 0 {
-			return id, h.Offset, body, nil
+			return image.Early{ID: id, Off: h.Offset, Data: body}, nil
+		}
+	}
+}
+
+// earlyItem takes an item that comes before the images, or is the first of them.
+func (s *streamSource) earlyItem(whole *wire.Item) (image.Early, error) {
+	var x image.Early
+	switch it := whole.Item.(type) {
+	case *wire.Item_Outline:
+		if slices.Contains(s.early, image.Memory) {
+			return x, fmt.Errorf("%w: unexpected item %T after another", errStream, it)
+		}
+		x.Outline = &image.Outline{}
+		if err := json.Unmarshal(it.Outline, x.Outline); err != nil {
+			return x, fmt.Errorf("%w: outline: %w", errStream, err)
+		}
+		s.expect(image.Memory, image.Layout)
+	case *wire.Item_EarlyFile:
+		x.File = &image.EarlyFile{ID: it.EarlyFile.GetId(), Path: it.EarlyFile.GetPath(), MTimeNS: it.EarlyFile.GetMtimeNs(), Size: it.EarlyFile.GetSize()}
+		if err := x.File.Check(); err != nil {
+			return x, fmt.Errorf("%w: %w", errStream, err)
+		}
+		s.expect(image.Content, image.Cut, image.Digest)
+	default:
+		s.back = whole
+		return x, io.EOF
+	}
+	return x, nil
+}
+
+// expect notes that data of these kinds may come before the images.
+func (s *streamSource) expect(kinds ...image.DataKind) {
+	if s.early == nil && s.begun != nil {
+		s.begun()
+	}
+	for _, k := range kinds {
+		if !slices.Contains(s.early, k) {
+			s.early = append(s.early, k)
 		}
 	}
 }
@@ -128,7 +148,7 @@ func (s *streamSource) Early(ctx context.Context) (image.DataID, uint64, []byte,
 func (s *streamSource) data(h wire.DataHeader, body []byte, kinds ...image.DataKind) (image.DataID, error) {
 	id := image.DataID{Kind: image.DataKind(h.Kind), ID: h.ID}
 	switch {
-	case id.Kind > image.Holes:
+	case id.Kind > image.Holes && id.Kind != image.Content && id.Kind != image.Cut:
 		return id, fmt.Errorf("%w: data of unknown kind %d", errStream, h.Kind)
 	case !slices.Contains(kinds, id.Kind):
 		return id, fmt.Errorf("%w: data of kind %d at the wrong time", errStream, h.Kind)
@@ -279,7 +299,7 @@ func (s *streamSource) Next(ctx context.Context) (image.DataID, uint64, []byte, 
 		case s.noData:
 			return none, 0, nil, fmt.Errorf("%w: data after all data", errStream)
 		}
-		id, err := s.data(h, body, image.Memory, image.Shmem, image.Ghost, image.Digest, image.Holes)
+		id, err := s.data(h, body, image.Memory, image.Shmem, image.Ghost, image.Digest, image.Holes, image.Cut)
 		if err != nil {
 			return none, 0, nil, err
 		}

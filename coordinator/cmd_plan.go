@@ -143,7 +143,8 @@ type planObjectDoc struct {
 	Argument string `json:"argument,omitempty"`
 	Entry    string `json:"entry,omitempty"`
 	Origin   string `json:"origin,omitempty"`
-	// At the destination: "same", "differs" or "missing"; empty: it does not matter.
+	// At the destination: "same", "differs" or "missing"; empty: it does not matter. What
+	// travels with its content is "made" there, "replaced", or "kept" since it is the same.
 	Presence    string   `json:"presence,omitempty"`
 	Differences []string `json:"differences,omitempty"`
 	Reason      string   `json:"reason,omitempty"`
@@ -174,7 +175,11 @@ func newPlanDoc(r *wire.Record, s *survey) *planDoc {
 		there[p.Path] = p
 	}
 	for _, o := range s.objects {
-		d.Objects = append(d.Objects, newPlanObjectDoc(o, resolved[o.Key], there[o.Path]))
+		x := newPlanObjectDoc(o, resolved[o.Key], there[o.Path])
+		if x.Resolver == external.Carry {
+			x.Presence, x.Differences = carriedPresence(o, resolved[o.Key], s.req)
+		}
+		d.Objects = append(d.Objects, x)
 	}
 	return d
 }
@@ -197,6 +202,24 @@ func newPlanObjectDoc(o *wire.OpenObject, r *wire.Resolution, p *wire.Presence) 
 		d.Carry, d.Reason, d.Hint = "external", "", ""
 	}
 	return d
+}
+
+// carriedPresence says what becomes of a place to which something travels with its
+// content. needs, which was made with that in view, may be nil: the source refuses.
+func carriedPresence(o *wire.OpenObject, r *wire.Resolution, needs *wire.Requirements) (string, []string) {
+	if o.Kind == "directory" {
+		return "made", []string{"with its content, unless it is there"}
+	}
+	travels := slices.ContainsFunc(needs.GetFiles(), func(f *wire.RequiredFile) bool { return f.Path == r.Argument && f.Carried })
+	switch h := r.Have; {
+	case h == nil:
+		return "made", []string{"with its content, " + formatBytes(o.Size)}
+	case !travels && needs != nil:
+		return "kept", []string{"it has the same content"}
+	case h.MtimeNs > o.MtimeNs:
+		return "replaced", []string{"with its content, " + formatBytes(o.Size) + ", although it is newer"}
+	}
+	return "replaced", []string{"with its content, " + formatBytes(o.Size)}
 }
 
 // print prints the plan; width bounds a line, 0 does not.

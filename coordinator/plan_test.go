@@ -113,3 +113,33 @@ func TestMigrateResolved(t *testing.T) {
 		t.Errorf("handed to the destination: %v", beta.handed)
 	}
 }
+
+// TestPlanCarried: a plan says what becomes of the places to which content travels.
+func TestPlanCarried(t *testing.T) {
+	file := func(mtime int64) *wire.OpenObject {
+		return &wire.OpenObject{Key: "file[1:2]", Kind: "regular", Path: "/srv/a", Size: 2000, MtimeNs: mtime, Carry: "path"}
+	}
+	dir := file(0)
+	dir.Kind = "directory"
+	travels := &wire.Requirements{Files: []*wire.RequiredFile{{Path: "/srv/other"}, {Path: "/new/a", Carried: true}}}
+	for _, c := range []struct {
+		name string
+		o    *wire.OpenObject
+		have *wire.FileState
+		req  *wire.Requirements
+		want string
+	}{
+		{"nothing is there", file(0), nil, travels, "made: with its content, 1.95 KiB"},
+		{"a directory", dir, nil, travels, "made: with its content, unless it is there"},
+		{"the same", file(5), &wire.FileState{Size: 2000, MtimeNs: 9}, &wire.Requirements{Files: []*wire.RequiredFile{{Path: "/new/a"}}}, "kept: it has the same content"},
+		{"an older one", file(5), &wire.FileState{MtimeNs: 4}, travels, "replaced: with its content, 1.95 KiB"},
+		{"a newer one", file(5), &wire.FileState{MtimeNs: 6}, travels, "replaced: with its content, 1.95 KiB, although it is newer"},
+		{"a refused tree", file(5), &wire.FileState{MtimeNs: 4}, nil, "replaced: with its content, 1.95 KiB"},
+	} {
+		s := &survey{req: c.req, objects: []*wire.OpenObject{c.o}, presences: []*wire.Presence{{Path: "/srv/a", State: "missing"}},
+			resolutions: []*wire.Resolution{{Key: "file[1:2]", Resolver: "carry", Argument: "/new/a", Have: c.have}}}
+		if got := newPlanDoc(&wire.Record{}, s).Objects[0].presenceText(); got != c.want {
+			t.Errorf("%s: %q, want %q", c.name, got, c.want)
+		}
+	}
+}

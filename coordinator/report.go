@@ -122,6 +122,9 @@ type reportDoc struct {
 	Lane        string `json:"lane,omitempty"`
 	Compression string `json:"compression,omitempty"`
 	StreamBytes uint64 `json:"stream_bytes,omitempty"`
+	// Of files that travel with their content, by the source.
+	EarlyFileBytes  uint64 `json:"early_file_bytes,omitempty"`
+	FrozenFileBytes uint64 `json:"frozen_file_bytes,omitempty"`
 }
 
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
@@ -145,6 +148,7 @@ func newReportDoc(r *wire.Report) *reportDoc {
 		Rounds: r.Rounds, PrecopyMS: ms(r.PrecopyUs), PrecopyBytes: r.PrecopyBytes, DirtyBytesPerSecond: r.DirtyBytesPerSecond, CopyNote: r.CopyNote,
 		PagingMS: ms(r.PagingUs), PagedBytes: r.PagedBytes, Faults: r.Faults, FaultP50MS: ms(r.FaultP50Us), FaultP99MS: ms(r.FaultP99Us),
 		Lane: r.Lane, Compression: r.Compression, StreamBytes: r.StreamBytes,
+		EarlyFileBytes: r.EarlyFileBytes, FrozenFileBytes: r.FrozenFileBytes,
 	}
 }
 
@@ -237,6 +241,9 @@ func printReport(w io.Writer, r *wire.Record, total time.Duration) error {
 			s += fmt.Sprintf(", which waited for %s: half of them within %s, 99 %% within %s", plural(dst.Faults, "page"), formatDuration(microseconds(dst.FaultP50Us)), formatDuration(microseconds(dst.FaultP99Us)))
 		}
 		line("post-copy", "%s", s)
+	}
+	if src.GetEarlyFileBytes() != 0 || src.GetFrozenFileBytes() != 0 {
+		line("files", "%s of their content while the tree ran, %s while it was frozen", formatBytes(src.EarlyFileBytes), formatBytes(src.FrozenFileBytes))
 	}
 	if note := src.GetCopyNote(); note != "" {
 		line("note", "%s", printable(note))

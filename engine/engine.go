@@ -75,6 +75,8 @@ type DumpOptions struct {
 	// Late, with Live, leaves memory out that can come when the tree runs elsewhere
 	// already (post-copy): DumpStats.Late says whose.
 	Late bool
+	// Early is what the sink has been given of the files that travel (EarlyFiles).
+	Early *EarlyCopy
 	// Timeout bounds the freezing of all tasks; 0 means 10 s.
 	Timeout time.Duration
 	// FreezeGroup is the directory of a control group, of version 1 or 2, that all of
@@ -149,6 +151,12 @@ type RestoreOptions struct {
 	// Carry is where files that travelled with the tree may be placed; what comes for
 	// another place is an error.
 	Carry []Place
+	// Mark is part of the names under which files wait beside their places (MarkOf):
+	// what an agent that died has left can be told by it (RemoveMarked).
+	Mark string
+	// Note, if set, is told of directories and the like that travel with the tree, before
+	// they are made in their places.
+	Note func(paths []string) error
 	// Files says how files are found again.
 	Files FileRestoreOptions
 	// Paging serves the memory that comes when the tree runs already; nil: images that
@@ -281,10 +289,13 @@ type DumpStats struct {
 	ShmemPages uint64
 	Scanned    uint64 // pages looked at in private mappings
 	Bytes      uint64 // data, all kinds
-	FreezeDur  time.Duration
-	DumpDur    time.Duration
-	DataDur    time.Duration // of DumpDur: reading all data and giving it to the sink
-	FrozenAt   time.Time     // first task stopped
+	// CarriedBytes are those of Bytes that are content of files which travel with their
+	// names (DumpOptions.Carry).
+	CarriedBytes uint64
+	FreezeDur    time.Duration
+	DumpDur      time.Duration
+	DataDur      time.Duration // of DumpDur: reading all data and giving it to the sink
+	FrozenAt     time.Time     // first task stopped
 	// Late are the processes whose memory is to be asked for (NewPages), by their pids in
 	// the images; nil: none.
 	Late map[uint32]Late
@@ -339,6 +350,8 @@ type Standing interface {
 	Root() int
 	// Pids are all processes on this host.
 	Pids() []int
+	// Waiting lists the files that Run places.
+	Waiting() ([]Waiting, error)
 	// Run lets all tasks go. After it returned nil the tree is its own.
 	Run() error
 	// RunStopped is Run that leaves every process stopped by SIGSTOP, before

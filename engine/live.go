@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"godwit/engine/dump"
+	"godwit/engine/files"
 	"godwit/engine/freeze"
 	"godwit/engine/image"
 )
@@ -56,4 +57,34 @@ func (o *DumpOptions) internalLive() (*dump.Live, error) {
 		return nil, fmt.Errorf("a %T is no copy that this engine began", o.Live)
 	}
 	return l.Live, nil
+}
+
+// EarlyCopy is what a sink has been given of files that travel with a running tree
+// (DumpOptions.Carry), for a dump that then carries only the difference (DumpOptions.Early).
+type EarlyCopy struct{ copy *files.EarlyCopy }
+
+// NewEarlyCopy returns one of which the sink has been given nothing.
+func NewEarlyCopy() *EarlyCopy { return &EarlyCopy{files.NewEarlyCopy()} }
+
+// Files is of how many files the sink has been given something.
+func (c *EarlyCopy) Files() int { return c.copy.Len() }
+
+// Again gives the sink what was written to the files that the last look found (EarlyFiles),
+// and says how many bytes that were. The tree runs meanwhile.
+func (c *EarlyCopy) Again(ctx context.Context, sink image.EarlySink) (bytes uint64, err error) {
+	return c.copy.Again(ctx, sink)
+}
+
+// EarlyFiles looks which files travel with the running tree below pid and gives the sink
+// what it lacks of their content. It says how many bytes that were. After ErrNotLive the
+// tree can be dumped all the same.
+func (e *Engine) EarlyFiles(ctx context.Context, pid int, o DumpOptions, c *EarlyCopy, sink image.EarlySink) (bytes uint64, err error) {
+	if err := e.source(pid); err != nil {
+		return 0, err
+	}
+	d, err := o.internal()
+	if err != nil {
+		return 0, err
+	}
+	return dump.EarlyFiles(ctx, e.log, pid, d, c.copy, sink)
 }

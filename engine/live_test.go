@@ -64,6 +64,7 @@ type tape struct {
 }
 
 func (t *tape) Outline(o *image.Outline) error { t.out = o; return nil }
+func (t *tape) File(*image.EarlyFile) error    { return errors.New("no file is carried") }
 func (t *tape) Facts(f *image.Facts) error     { t.set.Facts = f; return nil }
 func (t *tape) Entry(e image.Entry) error      { t.set.Add(e); return nil }
 func (t *tape) Sealed() error                  { t.sealed = true; return nil }
@@ -81,13 +82,17 @@ func (t *tape) Data(id image.DataID, off uint64, b []byte) error {
 // playback gives a tape as a source.
 type playback struct {
 	tape
+	outlined      bool
 	first, second int
 }
 
-func (p *playback) Outline(context.Context) (*image.Outline, error) { return p.out, nil }
-
-func (p *playback) Early(context.Context) (image.DataID, uint64, []byte, error) {
-	return next(p.early, &p.first)
+func (p *playback) Early(context.Context) (image.Early, error) {
+	if p.out != nil && !p.outlined {
+		p.outlined = true
+		return image.Early{Outline: p.out}, nil
+	}
+	id, off, b, err := next(p.early, &p.first)
+	return image.Early{ID: id, Off: off, Data: b}, err
 }
 
 func (p *playback) Images(context.Context) (*image.Set, error) { return p.set, nil }
@@ -206,7 +211,8 @@ func TestLiveHostile(t *testing.T) {
 		spoil func(*tape)
 		want  string
 	}{
-		"no outline":        {func(t *tape) { t.out = nil }, "should have come before"},
+		"no outline":        {func(t *tape) { t.out = nil }, "not among the processes"},
+		"nothing early":     {func(t *tape) { t.out, t.early = nil, nil }, "should have come before"},
 		"a parent too many": {func(t *tape) { t.out = &image.Outline{Procs: []image.OutlineProc{{Pid: pid, Parent: 7, Sid: pid}}} }, "no parent before it"},
 		"another pid":       {func(t *tape) { t.out = &image.Outline{Procs: []image.OutlineProc{{Pid: pid + 1, Sid: pid + 1}}} }, "not among the processes"},
 		"another session":   {func(t *tape) { t.out = &image.Outline{Procs: []image.OutlineProc{{Pid: pid, Sid: 1}}} }, "differs"},

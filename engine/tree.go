@@ -43,6 +43,9 @@ func (o DumpOptions) internal() (dump.Options, error) {
 	if d.Live, err = o.internalLive(); err != nil {
 		return d, err
 	}
+	if o.Early != nil {
+		d.Early = o.Early.copy
+	}
 	if err := o.namespaces(&d); err != nil {
 		return d, err
 	}
@@ -269,7 +272,7 @@ func (f *frozen) Dump(ctx context.Context, sink image.Sink) (DumpStats, error) {
 		}
 		return DumpStats{
 			Processes: s.Processes, Threads: s.Threads, Pages: s.Pages, Bytes: s.Bytes,
-			ShmemPages: s.ShmemPages, Scanned: s.Scanned, DataDur: s.DataDur,
+			ShmemPages: s.ShmemPages, Scanned: s.Scanned, DataDur: s.DataDur, CarriedBytes: s.CarriedBytes,
 			FreezeDur: f.t.FreezeDur, DumpDur: time.Since(start), FrozenAt: f.t.FrozenAt, Late: s.Late,
 		}, err
 	}
@@ -387,7 +390,7 @@ func (e *Engine) Restore(ctx context.Context, src image.Source, o RestoreOptions
 	if groups.Mode, err = cgroup.ParseMode(o.Cgroups.Mode); err != nil {
 		return nil, err
 	}
-	t, err := restore.Restore(ctx, e.log, src, restore.Options{Namespaces: spaces, Stage: o.Stage, Cgroups: groups, TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, TCPOutside: o.NetworkLock != LockNone, LockSkip: o.NetworkLock == LockSkip, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Terminal: o.Terminal, Lead: o.Lead, Files: o.Files, Carry: o.Carry, ExtUnixSk: o.ExtUnixSk, Sibling: o.Sibling, Paging: o.Paging, TimeNamespace: o.TimeNamespace})
+	t, err := restore.Restore(ctx, e.log, src, restore.Options{Namespaces: spaces, Stage: o.Stage, Cgroups: groups, TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, TCPOutside: o.NetworkLock != LockNone, LockSkip: o.NetworkLock == LockSkip, Inherit: in, NewPidNamespace: o.NewPidNamespace, FileLocks: o.FileLocks, ShellJob: o.ShellJob, Terminal: o.Terminal, Lead: o.Lead, Files: o.Files, Carry: o.Carry, Mark: o.Mark, Note: o.Note, ExtUnixSk: o.ExtUnixSk, Sibling: o.Sibling, Paging: o.Paging, TimeNamespace: o.TimeNamespace})
 	if err != nil {
 		return nil, err
 	}

@@ -4430,9 +4430,11 @@ type Report struct {
 	Faults              uint64                 `protobuf:"varint,52,opt,name=faults,proto3" json:"faults,omitempty"`                                                          // destination: pages that the tree waited for
 	FaultP50Us          uint64                 `protobuf:"varint,53,opt,name=fault_p50_us,json=faultP50Us,proto3" json:"fault_p50_us,omitempty"`                              // destination: how long it waited for a page
 	FaultP99Us          uint64                 `protobuf:"varint,54,opt,name=fault_p99_us,json=faultP99Us,proto3" json:"fault_p99_us,omitempty"`
-	Lane                string                 `protobuf:"bytes,80,opt,name=lane,proto3" json:"lane,omitempty"`                                   // source: what the stream travelled over, for people
-	Compression         string                 `protobuf:"bytes,81,opt,name=compression,proto3" json:"compression,omitempty"`                     // source: how its chunks did, for people
-	StreamBytes         uint64                 `protobuf:"varint,82,opt,name=stream_bytes,json=streamBytes,proto3" json:"stream_bytes,omitempty"` // of the stream, before compression, headers and repetitions
+	Lane                string                 `protobuf:"bytes,80,opt,name=lane,proto3" json:"lane,omitempty"`                                                 // source: what the stream travelled over, for people
+	Compression         string                 `protobuf:"bytes,81,opt,name=compression,proto3" json:"compression,omitempty"`                                   // source: how its chunks did, for people
+	StreamBytes         uint64                 `protobuf:"varint,82,opt,name=stream_bytes,json=streamBytes,proto3" json:"stream_bytes,omitempty"`               // of the stream, before compression, headers and repetitions
+	EarlyFileBytes      uint64                 `protobuf:"varint,60,opt,name=early_file_bytes,json=earlyFileBytes,proto3" json:"early_file_bytes,omitempty"`    // source: content of carried files that travelled before the freeze
+	FrozenFileBytes     uint64                 `protobuf:"varint,61,opt,name=frozen_file_bytes,json=frozenFileBytes,proto3" json:"frozen_file_bytes,omitempty"` // source: content of carried files that travelled while the tree was frozen
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
 }
@@ -4645,6 +4647,20 @@ func (x *Report) GetCompression() string {
 func (x *Report) GetStreamBytes() uint64 {
 	if x != nil {
 		return x.StreamBytes
+	}
+	return 0
+}
+
+func (x *Report) GetEarlyFileBytes() uint64 {
+	if x != nil {
+		return x.EarlyFileBytes
+	}
+	return 0
+}
+
+func (x *Report) GetFrozenFileBytes() uint64 {
+	if x != nil {
+		return x.FrozenFileBytes
 	}
 	return 0
 }
@@ -4976,6 +4992,7 @@ type Item struct {
 	//	*Item_End
 	//	*Item_Outline
 	//	*Item_DataDone
+	//	*Item_EarlyFile
 	Item          isItem_Item `protobuf_oneof:"item"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -5081,6 +5098,15 @@ func (x *Item) GetDataDone() *DataDone {
 	return nil
 }
 
+func (x *Item) GetEarlyFile() *EarlyFile {
+	if x != nil {
+		if x, ok := x.Item.(*Item_EarlyFile); ok {
+			return x.EarlyFile
+		}
+	}
+	return nil
+}
+
 type isItem_Item interface {
 	isItem_Item()
 }
@@ -5113,6 +5139,10 @@ type Item_DataDone struct {
 	DataDone *DataDone `protobuf:"bytes,7,opt,name=data_done,json=dataDone,proto3,oneof"` // after it only the end follows
 }
 
+type Item_EarlyFile struct {
+	EarlyFile *EarlyFile `protobuf:"bytes,60,opt,name=early_file,json=earlyFile,proto3,oneof"` // content of a file comes before the images
+}
+
 func (*Item_Hello) isItem_Item() {}
 
 func (*Item_Entry) isItem_Item() {}
@@ -5126,6 +5156,8 @@ func (*Item_End) isItem_Item() {}
 func (*Item_Outline) isItem_Item() {}
 
 func (*Item_DataDone) isItem_Item() {}
+
+func (*Item_EarlyFile) isItem_Item() {}
 
 type Hello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -5343,6 +5375,75 @@ func (*DataDone) Descriptor() ([]byte, []int) {
 	return file_wire_godwit_proto_rawDescGZIP(), []int{55}
 }
 
+// EarlyFile is a file that travels with its content, which begins to travel before the images.
+type EarlyFile struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            uint32                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`                          // of its data until the images
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`                       // where it is to be placed
+	MtimeNs       int64                  `protobuf:"varint,3,opt,name=mtime_ns,json=mtimeNs,proto3" json:"mtime_ns,omitempty"` // since 1970
+	Size          uint64                 `protobuf:"varint,4,opt,name=size,proto3" json:"size,omitempty"`                      // bytes
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EarlyFile) Reset() {
+	*x = EarlyFile{}
+	mi := &file_wire_godwit_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EarlyFile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EarlyFile) ProtoMessage() {}
+
+func (x *EarlyFile) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EarlyFile.ProtoReflect.Descriptor instead.
+func (*EarlyFile) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *EarlyFile) GetId() uint32 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *EarlyFile) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *EarlyFile) GetMtimeNs() int64 {
+	if x != nil {
+		return x.MtimeNs
+	}
+	return 0
+}
+
+func (x *EarlyFile) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
 type StreamEnd struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	DataBytes     uint64                 `protobuf:"varint,1,opt,name=data_bytes,json=dataBytes,proto3" json:"data_bytes,omitempty"`
@@ -5354,7 +5455,7 @@ type StreamEnd struct {
 
 func (x *StreamEnd) Reset() {
 	*x = StreamEnd{}
-	mi := &file_wire_godwit_proto_msgTypes[56]
+	mi := &file_wire_godwit_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5366,7 +5467,7 @@ func (x *StreamEnd) String() string {
 func (*StreamEnd) ProtoMessage() {}
 
 func (x *StreamEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[56]
+	mi := &file_wire_godwit_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5379,7 +5480,7 @@ func (x *StreamEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamEnd.ProtoReflect.Descriptor instead.
 func (*StreamEnd) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{56}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *StreamEnd) GetDataBytes() uint64 {
@@ -5766,7 +5867,7 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x04Step\x12+\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x15.godwit.wire.v1.StateR\x05state\x12\x17\n" +
 	"\aunix_ms\x18\x02 \x01(\x03R\x06unixMs\x12\x0e\n" +
-	"\x02by\x18\x03 \x01(\tR\x02by\"\xd0\x06\n" +
+	"\x02by\x18\x03 \x01(\tR\x02by\"\xa6\a\n" +
 	"\x06Report\x12\x1b\n" +
 	"\tfrozen_us\x18\x01 \x01(\x04R\bfrozenUs\x12\x1b\n" +
 	"\tfreeze_us\x18\x02 \x01(\x04R\bfreezeUs\x12\x17\n" +
@@ -5800,7 +5901,9 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"faultP99Us\x12\x12\n" +
 	"\x04lane\x18P \x01(\tR\x04lane\x12 \n" +
 	"\vcompression\x18Q \x01(\tR\vcompression\x12!\n" +
-	"\fstream_bytes\x18R \x01(\x04R\vstreamBytes\"\x97\x02\n" +
+	"\fstream_bytes\x18R \x01(\x04R\vstreamBytes\x12(\n" +
+	"\x10early_file_bytes\x18< \x01(\x04R\x0eearlyFileBytes\x12*\n" +
+	"\x11frozen_file_bytes\x18= \x01(\x04R\x0ffrozenFileBytes\"\x97\x02\n" +
 	"\bProgress\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12+\n" +
@@ -5829,7 +5932,7 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x03crc\x18\x05 \x01(\aR\x03crc\"3\n" +
 	"\tPageRange\x12\x14\n" +
 	"\x05start\x18\x01 \x01(\x04R\x05start\x12\x10\n" +
-	"\x03end\x18\x02 \x01(\x04R\x03end\"\xcc\x02\n" +
+	"\x03end\x18\x02 \x01(\x04R\x03end\"\x88\x03\n" +
 	"\x04Item\x12-\n" +
 	"\x05hello\x18\x01 \x01(\v2\x15.godwit.wire.v1.HelloH\x00R\x05hello\x122\n" +
 	"\x05entry\x18\x02 \x01(\v2\x1a.godwit.wire.v1.ImageEntryH\x00R\x05entry\x12\x16\n" +
@@ -5838,7 +5941,9 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"imagesDone\x12-\n" +
 	"\x03end\x18\x05 \x01(\v2\x19.godwit.wire.v1.StreamEndH\x00R\x03end\x12\x1a\n" +
 	"\aoutline\x18\x06 \x01(\fH\x00R\aoutline\x127\n" +
-	"\tdata_done\x18\a \x01(\v2\x18.godwit.wire.v1.DataDoneH\x00R\bdataDoneB\x06\n" +
+	"\tdata_done\x18\a \x01(\v2\x18.godwit.wire.v1.DataDoneH\x00R\bdataDone\x12:\n" +
+	"\n" +
+	"early_file\x18< \x01(\v2\x19.godwit.wire.v1.EarlyFileH\x00R\tearlyFileB\x06\n" +
 	"\x04item\"e\n" +
 	"\x05Hello\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x0e\n" +
@@ -5855,7 +5960,12 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"ImagesDone\x12\x18\n" +
 	"\aentries\x18\x01 \x01(\x04R\aentries\"\n" +
 	"\n" +
-	"\bDataDone\"m\n" +
+	"\bDataDone\"^\n" +
+	"\tEarlyFile\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\rR\x02id\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x19\n" +
+	"\bmtime_ns\x18\x03 \x01(\x03R\amtimeNs\x12\x12\n" +
+	"\x04size\x18\x04 \x01(\x04R\x04size\"m\n" +
 	"\tStreamEnd\x12\x1d\n" +
 	"\n" +
 	"data_bytes\x18\x01 \x01(\x04R\tdataBytes\x12\x14\n" +
@@ -5930,7 +6040,7 @@ func file_wire_godwit_proto_rawDescGZIP() []byte {
 }
 
 var file_wire_godwit_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 57)
+var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
 var file_wire_godwit_proto_goTypes = []any{
 	(Code)(0),                // 0: godwit.wire.v1.Code
 	(LaneChoice)(0),          // 1: godwit.wire.v1.LaneChoice
@@ -5995,7 +6105,8 @@ var file_wire_godwit_proto_goTypes = []any{
 	(*ImageEntry)(nil),       // 60: godwit.wire.v1.ImageEntry
 	(*ImagesDone)(nil),       // 61: godwit.wire.v1.ImagesDone
 	(*DataDone)(nil),         // 62: godwit.wire.v1.DataDone
-	(*StreamEnd)(nil),        // 63: godwit.wire.v1.StreamEnd
+	(*EarlyFile)(nil),        // 63: godwit.wire.v1.EarlyFile
+	(*StreamEnd)(nil),        // 64: godwit.wire.v1.StreamEnd
 }
 var file_wire_godwit_proto_depIdxs = []int32{
 	7,  // 0: godwit.wire.v1.Problem.object:type_name -> godwit.wire.v1.Object
@@ -6072,14 +6183,15 @@ var file_wire_godwit_proto_depIdxs = []int32{
 	59, // 71: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
 	60, // 72: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
 	61, // 73: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
-	63, // 74: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
+	64, // 74: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
 	62, // 75: godwit.wire.v1.Item.data_done:type_name -> godwit.wire.v1.DataDone
-	9,  // 76: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
-	77, // [77:77] is the sub-list for method output_type
-	77, // [77:77] is the sub-list for method input_type
-	77, // [77:77] is the sub-list for extension type_name
-	77, // [77:77] is the sub-list for extension extendee
-	0,  // [0:77] is the sub-list for field type_name
+	63, // 76: godwit.wire.v1.Item.early_file:type_name -> godwit.wire.v1.EarlyFile
+	9,  // 77: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
+	78, // [78:78] is the sub-list for method output_type
+	78, // [78:78] is the sub-list for method input_type
+	78, // [78:78] is the sub-list for extension type_name
+	78, // [78:78] is the sub-list for extension extendee
+	0,  // [0:78] is the sub-list for field type_name
 }
 
 func init() { file_wire_godwit_proto_init() }
@@ -6095,6 +6207,7 @@ func file_wire_godwit_proto_init() {
 		(*Item_End)(nil),
 		(*Item_Outline)(nil),
 		(*Item_DataDone)(nil),
+		(*Item_EarlyFile)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -6102,7 +6215,7 @@ func file_wire_godwit_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wire_godwit_proto_rawDesc), len(file_wire_godwit_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   57,
+			NumMessages:   58,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -60,8 +60,9 @@ type Options struct {
 	Ends      bool // the tree does not run on
 	Host      string
 	Files     plan.FileOptions
-	Live      *Live // what the sink has been given already; nil: nothing
-	Late      bool  // memory that can come when the tree runs elsewhere is left out
+	Live      *Live            // what the sink has been given already; nil: nothing
+	Late      bool             // memory that can come when the tree runs elsewhere is left out
+	Early     *files.EarlyCopy // of the files that travel; nil: nothing
 }
 
 // process is one process as the collector sees it.
@@ -122,7 +123,7 @@ func newCollector(log hclog.Logger, o Options, root int, emit func(image.Entry) 
 	return &collector{
 		log: log, o: o,
 		files: files.NewDumper(log, files.Options{TCPEstablished: o.TCPEstablished, TCPClose: o.TCPClose, SkipInFlight: o.SkipInFlight, NetworkLock: o.NetworkLock, External: o.External, Carry: o.Carry, GhostLimit: o.GhostLimit, FileLocks: o.FileLocks, ShellJob: o.ShellJob, FileOptions: o.Files,
-			ExtUnixSk: o.ExtUnixSk, Ends: o.Ends, Elsewhere: o.Elsewhere}, emit),
+			ExtUnixSk: o.ExtUnixSk, Ends: o.Ends, Elsewhere: o.Elsewhere, Early: o.Early}, emit),
 		refusal: refuse.Refusal{Doing: fmt.Sprintf("dump of pid %d", root)},
 		shmems:  map[uint32]*shmem{}, segments: map[uint32]*segment{},
 		limits: map[int]plan.Rlimit{},

@@ -37,6 +37,7 @@ type Stats struct {
 	ShmemPages         uint64 // those of shared memory
 	Scanned            uint64 // pages that were looked at in private mappings
 	Bytes              uint64 // of data, all kinds
+	CarriedBytes       uint64 // of those, content of files that travel with their names
 	Segments           []int  // ids of System V shared memory
 	Sockets            []files.SocketFile
 	Moved              []files.Moved // files that leave with the tree
@@ -482,6 +483,9 @@ func (c *collector) data(ctx context.Context, sink image.Sink, st *Stats) error 
 		whole := d.ID.Kind == image.Shmem
 		n, err := content(ctx, &d, sink)
 		st.Bytes += n
+		if d.Sum {
+			st.CarriedBytes += n
+		}
 		if whole {
 			st.Pages += n / arch.PageSize
 			st.ShmemPages += n / arch.PageSize
@@ -498,6 +502,9 @@ func (c *collector) data(ctx context.Context, sink image.Sink, st *Stats) error 
 
 // content streams the content of one file.
 func content(ctx context.Context, d *files.Data, sink image.Sink) (n uint64, err error) {
+	if n, early, err := d.Difference(ctx, sink); early {
+		return n, err
+	}
 	f, err := d.Open()
 	if err != nil {
 		return 0, err

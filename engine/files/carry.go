@@ -81,12 +81,19 @@ func (d *Dumper) carry(o *object, path string, replace bool) error {
 		return err
 	}
 	if g := d.ghosts[inode(&o.stat)]; g != nil {
-		if g.facts.Named == nil {
-			g.facts.Named = &image.NamedFacts{Path: path, Replace: replace}
+		if g.facts.Named != nil {
+			return nil
 		}
+		g.facts.Named = &image.NamedFacts{Path: path, Replace: replace}
+		if !replace || o.mode()&unix.S_IFMT != unix.S_IFREG {
+			return nil
+		}
+		from, _ := d.locate(o)
+		d.noteCarried(from, path, &o.stat)
 		for i := range d.data {
 			if id := d.data[i].ID; id.Kind == image.Ghost && id.ID == g.id {
-				d.data[i].Sum = replace
+				d.data[i].Sum = true
+				d.builds(g, &d.data[i], &o.stat)
 			}
 		}
 	}

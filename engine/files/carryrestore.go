@@ -53,6 +53,14 @@ func (r *Restorer) loadCarried(f *image.GhostFacts) error {
 		}
 		g.links = append(g.links, at)
 	}
+	if f.Named.Early != 0 {
+		if g.typ() != unix.S_IFREG || !f.Named.Replace {
+			return fmt.Errorf("%s: file %d has content that came early, but is no file that is carried", image.FactsFile, f.ID)
+		}
+		if g.early, err = r.opts.Early.claim(f.Named.Early, f.Named.Path); err != nil {
+			return fmt.Errorf("%s: %w", image.FactsFile, err)
+		}
+	}
 	r.named = append(r.named, g)
 	return nil
 }
@@ -80,33 +88,44 @@ func (r *Restorer) spot(g *ghostFile, path string) (spot, error) {
 	if err := checkName(path); err != nil {
 		return spot{}, err
 	}
-	if filepath.Clean(path) != path || path == "/" {
-		return spot{}, fmt.Errorf("%q is no path of a file", path)
+	if !g.facts.Named.Replace && g.typ() == unix.S_IFREG && filepath.Clean(path) == path && strings.HasPrefix(path, shmDir+"/") {
+		return spot{base: filepath.Dir(path)}, nil
+	}
+	at, place, err := spotOf(r.opts.Carry, g.typ(), path)
+	g.place = place
+	return at, err
+}
+
+// spotOf finds out where a file of a type goes, and which of the places allows it.
+func spotOf(places []plan.Place, typ uint32, path string) (spot, *plan.Place, error) {
+	if !filepath.IsAbs(path) || filepath.Clean(path) != path || path == "/" {
+		return spot{}, nil, fmt.Errorf("%q is no path of a file", path)
 	}
 	here := spot{base: filepath.Dir(path)}
-	if !g.facts.Named.Replace && g.typ() == unix.S_IFREG && strings.HasPrefix(path, shmDir+"/") {
-		return here, nil
-	}
-	for i := range r.opts.Carry {
-		p := &r.opts.Carry[i]
+	for i := range places {
+		p := &places[i]
 		switch {
-		case path == p.Path && p.Dir == (g.typ() == unix.S_IFDIR):
-		case g.typ() == unix.S_IFDIR && strings.HasPrefix(p.Path, path+"/"): // a directory on the way
+		case path == p.Path && p.Dir == (typ == unix.S_IFDIR):
+		case typ == unix.S_IFDIR && strings.HasPrefix(p.Path, path+"/"): // a directory on the way
 		case p.Dir && strings.HasPrefix(path, strings.TrimSuffix(p.Path, "/")+"/"):
-			g.place = p
 			rel, err := filepath.Rel(p.Path, filepath.Dir(path))
-			return spot{base: p.Path, rel: rel}, err
+			return spot{base: p.Path, rel: rel}, p, err
 		default:
 			continue
 		}
-		g.place = p
-		return here, nil
+		return here, p, nil
 	}
-	return spot{}, fmt.Errorf("%s comes with the tree, but is not among the files that were agreed on", path)
+	return spot{}, nil, fmt.Errorf("%s comes with the tree, but is not among the files that were agreed on", path)
 }
 
 // makeCarried makes all that travelled with the tree, but for the content.
 func (r *Restorer) makeCarried() error {
+	if err := r.opts.Early.drop(); err != nil {
+		return err
+	}
+	if err := r.noteCarried(); err != nil {
+		return err
+	}
 	var errs []error
 	for _, g := range r.named {
 		if g.loose && g.typ() == unix.S_IFREG {
@@ -123,6 +142,31 @@ func (r *Restorer) makeCarried() error {
 	return list("make the files that travel with the tree", errs)
 }
 
+// noteCarried tells of what is going to be made in its place.
+func (r *Restorer) noteCarried() error {
+	if r.opts.Note == nil {
+		return nil
+	}
+	var paths []string
+	for _, g := range r.named {
+		if t := g.typ(); t == unix.S_IFREG || t == unix.S_IFLNK {
+			continue
+		}
+		if dir, err := g.at.open(); err == nil {
+			there, err := present(int(dir.Fd()), filepath.Base(g.facts.Named.Path), g.typ())
+			_ = dir.Close()
+			if there || err != nil {
+				continue // which its making finds, too
+			}
+		}
+		paths = append(paths, g.facts.Named.Path)
+	}
+	if len(paths) == 0 {
+		return nil
+	}
+	return r.opts.Note(paths)
+}
+
 // make makes a carried file: directories and fifos in their places, everything
 // else beside it, under a name of its own.
 func (g *ghostFile) make(r *Restorer) error {
@@ -135,12 +179,16 @@ func (g *ghostFile) make(r *Restorer) error {
 	}
 	defer func() { _ = dir.Close() }()
 	name := filepath.Base(g.facts.Named.Path)
-	c := &carriedFile{at: g.at, name: name, temp: ".godwit-" + randomName(), typ: g.typ(), replace: g.facts.Named.Replace}
+	c := &carriedFile{at: g.at, name: name, temp: TempName(r.opts.Mark), typ: g.typ(), replace: g.facts.Named.Replace}
 	fd, flags := int(dir.Fd()), unix.O_PATH
 	switch g.typ() {
 	case unix.S_IFREG:
 		flags = unix.O_RDWR
-		err = mknodAt(fd, c.temp, unix.S_IFREG|0o600)
+		if g.early != nil {
+			err = r.opts.Early.take(g.early, fd, c.temp)
+		} else {
+			err = mknodAt(fd, c.temp, unix.S_IFREG|0o600)
+		}
 	case unix.S_IFLNK:
 		err = unix.Symlinkat(g.msg.GetSymlnkTarget(), fd, c.temp)
 	default:
@@ -182,7 +230,7 @@ func (g *ghostFile) make(r *Restorer) error {
 
 // link gives a file one more name, beside its place; dir is where the first is.
 func (g *ghostFile) link(r *Restorer, dir int, at spot, name string) error {
-	c := &carriedFile{at: at, name: name, temp: ".godwit-" + randomName(), typ: unix.S_IFREG, replace: g.temp.replace}
+	c := &carriedFile{at: at, name: name, temp: TempName(r.opts.Mark), typ: unix.S_IFREG, replace: g.temp.replace}
 	err := c.in(func(fd int) error { return unix.Linkat(dir, g.temp.temp, fd, c.temp, 0) })
 	if err != nil {
 		return fmt.Errorf("link %s: %w", c.path(), err)
@@ -225,25 +273,37 @@ func noRoom(err error) error {
 // the file to write it to.
 func (r *Restorer) fill(id image.DataID, off uint64, b []byte) (*os.File, error) {
 	g := r.ghosts[id.ID]
-	if r.filling != g {
-		if err := r.filled(); err != nil {
-			return nil, err
-		}
-		r.filling = g
-	}
-	if err := g.make(r); err != nil {
-		return nil, fmt.Errorf("make %s: %w", g.facts.Named.Path, err)
+	if err := r.fillNext(g); err != nil {
+		return nil, err
 	}
 	if end := off + uint64(len(b)); end < off || end > g.msg.GetSize() {
 		return nil, fmt.Errorf("images hold data of %s behind its end", g.facts.Named.Path)
 	}
-	if p := g.place; p != nil {
+	if g.early != nil {
+		if err := r.opts.Early.charge(g.early, off, len(b)); err != nil {
+			return nil, err
+		}
+	} else if p := g.place; p != nil {
 		if r.spent[p] += uint64(len(b)); r.spent[p] > p.Limit {
 			return nil, fmt.Errorf("what comes for %s has more than the limit of %d bytes", p.Path, p.Limit)
 		}
 	}
 	g.sum.add(off, b)
 	return g.file, nil
+}
+
+// fillNext takes in that content of a file comes, and no more of the one before.
+func (r *Restorer) fillNext(g *ghostFile) error {
+	if r.filling != g {
+		if err := r.filled(); err != nil {
+			return err
+		}
+		r.filling = g
+	}
+	if err := g.make(r); err != nil {
+		return fmt.Errorf("make %s: %w", g.facts.Named.Path, err)
+	}
+	return nil
 }
 
 // filled ends the file whose content came last, if nobody has it open.
@@ -305,8 +365,9 @@ func (g *ghostFile) meet() error {
 	if err := unix.Fstat(fd, &st); err != nil {
 		return err
 	}
-	same := false
-	if uint64(st.Size) == g.msg.GetSize() {
+	newer := !g.place.Overwrite && st.Mtim.Nano() > g.facts.MtimeNS
+	same := g.early.knows(&st, g.msg.GetSize())
+	if !same && uint64(st.Size) == g.msg.GetSize() && (newer || g.early == nil) { // else it is replaced, which needs no reading
 		a, aerr := ContentDigest(old)
 		b, berr := ContentDigest(g.file)
 		if err := errors.Join(aerr, berr); err != nil {
@@ -317,8 +378,8 @@ func (g *ghostFile) meet() error {
 	switch {
 	case same && g.loose && len(g.links) == 0:
 		g.temp.keep = true
-	case !same && !g.place.Overwrite && st.Mtim.Nano() > g.facts.MtimeNS:
-		return errors.New("the file here is newer and has another content; copy it, or let it be overwritten (carry,overwrite)")
+	case !same && newer:
+		return errNewer
 	}
 	return nil
 }
@@ -364,12 +425,16 @@ func (d *digest) total() []byte {
 // Summed is a sink that follows each file with its digest.
 type Summed struct {
 	image.Sink
-	sum digest
+	sum  digest
+	some bool // something was given
 }
 
 // Data implements image.Sink.
 func (s *Summed) Data(id image.DataID, off uint64, p []byte) error {
-	s.sum.add(off, p)
+	s.some = true
+	if id.Kind != image.Cut {
+		s.sum.add(off, p)
+	}
 	return s.Sink.Data(id, off, p)
 }
 

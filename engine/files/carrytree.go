@@ -174,6 +174,7 @@ func (d *Dumper) dumpWished(o *object) error {
 	case err != nil:
 		return err
 	case same:
+		d.kept[inode(&o.stat)] = path
 		o.noteHint()
 		o.path = path
 		e := d.regEntry(o, o.id, path)
@@ -211,19 +212,13 @@ func (d *Dumper) sameThere(o *object) (bool, error) {
 
 // sums are the digests of files that were read, so that they need not be read
 // while the tree is frozen.
-var sums sync.Map // of sumVersion → string
-
-type sumVersion struct {
-	inode        inodeID
-	size         int64
-	mtime, ctime unix.Timespec
-}
+var sums sync.Map // of version → string
 
 // contentSum is the ContentDigest of o. What the tree may
 // write is read each time: writes through mappings do not always show in times.
 func (d *Dumper) contentSum(o *object) (string, error) {
 	written := slices.ContainsFunc(d.objects, func(x *object) bool { return x.writable() && inode(&x.stat) == inode(&o.stat) })
-	v := sumVersion{inode(&o.stat), o.stat.Size, o.stat.Mtim, o.stat.Ctim}
+	v := versionOf(&o.stat)
 	if s, ok := sums.Load(v); ok && !written {
 		return s.(string), nil
 	}
@@ -397,8 +392,10 @@ func (d *Dumper) carryTree(t *carriedTree) error {
 	}
 	switch {
 	case t.files > maxCarried:
+		d.tooMuch = true
 		d.refuseTree(t, t.dir, fmt.Sprintf("it is to travel with all that is in it, which are more than %d files", maxCarried))
 	case t.bytes > t.w.Limit:
+		d.tooMuch = true
 		d.refuseTree(t, t.dir, fmt.Sprintf("it is to travel with its content of %d bytes, more than the limit of %d", t.bytes, t.w.Limit))
 	}
 	d.trees = append(d.trees, plan.File{Path: t.to, Kind: "directory", Mode: st.Mode, Carried: true, Allocated: t.bytes})
@@ -431,6 +428,9 @@ func (d *Dumper) carryBelow(t *carriedTree, path, to string, st *unix.Stat_t) er
 		d.refuseTree(t, path, "it is to travel with the directory that it is in, but is a device")
 		return nil
 	}
+	if d.kept[inode(st)] == to {
+		return nil // it is at its place already
+	}
 	known := d.ghosts[inode(st)]
 	if known != nil && typ == unix.S_IFREG && known.facts.Named != nil && known.facts.Named.Path != to {
 		known.facts.Named.Links = append(known.facts.Named.Links, to)
@@ -445,8 +445,14 @@ func (d *Dumper) carryBelow(t *carriedTree, path, to string, st *unix.Stat_t) er
 	switch typ {
 	case unix.S_IFREG:
 		t.bytes += uint64(st.Blocks) * 512
-		if g != nil && !d.dry() {
-			d.data = append(d.data, Data{ID: image.DataID{Kind: image.Ghost, ID: g.id}, Size: st.Size, Sum: true, path: path, ino: inode(st)})
+		if g == nil {
+			return nil
+		}
+		d.noteCarried(path, to, st)
+		if !d.dry() {
+			x := Data{ID: image.DataID{Kind: image.Ghost, ID: g.id}, Size: st.Size, Sum: true, path: path, ino: inode(st)}
+			d.builds(g, &x, st)
+			d.data = append(d.data, x)
 		}
 	case unix.S_IFDIR:
 		return d.carryEntries(t, path, to)

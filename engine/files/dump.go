@@ -52,6 +52,8 @@ type Options struct {
 	ExtUnixSk bool
 	// Elsewhere: the tree goes to another host. Files of POSIX shared memory go with it.
 	Elsewhere bool
+	// Early is what the other side has of files that travel; nil: nothing.
+	Early *EarlyCopy
 	// Ends: the tree does not run on after the dump. Only then is data that waits
 	// in connections not accepted yet carried: to read it, they are accepted.
 	Ends bool
@@ -77,6 +79,11 @@ type Data struct {
 	Sum  bool
 	path string // in the absence of File
 	ino  inodeID
+
+	early   *earlyFile // the content that was sent already; nil: none
+	version version
+	mapped  bool   // CarriedFile has it
+	buf     []byte // of a block
 }
 
 // Open gives the content, for the caller to close.
@@ -252,10 +259,16 @@ type Dumper struct {
 	waiting  int                   // bytes of datagrams that travel
 	accepted LostConnections       // that the tree lacks if it runs on
 	data     []Data
-	buf      []byte // for what is queued in sockets
-	refusal  refuse.Refusal
-	lastID   uint32
-	done     bool
+	// carriedFiles are the regular files that travel with their names; tooMuch: they
+	// are more than may.
+	carriedFiles   []CarriedFile
+	tooMuch        bool
+	kept           map[inodeID]string // places that have the content of a file already
+	mappedWritable map[inodeID]bool   // nil: not looked at yet
+	buf            []byte             // for what is queued in sockets
+	refusal        refuse.Refusal
+	lastID         uint32
+	done           bool
 }
 
 // fdSlot is one descriptor of a table.
@@ -290,7 +303,7 @@ func NewDumper(log hclog.Logger, o Options, emit func(image.Entry) error) *Dumpe
 		vpid: map[int]int{}, flights: map[*object]*flight{}, apart: map[uint32]bool{}, nameless: map[string]bool{}, externs: map[uint32]bool{},
 		remapOf: map[inodeID]*linkRemap{},
 		memfds:  map[inodeID]*memfdInode{}, ghosts: map[inodeID]*ghost{}, hashes: map[inodeID]string{}, mntns: map[int]bool{}, wantedTTYs: map[string]bool{},
-		proxies: map[string]bool{},
+		proxies: map[string]bool{}, kept: map[inodeID]string{},
 	}
 	proxied := map[string]bool{}
 	for s, travels := range o.Proxied {

@@ -232,9 +232,10 @@ type ghostFile struct {
 	// Of one that travels with its name.
 	loose bool // no process has it open
 	at    spot
-	links []spot       // of its further names
-	place *plan.Place  // nil: shared memory
-	temp  *carriedFile // nil: it was there
+	links []spot        // of its further names
+	place *plan.Place   // nil: shared memory
+	temp  *carriedFile  // nil: it was there
+	early *earlyLanding // what came of it before the images; nil: nothing
 	sum   digest
 }
 

@@ -60,6 +60,14 @@ type RestoreOptions struct {
 	ExtUnixSk bool
 	// Carry is where files that travelled with the tree may be placed.
 	Carry []plan.Place
+	// Early are files of which content came before the images, with the same places;
+	// nil: none.
+	Early *EarlyFiles
+	// Mark is part of the names of files that wait beside their places.
+	Mark string
+	// Note, if set, is told of what is made in its place at once, before that: of
+	// directories and the like.
+	Note func(paths []string) error
 	// Actor gives a process that has a pid in the images, of the tree or made for
 	// the purpose; 0 is any. nil: this process makes all sockets, and their peers see it.
 	Actor func(pid int) (Actor, error)
@@ -183,6 +191,9 @@ func NewRestorer(log hclog.Logger, set *image.Set, o RestoreOptions) (*Restorer,
 	err := checkPlaces(r.opts.Carry)
 	if err != nil {
 		return nil, err
+	}
+	if o.Early != nil {
+		r.opts.Carry, r.spent = o.Early.places, o.Early.spent
 	}
 	for _, load := range []func() error{r.loadFiles, r.loadTables, r.loadLocks, r.loadGhosts, r.loadLinked, r.loadMemfds, r.loadSockQueues, r.loadTTYs, r.matchInherit, r.loadConnections, r.loadBPF} {
 		if err := load(); err != nil {
@@ -602,6 +613,18 @@ func (r *Restorer) DataFile(id image.DataID, off uint64, b []byte) (*os.File, er
 		}
 	}
 	return nil, nil
+}
+
+// Cut empties ranges of a file whose content came before the images, and that differs.
+func (r *Restorer) Cut(id uint32, b []byte) error {
+	g := r.ghosts[id]
+	if g == nil || g.early == nil || g.sealed {
+		return fmt.Errorf("images cut file %d, of which nothing came before them", id)
+	}
+	if err := r.fillNext(g); err != nil {
+		return err
+	}
+	return r.opts.Early.cut(g.early, g.file, b)
 }
 
 // File gives the open file of an entry: a mapping, an executable, a working

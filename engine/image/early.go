@@ -5,12 +5,16 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"path"
+	"strings"
 )
 
 // A dump of a tree that still runs (pre-copy) gives memory before the images:
 // an Outline, then Layout and Memory data of its processes, again and again for
 // what was written meanwhile. The images, and what was written last, follow
-// when the tree is frozen.
+// when the tree is frozen. In the same way, before, after or between that, it gives
+// the content of files that travel with their names: an EarlyFile each, then Content
+// and Cut data, with a Digest after each run of it.
 
 // Outline says which processes get memory before the images.
 type Outline struct {
@@ -62,22 +66,52 @@ func (o *Outline) Check() error {
 	return nil
 }
 
+// EarlyFile is a file that travels with its name, and whose content begins to come
+// before the images. Those say in the end which of them are of use (NamedFacts.Early).
+type EarlyFile struct {
+	ID      uint32 // not 0
+	Path    string // where it is to be placed
+	MTimeNS int64  // since 1970
+	Size    uint64 // bytes
+}
+
+// Check refuses what no dump gives.
+func (f *EarlyFile) Check() error {
+	if f.ID == 0 || f.Size > 1<<63-1 || len(f.Path) >= maxPath || !path.IsAbs(f.Path) || path.Clean(f.Path) != f.Path || f.Path == "/" || strings.IndexByte(f.Path, 0) >= 0 {
+		return fmt.Errorf("%w: an early file %d at %q", ErrMalformed, f.ID, f.Path)
+	}
+	return nil
+}
+
+// maxPath is PATH_MAX (include/uapi/linux/limits.h).
+const maxPath = 4096
+
+// Early is one thing that comes before the images: an outline, a file, or else a run of data.
+type Early struct {
+	Outline *Outline
+	File    *EarlyFile
+	ID      DataID
+	Off     uint64
+	Data    []byte
+}
+
 // EarlySink is a Sink that takes what comes before the images.
 type EarlySink interface {
 	Sink
-	// Outline comes first; Data of kinds Layout and Memory may come before Sealed
+	// Outline comes once; Data of kinds Layout and Memory may come before Sealed
 	// from then on, at any offset and again.
 	Outline(*Outline) error
+	// File comes once a file; Data of kinds Content, Cut and Digest of it may come before
+	// Sealed from then on.
+	File(*EarlyFile) error
 }
 
 // EarlySource is a Source that may have something before the images.
 type EarlySource interface {
 	Source
-	// Outline returns nil if there is nothing. It is asked for once, before Images.
-	Outline(ctx context.Context) (*Outline, error)
-	// Early returns the next run of data before the images, or io.EOF at their
-	// beginning. The bytes are valid until the next call.
-	Early(ctx context.Context) (DataID, uint64, []byte, error)
+	// Early returns the next of what comes before the images, or io.EOF at their
+	// beginning. Bytes are valid until the next call.
+	Early(ctx context.Context) (Early, error)
 }
 
 // Region is anonymous memory of a process.

@@ -414,6 +414,8 @@ type NamedFacts struct {
 	Path string `json:"path"`
 	// Replace: it may take the place of another file.
 	Replace bool `json:"replace,omitempty"`
+	// Early is the EarlyFile that its content builds on; 0: none.
+	Early uint32 `json:"early,omitempty"`
 	// Links are further names of the same file.
 	Links []string `json:"links,omitempty"`
 }

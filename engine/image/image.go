@@ -34,6 +34,12 @@ const (
 	// Holes, after the images, are ranges of a process whose memory came before them
 	// (Facts.Precopied) where it has none any more: Ranges; ID is its pid.
 	Holes DataKind = 6
+	// Content, before the images, is that of a file that travels with its name; ID is
+	// that of its EarlyFile. A Digest follows it there, too.
+	Content DataKind = 60
+	// Cut empties ranges of such a file, whose content comes anew: Ranges; ID is that
+	// of its EarlyFile before the images, and its ghost id after them.
+	Cut DataKind = 61
 )
 
 func (k DataKind) String() string {
@@ -50,6 +56,10 @@ func (k DataKind) String() string {
 		return "layout"
 	case Holes:
 		return "holes"
+	case Content:
+		return "content"
+	case Cut:
+		return "cut"
 	}
 	return fmt.Sprintf("data kind %d", uint8(k))
 }

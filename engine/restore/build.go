@@ -39,10 +39,13 @@ type Options struct {
 	FileLocks       bool
 	Namespaces      NamespaceOptions
 	// Stage is called at StageSetup and StagePostSetup; it may be nil.
-	Stage         func(stage string, pid int) error
-	Cgroups       cgroup.Options
-	Files         plan.FileRestoreOptions
-	Carry         []plan.Place // where files that travelled may be placed
+	Stage   func(stage string, pid int) error
+	Cgroups cgroup.Options
+	Files   plan.FileRestoreOptions
+	Carry   []plan.Place // where files that travelled may be placed
+	Mark    string       // part of the names under which they wait for it
+	// Note, if set, is told of what is made in its place at once, before that.
+	Note          func(paths []string) error
 	TimeNamespace Clocks
 	// ShellJob lands sessions whose leader is not in the tree in that of this
 	// process, and puts Terminal in the place of one that was outside the tree.
@@ -84,6 +87,8 @@ type Tree struct {
 	spare     uint64
 	filler    *filler // nil: memory is not inherited
 	early     *early  // what came before the images, nil: nothing
+	// earlyFiles are files of which content came before the images.
+	earlyFiles *files.EarlyFiles
 
 	paths  []string               // socket files that go with a Discard
 	extras map[int]*ptrace.Remote // processes made only to act, by pid in the images
@@ -293,6 +298,7 @@ func (t *Tree) sow() (err error) {
 // readFiles checks what the images say of files, before anything is built.
 func (t *Tree) readFiles(set *image.Set) (err error) {
 	fo := files.RestoreOptions{TCPEstablished: t.o.TCPEstablished, TCPClose: t.o.TCPClose, TCPOutside: t.o.TCPOutside, LockSkip: t.o.LockSkip, OwnNet: t.inside().Has(ns.Net), Inherit: t.o.Inherit, FileLocks: t.o.FileLocks, ShellJob: t.o.ShellJob, Terminal: t.o.Terminal, TerminalOwned: t.o.Lead, Carry: t.o.Carry, FileRestoreOptions: t.o.Files}
+	fo.Early, fo.Mark, fo.Note = t.earlyFiles, t.o.Mark, t.o.Note
 	fo.ExtUnixSk, fo.Actor = t.o.ExtUnixSk, t.actor
 	fo.Pid = t.hostPid
 	t.files, err = files.NewRestorer(t.log, set, fo)
@@ -738,6 +744,9 @@ func (t *Tree) fillFile(id image.DataID, off uint64, b []byte) error {
 	if id.Kind == image.Digest {
 		return t.files.CheckSum(id.ID, b)
 	}
+	if id.Kind == image.Cut {
+		return t.files.Cut(id.ID, b)
+	}
 	f, err := t.files.DataFile(id, off, b)
 	if err != nil {
 		return err
@@ -759,12 +768,7 @@ func (t *Tree) fillFile(id image.DataID, off uint64, b []byte) error {
 		}
 		b = b[:uint64(st.Size())-off]
 	}
-	page, huge, err := sys.HugePages(f)
-	if err == nil && huge {
-		err = sys.WriteHuge(f, b, off, page)
-	} else if err == nil {
-		_, err = f.WriteAt(b, int64(off))
-	}
+	err = files.Write(f, b, off)
 	if errors.Is(err, unix.ENOSPC) {
 		return fmt.Errorf("write %s: the file system here is full: %w", f.Name(), err)
 	}
@@ -948,6 +952,9 @@ func (t *Tree) Pids() []int { return t.pids }
 // Init is the pid of the first process of a new pid namespace, else 0.
 func (t *Tree) Init() int { return t.init }
 
+// Waiting lists the files that Run places.
+func (t *Tree) Waiting() ([]files.Waiting, error) { return t.carried.Waiting() }
+
 // Run lets all tasks go. It may be called once.
 func (t *Tree) Run() error { return t.run(false) }
 
@@ -1040,7 +1047,7 @@ func (t *Tree) Discard() error {
 		}
 	}
 	t.landing.Close()
-	err = errors.Join(err, t.discardSegments(), t.leaveCgroups(true), t.carried.Remove(), t.releaseFiles())
+	err = errors.Join(err, t.discardSegments(), t.leaveCgroups(true), t.carried.Remove(), t.releaseFiles(), t.earlyFiles.Remove())
 	t.links.Close()
 	t.cuts.Close()
 	return err

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"godwit/engine/arch"
+	"godwit/engine/files"
 	"godwit/engine/image"
 	"godwit/engine/mem"
 	"godwit/engine/procfs"
@@ -54,12 +55,37 @@ func (t *Tree) nurse(ctx context.Context, src image.Source) error {
 	if !ok {
 		return nil
 	}
-	out, err := from.Outline(ctx)
-	if err != nil || out == nil {
-		return err
+	for {
+		x, err := from.Early(ctx)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		switch {
+		case x.Outline != nil:
+			err = t.outline(x.Outline)
+		case x.File != nil:
+			err = t.earlyFile(x.File)
+		default:
+			t.st.Bytes += uint64(len(x.Data))
+			err = t.earlyData(x)
+		}
+		if err != nil {
+			return err
+		}
 	}
+	return t.early.close()
+}
+
+// outline makes processes for memory that comes.
+func (t *Tree) outline(out *image.Outline) error {
 	if err := out.Check(); err != nil {
 		return err
+	}
+	if t.early != nil {
+		return errors.New("a second outline of the tree comes")
 	}
 	if t.o.ShellJob || t.o.Lead || t.o.Sibling || len(t.o.Namespaces.Join) > 0 {
 		return errors.New("memory comes before the images, although a tree that is restored in this way cannot be made without them")
@@ -68,33 +94,47 @@ func (t *Tree) nurse(ctx context.Context, src image.Source) error {
 		return fmt.Errorf("make processes for memory that comes early: %w", err)
 	}
 	t.log.Debug("processes made for early memory", "processes", len(t.early.procs))
-	for {
-		id, off, b, err := from.Early(ctx)
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return fmt.Errorf("read data: %w", err)
-		}
-		t.st.Bytes += uint64(len(b))
-		n := t.early.byPid[int(id.ID)]
-		if n == nil {
-			return fmt.Errorf("early memory of pid %d, which is not among the processes", id.ID)
-		}
-		switch id.Kind {
-		case image.Layout:
-			err = t.lay(n, b)
-		case image.Memory:
-			t.st.Pages += uint64(len(b)) / arch.PageSize
-			err = n.write(off, b)
-		default:
-			err = fmt.Errorf("data of %s before the images", id)
-		}
-		if err != nil {
+	return nil
+}
+
+func (t *Tree) earlyFile(f *image.EarlyFile) (err error) {
+	if t.earlyFiles == nil {
+		if t.earlyFiles, err = files.NewEarlyFiles(t.o.Carry, t.o.Mark); err != nil {
 			return err
 		}
 	}
-	return t.early.close()
+	return t.earlyFiles.Announce(f)
+}
+
+// earlyData takes a run of data that comes before the images.
+func (t *Tree) earlyData(x image.Early) error {
+	switch x.ID.Kind {
+	case image.Content, image.Cut, image.Digest:
+		if t.earlyFiles == nil {
+			return fmt.Errorf("data of %s before any file was told of", x.ID)
+		}
+		return t.earlyFiles.Data(x.ID, x.Off, x.Data)
+	case image.Layout, image.Memory:
+	default:
+		return fmt.Errorf("data of %s before the images", x.ID)
+	}
+	n := t.early.find(x.ID.ID)
+	if n == nil {
+		return fmt.Errorf("early memory of pid %d, which is not among the processes", x.ID.ID)
+	}
+	if x.ID.Kind == image.Layout {
+		return t.lay(n, x.Data)
+	}
+	t.st.Pages += uint64(len(x.Data)) / arch.PageSize
+	return n.write(x.Off, x.Data)
+}
+
+// find finds a process by its pid in the images.
+func (e *early) find(pid uint32) *nursling {
+	if e == nil {
+		return nil
+	}
+	return e.byPid[int(pid)]
 }
 
 // bear makes the processes.
@@ -239,6 +279,9 @@ func (n *nursling) vmas() (out []*mem.VMA) {
 }
 
 func (e *early) close() (err error) {
+	if e == nil {
+		return nil
+	}
 	for _, n := range e.procs {
 		err = errors.Join(err, n.done())
 	}

@@ -304,6 +304,9 @@ type Migration struct {
 		Rounds       int    `json:"rounds"`
 		PrecopyBytes uint64 `json:"precopy_bytes"`
 		CopyNote     string `json:"copy_note"`
+		// EarlyFileBytes and FrozenFileBytes are content of files that travel.
+		EarlyFileBytes  uint64 `json:"early_file_bytes"`
+		FrozenFileBytes uint64 `json:"frozen_file_bytes"`
 	} `json:"source_report"`
 	// DestinationReport is what the destination measured.
 	DestinationReport *struct {
