@@ -16,6 +16,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
+
+	"godwit/engine/procfs"
 )
 
 // noting is a script that notes its environment in file and fails at a stage.
@@ -160,6 +162,13 @@ func TestScriptsRealTree(t *testing.T) {
 	defer func() { _ = unix.Kill(cmd.Process.Pid, unix.SIGKILL) }()
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
+	for asleep := false; !asleep; time.Sleep(time.Millisecond) {
+		st, err := procfs.ReadStat(cmd.Process.Pid)
+		noErr(t, err)
+		comm, err := procfs.Comm(cmd.Process.Pid)
+		noErr(t, err)
+		asleep = comm == "sleep" && st.State == 'S'
+	}
 	// The letter of the process's state: t is stopped by a tracer.
 	script := `echo $CRTOOLS_SCRIPT_ACTION $(sed -n 's/^State:.\(.\).*/\1/p' /proc/` + pid + `/status) >> ` + notes
 	conf := filepath.Join(dir, "conf")

@@ -106,6 +106,7 @@ func (a *Agent) recoverSource(e *entry, sameBoot bool) {
 	s.noted = true
 	left := leftover{engine.NewLeftover(held)}
 	s.frozen, s.late = left, e.Late
+	s.offered = len(e.Tree) > 0 // it was noted before the end was sent
 	if sameBoot && len(e.Tree) == 0 {
 		s.frozen = ranOn{}
 	}
