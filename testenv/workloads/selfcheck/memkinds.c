@@ -37,6 +37,9 @@ static char *read_flags(const void *p) {
 		if (sscanf(line, "%lx-%lx ", &a, &b) == 2) in = a <= (unsigned long)p && (unsigned long)p < b;
 		else if (in && strncmp(line, "VmFlags:", 8) == 0) {
 			fclose(f);
+			// What is copied while it runs is under a userfaultfd, which only this file tells.
+			char *uw = strstr(line + 8, " uw ");
+			if (uw) memmove(uw, uw + 3, strlen(uw + 3) + 1);
 			return line + 8;
 		}
 	}
