@@ -80,7 +80,7 @@ func (s *source) precopyMemory() error {
 	switch s.req.Options.GetCopyMode() {
 	case wire.CopyMode_COPY_MODE_POSTCOPY:
 		s.postcopy = true
-		return nil
+		return s.live.Look()
 	case wire.CopyMode_COPY_MODE_HYBRID:
 		s.postcopy = true
 	}

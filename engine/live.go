@@ -22,6 +22,9 @@ type Live interface {
 	Round(ctx context.Context, sink image.Sink) (bytes uint64, err error)
 	// Pending is how many bytes a round would give now.
 	Pending() (bytes uint64, err error)
+	// Look reads how memory is laid out, for a freeze that follows within a moment and
+	// need not read it then.
+	Look() error
 	// Close ends the copy. It may be called again. The tree, if it is still there, runs
 	// on with nothing left of it.
 	Close() error

@@ -274,6 +274,12 @@ func (l *Live) Pending() (bytes uint64, err error) {
 	return l.all(func(f *followed, vmas []*mem.VMA) (uint64, error) { return f.tracker.Pending(vmas) })
 }
 
+// Look reads the mappings of each process, for the dump of the frozen tree to find them.
+func (l *Live) Look() error {
+	_, err := l.all(func(*followed, []*mem.VMA) (uint64, error) { return 0, nil })
+	return err
+}
+
 // all does something with the mappings of each process that counts pages, and gives
 // the bytes that they are.
 func (l *Live) all(do func(*followed, []*mem.VMA) (uint64, error)) (bytes uint64, err error) {
