@@ -96,6 +96,11 @@ func runPager(ctx context.Context, conn *os.File) error {
 	if err := errors.Join(err, p.agent.tell(answer)); err != nil {
 		return err
 	}
+	// What nobody waits for would only be in the way until the tree runs.
+	var ran pagerAnswer
+	if err := receive(conn, &ran, nil); err != nil {
+		p.log.Info("the agent has ended before it said whether the tree runs", "reason", err)
+	}
 	return p.run(ctx)
 }
 

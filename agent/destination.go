@@ -350,6 +350,11 @@ func (d *destination) land() {
 	}
 	d.landed = true
 	resumed := time.Now()
+	if d.paged {
+		if err := d.pager.tell(pagerAnswer{}); err != nil {
+			d.log.Warn("the pager has ended", "error", err)
+		}
+	}
 	d.point("ran")
 	d.entry.Ran = true
 	if err := d.note(d.entry); err != nil {

@@ -80,7 +80,8 @@ func (s *source) precopyMemory() error {
 	switch s.req.Options.GetCopyMode() {
 	case wire.CopyMode_COPY_MODE_POSTCOPY:
 		s.postcopy = true
-		return s.live.Look()
+		// The destination gets ready meanwhile.
+		return errors.Join(s.sink.flush(), s.live.Look())
 	case wire.CopyMode_COPY_MODE_HYBRID:
 		s.postcopy = true
 	}

@@ -45,7 +45,9 @@ const (
 	piece = 256 << 10
 	// ahead is how many pieces are under way at once. What is asked for urgently waits
 	// for them on the way.
-	ahead = 4
+	ahead = 8
+	// shortly after somebody has waited for a page he may wait for another one.
+	shortly = 10 * time.Millisecond
 	// atOnce is how much is put into memory at once, bytes: a fault waits meanwhile.
 	atOnce = 64 << 10
 )
@@ -67,7 +69,9 @@ type Pager struct {
 	mu     sync.Mutex
 	cond   *sync.Cond // of mu: urgent, spaces or left have changed
 	spaces []*space
-	urgent int // requests under way for which somebody waits
+	urgent int       // requests under way for which somebody waits
+	bulk   int       // requests under way for which nobody does
+	last   time.Time // of the last request for which somebody waits
 	put    uint64
 	faults uint64
 	times  []time.Duration // of the last faults, a ring
@@ -311,6 +315,7 @@ func (p *Pager) try(ctx context.Context, s *space, at uint64) (_ error, busy boo
 	s.asked[start] = true
 	p.mu.Lock()
 	p.urgent++
+	p.last = time.Now()
 	p.mu.Unlock()
 	p.wg.Go(func() { p.ask(ctx, s, start) })
 	return nil, false
@@ -463,7 +468,6 @@ func (p *Pager) bring(ctx context.Context, s *space) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var wg sync.WaitGroup
-	slots := make(chan struct{}, ahead)
 	var err error
 	for at := uint64(0); ; {
 		start, end, ok := s.missing(at)
@@ -474,9 +478,8 @@ func (p *Pager) bring(ctx context.Context, s *space) error {
 		if err = p.calm(ctx); err != nil {
 			break
 		}
-		slots <- struct{}{}
 		wg.Go(func() {
-			defer func() { <-slots }()
+			defer p.done()
 			runs, err := p.src.Pages(ctx, s.pid, start, end, false)
 			if err == nil {
 				err = p.arrive(ctx, s, start, end, runs)
@@ -517,15 +520,32 @@ func (s *space) missing(from uint64) (start, end uint64, ok bool) {
 	}
 }
 
-// calm waits until nobody waits for a page.
+// calm waits until another piece may be asked for, and counts it: not while somebody waits
+// for a page, and one after the other shortly after.
 func (p *Pager) calm(ctx context.Context) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for p.urgent > 0 && ctx.Err() == nil && p.err == nil {
+	for ctx.Err() == nil && p.err == nil {
+		most := ahead
+		if time.Since(p.last) < shortly {
+			most = 1
+		}
+		if p.urgent == 0 && p.bulk < most {
+			p.bulk++
+			return nil
+		}
 		p.cond.Wait()
 	}
 	if p.err != nil {
 		return p.err
 	}
 	return ctx.Err()
+}
+
+// done says that a piece has come.
+func (p *Pager) done() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.bulk--
+	p.cond.Broadcast()
 }
