@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -46,7 +47,7 @@ func (a *Agent) holdAttachment(migration string, at *wire.Attachment) (*held, er
 		if p, err = a.proxies.add(info, migration, false, []*os.File{m}); err != nil {
 			return err
 		}
-		p.key = attachedKey + at.Id
+		p.key, p.patience = attachedKey+at.Id, time.Duration(at.PatienceMs)*time.Millisecond
 		return p.begin()
 	}
 	x.release = func() {
@@ -74,15 +75,7 @@ func winsize(s *wire.WindowSize) (*unix.Winsize, error) {
 
 // Resize gives a terminal that a tree is attached to another size.
 func (a *Agent) Resize(_ context.Context, req *wire.ResizeRequest) (*wire.ResizeReply, error) {
-	size, err := winsize(req.Size)
-	if err != nil {
-		return nil, err
-	}
-	p := a.proxies.of(attachedKey + req.Id)
-	if p == nil {
-		return nil, wire.Errorf(wire.Code_CODE_NOT_FOUND, "no tree is attached to terminal %s", req.Id)
-	}
-	if err := p.pump.resize(size); err != nil {
+	if err := a.proxies.resize(req.Id, req.Size); err != nil {
 		return nil, err
 	}
 	return &wire.ResizeReply{}, nil

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"godwit/engine"
@@ -167,6 +168,8 @@ func (d *destination) options() engine.RestoreOptions {
 		Inherit: d.held.files, NewPidNamespace: d.req.Options.GetPidNamespaceNew(), Host: d.a.cfg.Host,
 		FileLocks: true, ExtUnixSk: true, TCPEstablished: true, Carry: places(d.req.Resolutions),
 	}
+	// A terminal whose master stays is that of a session in the tree.
+	o.Lead = slices.ContainsFunc(d.req.Resolutions, func(r *wire.Resolution) bool { return r.Proxy.GetTerminal() })
 	if d.held.terminal != nil {
 		o.ShellJob, o.Lead, o.Terminal = true, true, d.held.terminal
 	}
@@ -303,7 +306,7 @@ func (d *destination) land() {
 	if err := d.note(d.entry); err != nil {
 		d.log.Warn("should this agent die now, the next one takes processes that have ended meanwhile for some that never ran", "error", err)
 	}
-	d.a.adopt(d.tree.Child(), d.id)
+	d.a.adopt(d.tree.Child(), d.tree.Root(), d.id)
 	d.report.ResumeUs = us(resumed.Sub(committed))
 	if last := d.in.Stats().Last; !last.IsZero() {
 		d.report.FrozenUs = us(resumed.Sub(last))

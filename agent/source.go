@@ -127,7 +127,7 @@ func (a *Agent) dumpOptions(o *wire.MigrateOptions, resolutions []*wire.Resoluti
 		External: o.GetExternal(), Timeout: a.cfg.Timeouts.Freeze, Host: a.cfg.Host, GhostLimit: a.cfg.GhostLimit,
 		FileLocks: true, ExtUnixSk: true, TCPEstablished: true, // nothing else would keep them
 		Elsewhere: true, Carry: carried(resolutions), ShellJob: o.GetAttach() != nil,
-		Files: engine.FileOptions{Proxied: a.departing("", o.GetProxied()).proxied()},
+		Files: engine.FileOptions{Proxied: a.departing("", o.GetProxied()).proxied(), Masters: a.departing("", o.GetProxied()).masters()},
 	}
 }
 
@@ -496,14 +496,20 @@ func (s *source) conclude(trouble error) {
 // discard ends the frozen copy: the tree runs at the destination.
 func (s *source) discard() {
 	var err error
+	var stand engine.StandIn
+	kill := s.frozen.Kill
+	if s.tree != nil && s.leaving.standsIn(int(s.req.Pid)) {
+		kill = func() (err error) { stand, err = s.tree.KillButRoot(); return err }
+	}
+	s.a.leaves(int(s.req.Pid))
 	for n := range 5 {
-		if err = s.frozen.Kill(); err == nil {
+		if err = kill(); err == nil {
 			break
 		}
 		s.log.Warn("the frozen copy could not be killed; trying again", "pid", s.req.Pid, "error", err)
 		time.Sleep(50 * time.Millisecond << n)
 	}
-	s.leaving.gone()
+	s.leaving.gone(stand)
 	s.owes = err != nil
 	s.sum()
 	s.enter(wire.State_STATE_COMPLETED, "pid", s.req.Pid, "frozen_ms", s.report.FrozenUs/1000)

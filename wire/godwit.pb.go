@@ -1782,6 +1782,7 @@ type Attachment struct {
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`     // of the relay
 	Peer          string                 `protobuf:"bytes,2,opt,name=peer,proto3" json:"peer,omitempty"` // the name on the bus of the end that has it
 	Size          *WindowSize            `protobuf:"bytes,3,opt,name=size,proto3" json:"size,omitempty"`
+	PatienceMs    uint64                 `protobuf:"varint,70,opt,name=patience_ms,json=patienceMs,proto3" json:"patience_ms,omitempty"` // without a sign of the command, until the terminal hangs up; 0: for ever
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1835,6 +1836,13 @@ func (x *Attachment) GetSize() *WindowSize {
 		return x.Size
 	}
 	return nil
+}
+
+func (x *Attachment) GetPatienceMs() uint64 {
+	if x != nil {
+		return x.PatienceMs
+	}
+	return 0
 }
 
 type WindowSize struct {
@@ -2002,22 +2010,130 @@ func (x *ResizeReply) GetError() *Error {
 	return nil
 }
 
+// "attach" lets another command take the place of one that has a terminal, of which
+// nothing is heard any more.
+type AttachRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Attachment    *Attachment            `protobuf:"bytes,1,opt,name=attachment,proto3" json:"attachment,omitempty"`
+	Protocol      uint32                 `protobuf:"varint,2,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachRequest) Reset() {
+	*x = AttachRequest{}
+	mi := &file_wire_godwit_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachRequest) ProtoMessage() {}
+
+func (x *AttachRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachRequest.ProtoReflect.Descriptor instead.
+func (*AttachRequest) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *AttachRequest) GetAttachment() *Attachment {
+	if x != nil {
+		return x.Attachment
+	}
+	return nil
+}
+
+func (x *AttachRequest) GetProtocol() uint32 {
+	if x != nil {
+		return x.Protocol
+	}
+	return 0
+}
+
+type AttachReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Error         *Error                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
+	Epoch         uint32                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachReply) Reset() {
+	*x = AttachReply{}
+	mi := &file_wire_godwit_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachReply) ProtoMessage() {}
+
+func (x *AttachReply) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachReply.ProtoReflect.Descriptor instead.
+func (*AttachReply) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *AttachReply) GetError() *Error {
+	if x != nil {
+		return x.Error
+	}
+	return nil
+}
+
+func (x *AttachReply) GetEpoch() uint32 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
 // Proxy is an object that stays on its host, home, and whose bytes go on flowing from
 // and to the tree that has it open, wherever that runs.
 type Proxy struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`         // the same for as long as the object is proxied
-	Home          string                 `protobuf:"bytes,2,opt,name=home,proto3" json:"home,omitempty"`     // host
-	Epoch         uint32                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`  // of the tree's end: one more with each host that it moves to
-	Key           string                 `protobuf:"bytes,4,opt,name=key,proto3" json:"key,omitempty"`       // of the object on the host that the tree leaves now
-	Object        string                 `protobuf:"bytes,5,opt,name=object,proto3" json:"object,omitempty"` // for people
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`                                     // the same for as long as the object is proxied
+	Home          string                 `protobuf:"bytes,2,opt,name=home,proto3" json:"home,omitempty"`                                 // host
+	Epoch         uint32                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`                              // of the tree's end: one more with each host that it moves to
+	Key           string                 `protobuf:"bytes,4,opt,name=key,proto3" json:"key,omitempty"`                                   // of the object on the host that the tree leaves now
+	Object        string                 `protobuf:"bytes,5,opt,name=object,proto3" json:"object,omitempty"`                             // for people
+	Terminal      bool                   `protobuf:"varint,70,opt,name=terminal,proto3" json:"terminal,omitempty"`                       // it is one: sizes are told, and its end is a hang-up
+	OutputOnly    bool                   `protobuf:"varint,71,opt,name=output_only,json=outputOnly,proto3" json:"output_only,omitempty"` // of a terminal: somebody at home reads what is typed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Proxy) Reset() {
 	*x = Proxy{}
-	mi := &file_wire_godwit_proto_msgTypes[21]
+	mi := &file_wire_godwit_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2029,7 +2145,7 @@ func (x *Proxy) String() string {
 func (*Proxy) ProtoMessage() {}
 
 func (x *Proxy) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[21]
+	mi := &file_wire_godwit_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2042,7 +2158,7 @@ func (x *Proxy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proxy.ProtoReflect.Descriptor instead.
 func (*Proxy) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{21}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Proxy) GetId() string {
@@ -2080,6 +2196,20 @@ func (x *Proxy) GetObject() string {
 	return ""
 }
 
+func (x *Proxy) GetTerminal() bool {
+	if x != nil {
+		return x.Terminal
+	}
+	return false
+}
+
+func (x *Proxy) GetOutputOnly() bool {
+	if x != nil {
+		return x.OutputOnly
+	}
+	return false
+}
+
 // ProxyState is one end of a proxy.
 type ProxyState struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2098,7 +2228,7 @@ type ProxyState struct {
 
 func (x *ProxyState) Reset() {
 	*x = ProxyState{}
-	mi := &file_wire_godwit_proto_msgTypes[22]
+	mi := &file_wire_godwit_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2110,7 +2240,7 @@ func (x *ProxyState) String() string {
 func (*ProxyState) ProtoMessage() {}
 
 func (x *ProxyState) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[22]
+	mi := &file_wire_godwit_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2123,7 +2253,7 @@ func (x *ProxyState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyState.ProtoReflect.Descriptor instead.
 func (*ProxyState) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{22}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ProxyState) GetId() string {
@@ -2204,7 +2334,7 @@ type Holder struct {
 
 func (x *Holder) Reset() {
 	*x = Holder{}
-	mi := &file_wire_godwit_proto_msgTypes[23]
+	mi := &file_wire_godwit_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2216,7 +2346,7 @@ func (x *Holder) String() string {
 func (*Holder) ProtoMessage() {}
 
 func (x *Holder) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[23]
+	mi := &file_wire_godwit_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2229,7 +2359,7 @@ func (x *Holder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Holder.ProtoReflect.Descriptor instead.
 func (*Holder) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{23}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Holder) GetPid() int32 {
@@ -2300,13 +2430,14 @@ type OpenObject struct {
 	Journal       *JournalStream `protobuf:"bytes,26,opt,name=journal,proto3" json:"journal,omitempty"`                 // a stream to journald
 	Proxy         *Proxy         `protobuf:"bytes,25,opt,name=proxy,proto3" json:"proxy,omitempty"`                     // the source only stands in for another host's object
 	Inherited     *Holder        `protobuf:"bytes,27,opt,name=inherited,proto3" json:"inherited,omitempty"`             // an ancestor of the tree that has the same description
+	Reader        *Holder        `protobuf:"bytes,70,opt,name=reader,proto3" json:"reader,omitempty"`                   // of a terminal: who reads what is typed on it, outside the tree
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *OpenObject) Reset() {
 	*x = OpenObject{}
-	mi := &file_wire_godwit_proto_msgTypes[24]
+	mi := &file_wire_godwit_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2318,7 +2449,7 @@ func (x *OpenObject) String() string {
 func (*OpenObject) ProtoMessage() {}
 
 func (x *OpenObject) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[24]
+	mi := &file_wire_godwit_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2331,7 +2462,7 @@ func (x *OpenObject) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenObject.ProtoReflect.Descriptor instead.
 func (*OpenObject) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{24}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *OpenObject) GetKey() string {
@@ -2523,6 +2654,13 @@ func (x *OpenObject) GetInherited() *Holder {
 	return nil
 }
 
+func (x *OpenObject) GetReader() *Holder {
+	if x != nil {
+		return x.Reader
+	}
+	return nil
+}
+
 // JournalStream is what a program told journald at the beginning of a stream
 // (sd_journal_stream_fd(3)).
 type JournalStream struct {
@@ -2540,7 +2678,7 @@ type JournalStream struct {
 
 func (x *JournalStream) Reset() {
 	*x = JournalStream{}
-	mi := &file_wire_godwit_proto_msgTypes[25]
+	mi := &file_wire_godwit_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2552,7 +2690,7 @@ func (x *JournalStream) String() string {
 func (*JournalStream) ProtoMessage() {}
 
 func (x *JournalStream) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[25]
+	mi := &file_wire_godwit_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2565,7 +2703,7 @@ func (x *JournalStream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JournalStream.ProtoReflect.Descriptor instead.
 func (*JournalStream) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{25}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *JournalStream) GetIdentifier() string {
@@ -2640,7 +2778,7 @@ type Resolution struct {
 
 func (x *Resolution) Reset() {
 	*x = Resolution{}
-	mi := &file_wire_godwit_proto_msgTypes[26]
+	mi := &file_wire_godwit_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2652,7 +2790,7 @@ func (x *Resolution) String() string {
 func (*Resolution) ProtoMessage() {}
 
 func (x *Resolution) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[26]
+	mi := &file_wire_godwit_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2665,7 +2803,7 @@ func (x *Resolution) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resolution.ProtoReflect.Descriptor instead.
 func (*Resolution) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{26}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Resolution) GetKey() string {
@@ -2778,7 +2916,7 @@ type FileState struct {
 
 func (x *FileState) Reset() {
 	*x = FileState{}
-	mi := &file_wire_godwit_proto_msgTypes[27]
+	mi := &file_wire_godwit_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2790,7 +2928,7 @@ func (x *FileState) String() string {
 func (*FileState) ProtoMessage() {}
 
 func (x *FileState) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[27]
+	mi := &file_wire_godwit_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2803,7 +2941,7 @@ func (x *FileState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileState.ProtoReflect.Descriptor instead.
 func (*FileState) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{27}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *FileState) GetSize() uint64 {
@@ -2844,7 +2982,7 @@ type ResolveRequest struct {
 
 func (x *ResolveRequest) Reset() {
 	*x = ResolveRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[28]
+	mi := &file_wire_godwit_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2856,7 +2994,7 @@ func (x *ResolveRequest) String() string {
 func (*ResolveRequest) ProtoMessage() {}
 
 func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[28]
+	mi := &file_wire_godwit_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2869,7 +3007,7 @@ func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveRequest.ProtoReflect.Descriptor instead.
 func (*ResolveRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{28}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ResolveRequest) GetProtocol() uint32 {
@@ -2933,7 +3071,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_wire_godwit_proto_msgTypes[29]
+	mi := &file_wire_godwit_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2945,7 +3083,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[29]
+	mi := &file_wire_godwit_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2958,7 +3096,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{29}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Entry) GetText() string {
@@ -2994,7 +3132,7 @@ type Presence struct {
 
 func (x *Presence) Reset() {
 	*x = Presence{}
-	mi := &file_wire_godwit_proto_msgTypes[30]
+	mi := &file_wire_godwit_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3006,7 +3144,7 @@ func (x *Presence) String() string {
 func (*Presence) ProtoMessage() {}
 
 func (x *Presence) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[30]
+	mi := &file_wire_godwit_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3019,7 +3157,7 @@ func (x *Presence) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Presence.ProtoReflect.Descriptor instead.
 func (*Presence) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{30}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Presence) GetPath() string {
@@ -3056,7 +3194,7 @@ type ResolveReply struct {
 
 func (x *ResolveReply) Reset() {
 	*x = ResolveReply{}
-	mi := &file_wire_godwit_proto_msgTypes[31]
+	mi := &file_wire_godwit_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3068,7 +3206,7 @@ func (x *ResolveReply) String() string {
 func (*ResolveReply) ProtoMessage() {}
 
 func (x *ResolveReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[31]
+	mi := &file_wire_godwit_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3081,7 +3219,7 @@ func (x *ResolveReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveReply.ProtoReflect.Descriptor instead.
 func (*ResolveReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{31}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ResolveReply) GetResolutions() []*Resolution {
@@ -3137,7 +3275,7 @@ type PreflightRequest struct {
 
 func (x *PreflightRequest) Reset() {
 	*x = PreflightRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[32]
+	mi := &file_wire_godwit_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3149,7 +3287,7 @@ func (x *PreflightRequest) String() string {
 func (*PreflightRequest) ProtoMessage() {}
 
 func (x *PreflightRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[32]
+	mi := &file_wire_godwit_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3162,7 +3300,7 @@ func (x *PreflightRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreflightRequest.ProtoReflect.Descriptor instead.
 func (*PreflightRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{32}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PreflightRequest) GetProtocol() uint32 {
@@ -3233,7 +3371,7 @@ type PreflightReply struct {
 
 func (x *PreflightReply) Reset() {
 	*x = PreflightReply{}
-	mi := &file_wire_godwit_proto_msgTypes[33]
+	mi := &file_wire_godwit_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3245,7 +3383,7 @@ func (x *PreflightReply) String() string {
 func (*PreflightReply) ProtoMessage() {}
 
 func (x *PreflightReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[33]
+	mi := &file_wire_godwit_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3258,7 +3396,7 @@ func (x *PreflightReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreflightReply.ProtoReflect.Descriptor instead.
 func (*PreflightReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{33}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *PreflightReply) GetRequirements() *Requirements {
@@ -3303,7 +3441,7 @@ type PrepareRequest struct {
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[34]
+	mi := &file_wire_godwit_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3315,7 +3453,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[34]
+	mi := &file_wire_godwit_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3328,7 +3466,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{34}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *PrepareRequest) GetProtocol() uint32 {
@@ -3383,7 +3521,7 @@ type PrepareReply struct {
 
 func (x *PrepareReply) Reset() {
 	*x = PrepareReply{}
-	mi := &file_wire_godwit_proto_msgTypes[35]
+	mi := &file_wire_godwit_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3395,7 +3533,7 @@ func (x *PrepareReply) String() string {
 func (*PrepareReply) ProtoMessage() {}
 
 func (x *PrepareReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[35]
+	mi := &file_wire_godwit_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3408,7 +3546,7 @@ func (x *PrepareReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareReply.ProtoReflect.Descriptor instead.
 func (*PrepareReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{35}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PrepareReply) GetStream() string {
@@ -3439,7 +3577,7 @@ type ReserveRequest struct {
 
 func (x *ReserveRequest) Reset() {
 	*x = ReserveRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[36]
+	mi := &file_wire_godwit_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3451,7 +3589,7 @@ func (x *ReserveRequest) String() string {
 func (*ReserveRequest) ProtoMessage() {}
 
 func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[36]
+	mi := &file_wire_godwit_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3464,7 +3602,7 @@ func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveRequest.ProtoReflect.Descriptor instead.
 func (*ReserveRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{36}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ReserveRequest) GetProtocol() uint32 {
@@ -3504,7 +3642,7 @@ type ReserveReply struct {
 
 func (x *ReserveReply) Reset() {
 	*x = ReserveReply{}
-	mi := &file_wire_godwit_proto_msgTypes[37]
+	mi := &file_wire_godwit_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3516,7 +3654,7 @@ func (x *ReserveReply) String() string {
 func (*ReserveReply) ProtoMessage() {}
 
 func (x *ReserveReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[37]
+	mi := &file_wire_godwit_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3529,7 +3667,7 @@ func (x *ReserveReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveReply.ProtoReflect.Descriptor instead.
 func (*ReserveReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{37}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ReserveReply) GetError() *Error {
@@ -3555,7 +3693,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[38]
+	mi := &file_wire_godwit_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3567,7 +3705,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[38]
+	mi := &file_wire_godwit_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3580,7 +3718,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{38}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *StartRequest) GetProtocol() uint32 {
@@ -3648,7 +3786,7 @@ type StartReply struct {
 
 func (x *StartReply) Reset() {
 	*x = StartReply{}
-	mi := &file_wire_godwit_proto_msgTypes[39]
+	mi := &file_wire_godwit_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3660,7 +3798,7 @@ func (x *StartReply) String() string {
 func (*StartReply) ProtoMessage() {}
 
 func (x *StartReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[39]
+	mi := &file_wire_godwit_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3673,7 +3811,7 @@ func (x *StartReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartReply.ProtoReflect.Descriptor instead.
 func (*StartReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{39}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *StartReply) GetError() *Error {
@@ -3693,7 +3831,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[40]
+	mi := &file_wire_godwit_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3705,7 +3843,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[40]
+	mi := &file_wire_godwit_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3718,7 +3856,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{40}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -3744,7 +3882,7 @@ type AbortReply struct {
 
 func (x *AbortReply) Reset() {
 	*x = AbortReply{}
-	mi := &file_wire_godwit_proto_msgTypes[41]
+	mi := &file_wire_godwit_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3756,7 +3894,7 @@ func (x *AbortReply) String() string {
 func (*AbortReply) ProtoMessage() {}
 
 func (x *AbortReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[41]
+	mi := &file_wire_godwit_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3769,7 +3907,7 @@ func (x *AbortReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortReply.ProtoReflect.Descriptor instead.
 func (*AbortReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{41}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *AbortReply) GetError() *Error {
@@ -3812,7 +3950,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_wire_godwit_proto_msgTypes[42]
+	mi := &file_wire_godwit_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3824,7 +3962,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[42]
+	mi := &file_wire_godwit_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3837,7 +3975,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{42}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Record) GetId() string {
@@ -4012,7 +4150,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_wire_godwit_proto_msgTypes[43]
+	mi := &file_wire_godwit_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4024,7 +4162,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[43]
+	mi := &file_wire_godwit_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4037,7 +4175,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{43}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Step) GetState() State {
@@ -4089,7 +4227,7 @@ type Report struct {
 
 func (x *Report) Reset() {
 	*x = Report{}
-	mi := &file_wire_godwit_proto_msgTypes[44]
+	mi := &file_wire_godwit_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4101,7 +4239,7 @@ func (x *Report) String() string {
 func (*Report) ProtoMessage() {}
 
 func (x *Report) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[44]
+	mi := &file_wire_godwit_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4114,7 +4252,7 @@ func (x *Report) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Report.ProtoReflect.Descriptor instead.
 func (*Report) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{44}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Report) GetFrozenUs() uint64 {
@@ -4261,7 +4399,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_wire_godwit_proto_msgTypes[45]
+	mi := &file_wire_godwit_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4273,7 +4411,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[45]
+	mi := &file_wire_godwit_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4286,7 +4424,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{45}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Progress) GetId() string {
@@ -4372,7 +4510,7 @@ type Item struct {
 
 func (x *Item) Reset() {
 	*x = Item{}
-	mi := &file_wire_godwit_proto_msgTypes[46]
+	mi := &file_wire_godwit_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4384,7 +4522,7 @@ func (x *Item) String() string {
 func (*Item) ProtoMessage() {}
 
 func (x *Item) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[46]
+	mi := &file_wire_godwit_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4397,7 +4535,7 @@ func (x *Item) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Item.ProtoReflect.Descriptor instead.
 func (*Item) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{46}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Item) GetItem() isItem_Item {
@@ -4528,7 +4666,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_wire_godwit_proto_msgTypes[47]
+	mi := &file_wire_godwit_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4540,7 +4678,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[47]
+	mi := &file_wire_godwit_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4553,7 +4691,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{47}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Hello) GetProtocol() uint32 {
@@ -4596,7 +4734,7 @@ type ImageEntry struct {
 
 func (x *ImageEntry) Reset() {
 	*x = ImageEntry{}
-	mi := &file_wire_godwit_proto_msgTypes[48]
+	mi := &file_wire_godwit_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4608,7 +4746,7 @@ func (x *ImageEntry) String() string {
 func (*ImageEntry) ProtoMessage() {}
 
 func (x *ImageEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[48]
+	mi := &file_wire_godwit_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4621,7 +4759,7 @@ func (x *ImageEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageEntry.ProtoReflect.Descriptor instead.
 func (*ImageEntry) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{48}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ImageEntry) GetFile() string {
@@ -4661,7 +4799,7 @@ type ImagesDone struct {
 
 func (x *ImagesDone) Reset() {
 	*x = ImagesDone{}
-	mi := &file_wire_godwit_proto_msgTypes[49]
+	mi := &file_wire_godwit_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4673,7 +4811,7 @@ func (x *ImagesDone) String() string {
 func (*ImagesDone) ProtoMessage() {}
 
 func (x *ImagesDone) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[49]
+	mi := &file_wire_godwit_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4686,7 +4824,7 @@ func (x *ImagesDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagesDone.ProtoReflect.Descriptor instead.
 func (*ImagesDone) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{49}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ImagesDone) GetEntries() uint64 {
@@ -4704,7 +4842,7 @@ type DataDone struct {
 
 func (x *DataDone) Reset() {
 	*x = DataDone{}
-	mi := &file_wire_godwit_proto_msgTypes[50]
+	mi := &file_wire_godwit_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4716,7 +4854,7 @@ func (x *DataDone) String() string {
 func (*DataDone) ProtoMessage() {}
 
 func (x *DataDone) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[50]
+	mi := &file_wire_godwit_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4729,7 +4867,7 @@ func (x *DataDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DataDone.ProtoReflect.Descriptor instead.
 func (*DataDone) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{50}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{52}
 }
 
 type StreamEnd struct {
@@ -4743,7 +4881,7 @@ type StreamEnd struct {
 
 func (x *StreamEnd) Reset() {
 	*x = StreamEnd{}
-	mi := &file_wire_godwit_proto_msgTypes[51]
+	mi := &file_wire_godwit_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4755,7 +4893,7 @@ func (x *StreamEnd) String() string {
 func (*StreamEnd) ProtoMessage() {}
 
 func (x *StreamEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[51]
+	mi := &file_wire_godwit_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4768,7 +4906,7 @@ func (x *StreamEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamEnd.ProtoReflect.Descriptor instead.
 func (*StreamEnd) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{51}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *StreamEnd) GetDataBytes() uint64 {
@@ -4930,12 +5068,14 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"max_rounds\x18\v \x01(\rR\tmaxRounds\x12$\n" +
 	"\x0emax_copy_bytes\x18\f \x01(\x04R\fmaxCopyBytes\x12;\n" +
 	"\vno_converge\x18\r \x01(\x0e2\x1a.godwit.wire.v1.NoConvergeR\n" +
-	"noConverge\"`\n" +
+	"noConverge\"\x81\x01\n" +
 	"\n" +
 	"Attachment\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04peer\x18\x02 \x01(\tR\x04peer\x12.\n" +
-	"\x04size\x18\x03 \x01(\v2\x1a.godwit.wire.v1.WindowSizeR\x04size\"p\n" +
+	"\x04size\x18\x03 \x01(\v2\x1a.godwit.wire.v1.WindowSizeR\x04size\x12\x1f\n" +
+	"\vpatience_ms\x18F \x01(\x04R\n" +
+	"patienceMs\"p\n" +
 	"\n" +
 	"WindowSize\x12\x12\n" +
 	"\x04rows\x18\x01 \x01(\rR\x04rows\x12\x18\n" +
@@ -4946,13 +5086,24 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04size\x18\x02 \x01(\v2\x1a.godwit.wire.v1.WindowSizeR\x04size\":\n" +
 	"\vResizeReply\x12+\n" +
-	"\x05error\x18\x01 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"k\n" +
+	"\x05error\x18\x01 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"g\n" +
+	"\rAttachRequest\x12:\n" +
+	"\n" +
+	"attachment\x18\x01 \x01(\v2\x1a.godwit.wire.v1.AttachmentR\n" +
+	"attachment\x12\x1a\n" +
+	"\bprotocol\x18\x02 \x01(\rR\bprotocol\"P\n" +
+	"\vAttachReply\x12+\n" +
+	"\x05error\x18\x01 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\rR\x05epoch\"\xa8\x01\n" +
 	"\x05Proxy\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04home\x18\x02 \x01(\tR\x04home\x12\x14\n" +
 	"\x05epoch\x18\x03 \x01(\rR\x05epoch\x12\x10\n" +
 	"\x03key\x18\x04 \x01(\tR\x03key\x12\x16\n" +
-	"\x06object\x18\x05 \x01(\tR\x06object\"\xfb\x01\n" +
+	"\x06object\x18\x05 \x01(\tR\x06object\x12\x1a\n" +
+	"\bterminal\x18F \x01(\bR\bterminal\x12\x1f\n" +
+	"\voutput_only\x18G \x01(\bR\n" +
+	"outputOnly\"\xfb\x01\n" +
 	"\n" +
 	"ProxyState\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
@@ -4970,7 +5121,7 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x04comm\x18\x02 \x01(\tR\x04comm\x12\x10\n" +
 	"\x03fds\x18\x03 \x03(\x05R\x03fds\x12\x14\n" +
 	"\x05roles\x18\x04 \x03(\tR\x05roles\x12\x1b\n" +
-	"\tinner_pid\x18\x05 \x01(\x05R\binnerPid\"\xd1\x05\n" +
+	"\tinner_pid\x18\x05 \x01(\x05R\binnerPid\"\x81\x06\n" +
 	"\n" +
 	"OpenObject\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
@@ -5002,7 +5153,8 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\bbirth_ns\x18\x18 \x01(\x03R\abirthNs\x127\n" +
 	"\ajournal\x18\x1a \x01(\v2\x1d.godwit.wire.v1.JournalStreamR\ajournal\x12+\n" +
 	"\x05proxy\x18\x19 \x01(\v2\x15.godwit.wire.v1.ProxyR\x05proxy\x124\n" +
-	"\tinherited\x18\x1b \x01(\v2\x16.godwit.wire.v1.HolderR\tinherited\"\x84\x02\n" +
+	"\tinherited\x18\x1b \x01(\v2\x16.godwit.wire.v1.HolderR\tinherited\x12.\n" +
+	"\x06reader\x18F \x01(\v2\x16.godwit.wire.v1.HolderR\x06reader\"\x84\x02\n" +
 	"\rJournalStream\x12\x1e\n" +
 	"\n" +
 	"identifier\x18\x01 \x01(\tR\n" +
@@ -5257,7 +5409,7 @@ func file_wire_godwit_proto_rawDescGZIP() []byte {
 }
 
 var file_wire_godwit_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
+var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
 var file_wire_godwit_proto_goTypes = []any{
 	(Code)(0),                // 0: godwit.wire.v1.Code
 	(CopyMode)(0),            // 1: godwit.wire.v1.CopyMode
@@ -5285,43 +5437,45 @@ var file_wire_godwit_proto_goTypes = []any{
 	(*WindowSize)(nil),       // 23: godwit.wire.v1.WindowSize
 	(*ResizeRequest)(nil),    // 24: godwit.wire.v1.ResizeRequest
 	(*ResizeReply)(nil),      // 25: godwit.wire.v1.ResizeReply
-	(*Proxy)(nil),            // 26: godwit.wire.v1.Proxy
-	(*ProxyState)(nil),       // 27: godwit.wire.v1.ProxyState
-	(*Holder)(nil),           // 28: godwit.wire.v1.Holder
-	(*OpenObject)(nil),       // 29: godwit.wire.v1.OpenObject
-	(*JournalStream)(nil),    // 30: godwit.wire.v1.JournalStream
-	(*Resolution)(nil),       // 31: godwit.wire.v1.Resolution
-	(*FileState)(nil),        // 32: godwit.wire.v1.FileState
-	(*ResolveRequest)(nil),   // 33: godwit.wire.v1.ResolveRequest
-	(*Entry)(nil),            // 34: godwit.wire.v1.Entry
-	(*Presence)(nil),         // 35: godwit.wire.v1.Presence
-	(*ResolveReply)(nil),     // 36: godwit.wire.v1.ResolveReply
-	(*PreflightRequest)(nil), // 37: godwit.wire.v1.PreflightRequest
-	(*PreflightReply)(nil),   // 38: godwit.wire.v1.PreflightReply
-	(*PrepareRequest)(nil),   // 39: godwit.wire.v1.PrepareRequest
-	(*PrepareReply)(nil),     // 40: godwit.wire.v1.PrepareReply
-	(*ReserveRequest)(nil),   // 41: godwit.wire.v1.ReserveRequest
-	(*ReserveReply)(nil),     // 42: godwit.wire.v1.ReserveReply
-	(*StartRequest)(nil),     // 43: godwit.wire.v1.StartRequest
-	(*StartReply)(nil),       // 44: godwit.wire.v1.StartReply
-	(*AbortRequest)(nil),     // 45: godwit.wire.v1.AbortRequest
-	(*AbortReply)(nil),       // 46: godwit.wire.v1.AbortReply
-	(*Record)(nil),           // 47: godwit.wire.v1.Record
-	(*Step)(nil),             // 48: godwit.wire.v1.Step
-	(*Report)(nil),           // 49: godwit.wire.v1.Report
-	(*Progress)(nil),         // 50: godwit.wire.v1.Progress
-	(*Item)(nil),             // 51: godwit.wire.v1.Item
-	(*Hello)(nil),            // 52: godwit.wire.v1.Hello
-	(*ImageEntry)(nil),       // 53: godwit.wire.v1.ImageEntry
-	(*ImagesDone)(nil),       // 54: godwit.wire.v1.ImagesDone
-	(*DataDone)(nil),         // 55: godwit.wire.v1.DataDone
-	(*StreamEnd)(nil),        // 56: godwit.wire.v1.StreamEnd
+	(*AttachRequest)(nil),    // 26: godwit.wire.v1.AttachRequest
+	(*AttachReply)(nil),      // 27: godwit.wire.v1.AttachReply
+	(*Proxy)(nil),            // 28: godwit.wire.v1.Proxy
+	(*ProxyState)(nil),       // 29: godwit.wire.v1.ProxyState
+	(*Holder)(nil),           // 30: godwit.wire.v1.Holder
+	(*OpenObject)(nil),       // 31: godwit.wire.v1.OpenObject
+	(*JournalStream)(nil),    // 32: godwit.wire.v1.JournalStream
+	(*Resolution)(nil),       // 33: godwit.wire.v1.Resolution
+	(*FileState)(nil),        // 34: godwit.wire.v1.FileState
+	(*ResolveRequest)(nil),   // 35: godwit.wire.v1.ResolveRequest
+	(*Entry)(nil),            // 36: godwit.wire.v1.Entry
+	(*Presence)(nil),         // 37: godwit.wire.v1.Presence
+	(*ResolveReply)(nil),     // 38: godwit.wire.v1.ResolveReply
+	(*PreflightRequest)(nil), // 39: godwit.wire.v1.PreflightRequest
+	(*PreflightReply)(nil),   // 40: godwit.wire.v1.PreflightReply
+	(*PrepareRequest)(nil),   // 41: godwit.wire.v1.PrepareRequest
+	(*PrepareReply)(nil),     // 42: godwit.wire.v1.PrepareReply
+	(*ReserveRequest)(nil),   // 43: godwit.wire.v1.ReserveRequest
+	(*ReserveReply)(nil),     // 44: godwit.wire.v1.ReserveReply
+	(*StartRequest)(nil),     // 45: godwit.wire.v1.StartRequest
+	(*StartReply)(nil),       // 46: godwit.wire.v1.StartReply
+	(*AbortRequest)(nil),     // 47: godwit.wire.v1.AbortRequest
+	(*AbortReply)(nil),       // 48: godwit.wire.v1.AbortReply
+	(*Record)(nil),           // 49: godwit.wire.v1.Record
+	(*Step)(nil),             // 50: godwit.wire.v1.Step
+	(*Report)(nil),           // 51: godwit.wire.v1.Report
+	(*Progress)(nil),         // 52: godwit.wire.v1.Progress
+	(*Item)(nil),             // 53: godwit.wire.v1.Item
+	(*Hello)(nil),            // 54: godwit.wire.v1.Hello
+	(*ImageEntry)(nil),       // 55: godwit.wire.v1.ImageEntry
+	(*ImagesDone)(nil),       // 56: godwit.wire.v1.ImagesDone
+	(*DataDone)(nil),         // 57: godwit.wire.v1.DataDone
+	(*StreamEnd)(nil),        // 58: godwit.wire.v1.StreamEnd
 }
 var file_wire_godwit_proto_depIdxs = []int32{
 	5,  // 0: godwit.wire.v1.Problem.object:type_name -> godwit.wire.v1.Object
 	0,  // 1: godwit.wire.v1.Error.code:type_name -> godwit.wire.v1.Code
 	6,  // 2: godwit.wire.v1.Error.problems:type_name -> godwit.wire.v1.Problem
-	27, // 3: godwit.wire.v1.AgentInfo.proxies:type_name -> godwit.wire.v1.ProxyState
+	29, // 3: godwit.wire.v1.AgentInfo.proxies:type_name -> godwit.wire.v1.ProxyState
 	8,  // 4: godwit.wire.v1.InfoReply.info:type_name -> godwit.wire.v1.AgentInfo
 	7,  // 5: godwit.wire.v1.InfoReply.error:type_name -> godwit.wire.v1.Error
 	12, // 6: godwit.wire.v1.PsReply.processes:type_name -> godwit.wire.v1.Process
@@ -5332,64 +5486,67 @@ var file_wire_godwit_proto_depIdxs = []int32{
 	17, // 11: godwit.wire.v1.Requirements.ports:type_name -> godwit.wire.v1.RequiredPort
 	18, // 12: godwit.wire.v1.Requirements.rlimits:type_name -> godwit.wire.v1.Rlimit
 	20, // 13: godwit.wire.v1.MigrateOptions.inherit:type_name -> godwit.wire.v1.Inherit
-	26, // 14: godwit.wire.v1.MigrateOptions.proxied:type_name -> godwit.wire.v1.Proxy
+	28, // 14: godwit.wire.v1.MigrateOptions.proxied:type_name -> godwit.wire.v1.Proxy
 	22, // 15: godwit.wire.v1.MigrateOptions.attach:type_name -> godwit.wire.v1.Attachment
 	1,  // 16: godwit.wire.v1.MigrateOptions.copy_mode:type_name -> godwit.wire.v1.CopyMode
 	2,  // 17: godwit.wire.v1.MigrateOptions.no_converge:type_name -> godwit.wire.v1.NoConverge
 	23, // 18: godwit.wire.v1.Attachment.size:type_name -> godwit.wire.v1.WindowSize
 	23, // 19: godwit.wire.v1.ResizeRequest.size:type_name -> godwit.wire.v1.WindowSize
 	7,  // 20: godwit.wire.v1.ResizeReply.error:type_name -> godwit.wire.v1.Error
-	28, // 21: godwit.wire.v1.OpenObject.holders:type_name -> godwit.wire.v1.Holder
-	30, // 22: godwit.wire.v1.OpenObject.journal:type_name -> godwit.wire.v1.JournalStream
-	26, // 23: godwit.wire.v1.OpenObject.proxy:type_name -> godwit.wire.v1.Proxy
-	28, // 24: godwit.wire.v1.OpenObject.inherited:type_name -> godwit.wire.v1.Holder
-	29, // 25: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
-	26, // 26: godwit.wire.v1.Resolution.proxy:type_name -> godwit.wire.v1.Proxy
-	32, // 27: godwit.wire.v1.Resolution.have:type_name -> godwit.wire.v1.FileState
-	29, // 28: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
-	21, // 29: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	19, // 30: godwit.wire.v1.ResolveRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	31, // 31: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
-	6,  // 32: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
-	34, // 33: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
-	35, // 34: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
-	7,  // 35: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
-	21, // 36: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	31, // 37: godwit.wire.v1.PreflightRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	19, // 38: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
-	12, // 39: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
-	7,  // 40: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
-	29, // 41: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
-	19, // 42: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	21, // 43: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	31, // 44: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	7,  // 45: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
-	7,  // 46: godwit.wire.v1.ReserveReply.error:type_name -> godwit.wire.v1.Error
-	21, // 47: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	31, // 48: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	34, // 49: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
-	7,  // 50: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
-	7,  // 51: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
-	3,  // 52: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
-	4,  // 53: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
-	21, // 54: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
-	7,  // 55: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
-	48, // 56: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
-	49, // 57: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
-	49, // 58: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
-	3,  // 59: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
-	3,  // 60: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
-	52, // 61: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
-	53, // 62: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
-	54, // 63: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
-	56, // 64: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
-	55, // 65: godwit.wire.v1.Item.data_done:type_name -> godwit.wire.v1.DataDone
-	7,  // 66: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
-	67, // [67:67] is the sub-list for method output_type
-	67, // [67:67] is the sub-list for method input_type
-	67, // [67:67] is the sub-list for extension type_name
-	67, // [67:67] is the sub-list for extension extendee
-	0,  // [0:67] is the sub-list for field type_name
+	22, // 21: godwit.wire.v1.AttachRequest.attachment:type_name -> godwit.wire.v1.Attachment
+	7,  // 22: godwit.wire.v1.AttachReply.error:type_name -> godwit.wire.v1.Error
+	30, // 23: godwit.wire.v1.OpenObject.holders:type_name -> godwit.wire.v1.Holder
+	32, // 24: godwit.wire.v1.OpenObject.journal:type_name -> godwit.wire.v1.JournalStream
+	28, // 25: godwit.wire.v1.OpenObject.proxy:type_name -> godwit.wire.v1.Proxy
+	30, // 26: godwit.wire.v1.OpenObject.inherited:type_name -> godwit.wire.v1.Holder
+	30, // 27: godwit.wire.v1.OpenObject.reader:type_name -> godwit.wire.v1.Holder
+	31, // 28: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
+	28, // 29: godwit.wire.v1.Resolution.proxy:type_name -> godwit.wire.v1.Proxy
+	34, // 30: godwit.wire.v1.Resolution.have:type_name -> godwit.wire.v1.FileState
+	31, // 31: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
+	21, // 32: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	19, // 33: godwit.wire.v1.ResolveRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	33, // 34: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
+	6,  // 35: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
+	36, // 36: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
+	37, // 37: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
+	7,  // 38: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
+	21, // 39: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	33, // 40: godwit.wire.v1.PreflightRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	19, // 41: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
+	12, // 42: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
+	7,  // 43: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
+	31, // 44: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
+	19, // 45: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	21, // 46: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	33, // 47: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	7,  // 48: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
+	7,  // 49: godwit.wire.v1.ReserveReply.error:type_name -> godwit.wire.v1.Error
+	21, // 50: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	33, // 51: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	36, // 52: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
+	7,  // 53: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
+	7,  // 54: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
+	3,  // 55: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
+	4,  // 56: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
+	21, // 57: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
+	7,  // 58: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
+	50, // 59: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
+	51, // 60: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
+	51, // 61: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
+	3,  // 62: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
+	3,  // 63: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
+	54, // 64: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
+	55, // 65: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
+	56, // 66: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
+	58, // 67: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
+	57, // 68: godwit.wire.v1.Item.data_done:type_name -> godwit.wire.v1.DataDone
+	7,  // 69: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
+	70, // [70:70] is the sub-list for method output_type
+	70, // [70:70] is the sub-list for method input_type
+	70, // [70:70] is the sub-list for extension type_name
+	70, // [70:70] is the sub-list for extension extendee
+	0,  // [0:70] is the sub-list for field type_name
 }
 
 func init() { file_wire_godwit_proto_init() }
@@ -5397,7 +5554,7 @@ func file_wire_godwit_proto_init() {
 	if File_wire_godwit_proto != nil {
 		return
 	}
-	file_wire_godwit_proto_msgTypes[46].OneofWrappers = []any{
+	file_wire_godwit_proto_msgTypes[48].OneofWrappers = []any{
 		(*Item_Hello)(nil),
 		(*Item_Entry)(nil),
 		(*Item_Facts)(nil),
@@ -5412,7 +5569,7 @@ func file_wire_godwit_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wire_godwit_proto_rawDesc), len(file_wire_godwit_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   52,
+			NumMessages:   54,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

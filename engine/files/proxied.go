@@ -112,8 +112,7 @@ func (d *Dumper) proxiedTTY(t *terminal) bool {
 		d.proxies[key] = true
 		t.proxied = key
 		for _, o := range t.others {
-			o.fact(o.id).External = true
-			o.ttyKey = key
+			o.proxied, o.ttyKey = true, key
 		}
 		return true
 	}
