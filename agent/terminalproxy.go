@@ -26,7 +26,8 @@ import (
 // as the proxy lasts. Who started the tree waits for its root: a stand-in stays there
 // until the tree's terminal ends (engine.StandIn), and then exits as the root did.
 // Where somebody else reads what is typed, such as a shell whose job in the
-// background moves, only what the tree writes goes home.
+// background moves, only what the tree writes goes home; its settings are left alone, so
+// that lines end in two carriage returns, of which one is not to be seen.
 
 // homeTerminal is the slave that home has.
 type homeTerminal struct {

@@ -157,6 +157,29 @@ func TestTerminalProxy(t *testing.T) {
 		at = p.sees(ctx, 0, "status 7\r\n")
 		p.sees(ctx, at, " icanon ")
 	})
+	t.Run("in the background", func(t *testing.T) {
+		p := &ttyProxy{typist: newTypist(ctx, t, alpha, "exec bash --norc -i"), f: f, host: alpha}
+		p.types("(while :; do echo ti''ck; sleep 0.1; done) & echo pid $!.\n")
+		at := p.sees(ctx, 0, "\r\npid ")
+		p.sees(ctx, at, ".")
+		number, _, _ := strings.Cut(p.text(at), ".")
+		var err error
+		if p.root, err = strconv.Atoi(number); err != nil {
+			t.Fatal(err)
+		}
+		if res, err := f.Run(ctx, "plan", fmt.Sprintf("alpha:%d", p.root), "beta", "--external", "kind:tty=proxy"); err != nil || res.Code != 0 || !strings.Contains(res.Stdout, "(bash) reads what is typed") {
+			t.Errorf("plan: %v, exit code %d, %s%s", err, res.Code, res.Stdout, res.Stderr)
+		}
+		p.move(ctx, beta, proxy...)
+		at = p.sees(ctx, p.shown(), "tick\r")
+		p.types("jo''bs\n")
+		at = p.sees(ctx, at, "Running")
+		p.sees(ctx, at, "tick\r")
+		p.types("exit\nexit\n")
+		if err := beta.WaitGone(ctx, p.root); err != nil { // of the hang-up
+			t.Error(err)
+		}
+	})
 	t.Run("hang-up", func(t *testing.T) {
 		p := newTTYProxy(ctx, t, f, alpha, "stty rows 24 cols 80; exec TALKER")
 		p.move(ctx, beta, proxy...)
