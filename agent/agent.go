@@ -124,6 +124,7 @@ func (a *Agent) Serve(svc *transport.Service) error {
 		func() error { return transport.Handle(svc, "reserve", a.Reserve) },
 		func() error { return transport.Handle(svc, "start", a.Start) },
 		func() error { return transport.Handle(svc, "resize", a.Resize) },
+		func() error { return transport.Handle(svc, "attach", a.Attach) },
 		func() error { return transport.Handle(svc, "abort", a.Abort) },
 	)
 }

@@ -101,7 +101,7 @@ func (p *ttyProxy) talks(ctx context.Context, alpha *hosts.Host, rows int) {
 
 // TestTerminalProxy moves programs whose terminal stays where they were started.
 func TestTerminalProxy(t *testing.T) {
-	ctx := deadline(t, 10*time.Second)
+	ctx := deadline(t, time.Minute)
 	e := newHosts(t, "alpha", "beta", "gamma", "hub")
 	f, err := fleet.Start(ctx, e, binaries, newDir(t), "hub", []string{"alpha", "beta", "gamma"})
 	if err != nil {
