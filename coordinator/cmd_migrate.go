@@ -100,7 +100,7 @@ Selectors: a key, file[MNT:INO], tty[RDEV:DEV], pipe[INO], unix[INO] or socket[I
 CRIU and /proc have them; fd:PID:N, or fd:N if one process alone has it; role:stdin,
 role:stdout, role:stderr; path:GLOB, where ** goes across directories; kind:KIND.
 Resolvers: path:PATH, a file of the destination ({base}, {dir} and {path} are those of
-the source); create, an empty file or fifo there; carry, the content travels, too;
+the source, {{ is one {); create, an empty file or fifo there; carry, the content travels, too;
 inherit or provide, what "godwit-agent provide" keeps ready there; journal, a stream
 to its journald; null; proxy, the bytes go on flowing from and to the source; image,
 as without any entry. Without a resolver the destination's [[external]] rules decide,
