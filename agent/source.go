@@ -82,6 +82,9 @@ func (a *Agent) Preflight(ctx context.Context, req *wire.PreflightRequest) (*wir
 	o.Files.Hash = req.Hash
 	p, err := a.cfg.Engine.Plan(ctx, int(req.Pid), o)
 	reply := &wire.PreflightReply{Root: root}
+	if p != nil { // also of a tree that is refused: the destination may lack something, too
+		reply.Requirements = requirements(p)
+	}
 	if err == nil && req.Options.GetAttach() != nil {
 		err = attachable(p)
 	}
@@ -95,7 +98,6 @@ func (a *Agent) Preflight(ctx context.Context, req *wire.PreflightRequest) (*wir
 	if err != nil {
 		return reply, failure(err, a.cfg.Host, wire.State_STATE_PREFLIGHT)
 	}
-	reply.Requirements = requirements(p)
 	return reply, nil
 }
 
