@@ -14,6 +14,7 @@ import (
 
 	"godwit/testenv/fleet"
 	"godwit/testenv/hosts"
+	"godwit/testenv/workloads"
 )
 
 // talker answers lines, and tells of signals and sizes.
@@ -178,6 +179,24 @@ func TestTerminalProxy(t *testing.T) {
 		p.types("exit\nexit\n")
 		if err := beta.WaitGone(ctx, p.root); err != nil { // of the hang-up
 			t.Error(err)
+		}
+	})
+	t.Run("what both hosts lack", func(t *testing.T) {
+		prefix := filepath.Join(newDir(t), "sharing")
+		line := fmt.Sprintf("mkfifo /tmp/fifo; exec 7>/tmp/only-here 8<>/tmp/fifo; %s sharing %s files; :", programs.Selfcheck, prefix)
+		sh, err := workloads.Launch(ctx, alpha, prefix, "/bin/sh", "-c", line)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, command := range []string{"plan", "migrate"} {
+			res, err := f.Run(ctx, command, fmt.Sprintf("alpha:%d", sh.Pid), "beta", "--external", "kind:fifo=proxy")
+			if err != nil || res.Code != 4 || !containsAll(res.Stderr, []string{
+				"on alpha: thread ", "has descriptors of its own", "on beta: --external kind:fifo=proxy: the bytes of a fifo cannot be carried on", "/tmp/only-here: on beta: "}) {
+				t.Errorf("%s: %v, exit code %d, %s", command, err, res.Code, res.Stderr)
+			}
+		}
+		if err := alpha.Kill(sh.Pid, unix.SIGKILL); err != nil {
+			t.Fatal(err)
 		}
 	})
 	t.Run("hang-up", func(t *testing.T) {
