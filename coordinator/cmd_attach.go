@@ -77,8 +77,8 @@ func (a *app) runAttach(ctx context.Context, id string, patience time.Duration) 
 }
 
 func checkHangUp(d time.Duration) error {
-	if d != 0 && d < 10*time.Second {
-		return usagef("--hang-up-after %s: want at least 10s, or 0 to wait for ever", d)
+	if d != 0 && d < 5*time.Second {
+		return usagef("--hang-up-after %s: want at least 5s, or 0 to wait for ever", d)
 	}
 	return nil
 }

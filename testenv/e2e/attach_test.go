@@ -178,7 +178,7 @@ func TestAttachCut(t *testing.T) {
 		}
 		return p, hist[len(hist)-1].ID
 	}
-	lost, _ := cut("--hang-up-after", "10s")
+	lost, _ := cut("--hang-up-after", "5s")
 	left, id := cut()
 	// Without --attach it is not moved on, and nothing is touched.
 	if _, res, err := f.Migrate(ctx, "beta", left.root, "alpha"); err != nil || res.Code != 4 || !strings.Contains(res.Stdout, "--attach") {

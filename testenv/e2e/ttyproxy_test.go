@@ -185,6 +185,9 @@ func TestTerminalProxy(t *testing.T) {
 		prefix := filepath.Join(newDir(t), "sharing")
 		line := fmt.Sprintf("mkfifo /tmp/fifo; exec 7>/tmp/only-here 8<>/tmp/fifo; %s sharing %s files; :", programs.Selfcheck, prefix)
 		sh, err := workloads.Launch(ctx, alpha, prefix, "/bin/sh", "-c", line)
+		if err == nil {
+			err = sh.WaitFile(ctx, "ready")
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
