@@ -84,6 +84,7 @@ type Agent struct {
 	sources      map[string]*source
 	destinations map[string]*destination
 	landed       map[int]string       // pid of the child of ours: migration
+	endings      map[string]*ending   // of trees that landed here, by migration
 	reserved     map[string]time.Time // places of migrations that are yet to be started, until when
 
 	provisions *provisions
@@ -105,11 +106,12 @@ func New(cfg Config) *Agent {
 	}
 	a := &Agent{
 		cfg: cfg, log: cfg.Logger.Named("agent"), started: time.Now(),
-		sources: map[string]*source{}, destinations: map[string]*destination{}, landed: map[int]string{}, reserved: map[string]time.Time{},
+		sources: map[string]*source{}, destinations: map[string]*destination{}, landed: map[int]string{}, endings: map[string]*ending{}, reserved: map[string]time.Time{},
 	}
 	a.provisions = &provisions{log: a.log.Named("provide")}
 	a.informing, a.hush = context.WithCancel(context.Background())
 	a.proxies = newProxies(cfg.Host, a.log)
+	a.proxies.ending = a.endingOf
 	return a
 }
 
@@ -125,6 +127,7 @@ func (a *Agent) Serve(svc *transport.Service) error {
 		func() error { return transport.Handle(svc, "reserve", a.Reserve) },
 		func() error { return transport.Handle(svc, "start", a.Start) },
 		func() error { return transport.Handle(svc, "resize", a.Resize) },
+		func() error { return transport.Handle(svc, "attach", a.Attach) },
 		func() error { return transport.Handle(svc, "abort", a.Abort) },
 	)
 }
@@ -218,15 +221,21 @@ func errStopping(host string) error {
 
 // adopt takes care of a tree that landed here: one process of it is a child of
 // this one, and nobody else could reap it. When the agent ends, init does.
-func (a *Agent) adopt(child int, id string) {
+func (a *Agent) adopt(child, root int, id string) {
 	a.mu.Lock()
 	a.landed[child] = id
 	a.mu.Unlock()
+	end := a.lands(id)
 	go func() {
 		status, err := waitChild(child)
 		a.mu.Lock()
 		delete(a.landed, child)
 		a.mu.Unlock()
+		if err == nil && child == root {
+			a.ends(id, end, exitStatus(status))
+		} else {
+			a.ends(id, end, -1)
+		}
 		if err != nil {
 			a.log.Debug("a landed tree is not ours to reap", "pid", child, "migration", id, "error", err)
 			return

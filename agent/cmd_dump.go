@@ -65,7 +65,7 @@ func (f *dumpFlags) addDump(cmd *cobra.Command) {
 	fs.IntVarP(&f.tree, "tree", "t", 0, "pid of the tree's root")
 	fs.BoolVarP(&f.leaveRunning, "leave-running", "R", false, "let the tree run on after the dump")
 	fs.BoolVarP(&f.leaveStopped, "leave-stopped", "s", false, "leave the tree stopped (SIGSTOP) after the dump")
-	fs.StringArrayVar(&f.external, "external", nil, "what whoever restores provides: file[mnt_id:inode] or tty[rdev:dev], hexadecimal, unix[inode] of a socket whose peer is outside, mnt[MOUNTPOINT]:NAME or net[INODE]:NAME; may be repeated")
+	fs.StringArrayVar(&f.external, "external", nil, "what whoever restores provides: file[mnt_id:inode] or tty[rdev:dev], hexadecimal, unix[inode] of a socket whose peer is outside, what fd:PID:N, role:stdin, path:GLOB or kind:KIND names, mnt[MOUNTPOINT]:NAME or net[INODE]:NAME; may be repeated")
 	f.namespaces.add(fs)
 	fs.StringVar(&f.ghostLimit, "ghost-limit", "", "largest size of a deleted file that is carried, with K, M or G (default 1G)")
 	fs.IntVar(&f.timeout, "timeout", 0, "seconds within which all tasks have to stop (default 10)")
@@ -175,6 +175,9 @@ func runDump(ctx context.Context, eng Engine, f dumpFlags, log hclog.Logger) (er
 	opts.Ends = !f.leaveRunning && !f.leaveStopped
 	if err := f.actions().run(ctx, stagePreDump, 0); err != nil {
 		return fmt.Errorf("dump pid %d, nothing of it was touched: %w", f.tree, err)
+	}
+	if opts, err = selectKeys(ctx, eng, f.tree, opts, log); err != nil {
+		return err
 	}
 	p, err := eng.Plan(ctx, f.tree, opts)
 	if err != nil {

@@ -53,13 +53,20 @@ list of what stands in the way is on stderr.`,
 	}
 	fs := cmd.Flags()
 	fs.IntVarP(&f.tree, "tree", "t", 0, "pid of the tree's root")
-	fs.StringArrayVar(&f.external, "external", nil, "take this file as external: file[mnt_id:inode], tty[rdev:dev], pipe[inode], unix[inode]; may be repeated")
+	fs.StringArrayVar(&f.external, "external", nil, "take this as external: a key, file[mnt_id:inode], tty[rdev:dev], pipe[inode], unix[inode], or fd:PID:N, role:stdin, path:GLOB, kind:KIND; may be repeated")
 	fs.StringVar(&f.output, "output", "text", "text or json")
 	return cmd
 }
 
 func runInspect(ctx context.Context, eng Engine, f inspectFlags, out io.Writer) error {
-	p, refusal := eng.Plan(ctx, f.tree, engine.DumpOptions{External: f.external, FileLocks: true, ExtUnixSk: true, TCPEstablished: true})
+	opts, err := selectKeys(ctx, eng, f.tree, engine.DumpOptions{External: f.external, FileLocks: true, ExtUnixSk: true, TCPEstablished: true}, hclog.NewNullLogger())
+	if f, ok := errors.AsType[*wire.Failure](err); ok && f.Code == wire.Code_CODE_INVALID {
+		return &exitError{code: wire.ExitUsage, err: err}
+	}
+	if err != nil {
+		return refusedExit(err)
+	}
+	p, refusal := eng.Plan(ctx, f.tree, opts)
 	if refusal != nil {
 		refusal = refusedExit(refusal)
 	}

@@ -89,6 +89,9 @@ func runPreDump(ctx context.Context, eng *engine.Engine, f dumpFlags, log hclog.
 	if err := f.actions().run(ctx, stagePreDump, 0); err != nil {
 		return fmt.Errorf("pre-dump pid %d: %w", f.tree, err)
 	}
+	if opts, err = selectKeys(ctx, eng, f.tree, opts, log); err != nil {
+		return err
+	}
 	p, err := eng.Plan(ctx, f.tree, opts)
 	if err != nil {
 		return err

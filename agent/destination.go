@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"godwit/engine"
@@ -200,6 +201,8 @@ func (d *destination) options() engine.RestoreOptions {
 			return d.pager.serve(spaces)
 		}
 	}
+	// A terminal whose master stays is that of a session in the tree.
+	o.Lead = slices.ContainsFunc(d.req.Resolutions, func(r *wire.Resolution) bool { return r.Proxy.GetTerminal() })
 	if d.held.terminal != nil {
 		o.ShellJob, o.Lead, o.Terminal = true, true, d.held.terminal
 	}
@@ -360,7 +363,7 @@ func (d *destination) land() {
 	if err := d.note(d.entry); err != nil {
 		d.log.Warn("should this agent die now, the next one takes processes that have ended meanwhile for some that never ran", "error", err)
 	}
-	d.a.adopt(d.tree.Child(), d.id)
+	d.a.adopt(d.tree.Child(), d.tree.Root(), d.id)
 	d.report.ResumeUs = us(resumed.Sub(committed))
 	if last := d.in.Stats().Last; !last.IsZero() {
 		d.report.FrozenUs = us(resumed.Sub(last))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"godwit/engine"
@@ -32,7 +33,7 @@ func (s *source) wantsPrecopy(rec *wire.Record) bool {
 		return false
 	case o.GetCopyMode() == wire.CopyMode_COPY_MODE_AUTO && rec.MemoryBytes < wire.PrecopyWorth:
 		return false
-	case o.GetAttach() != nil:
+	case o.GetAttach() != nil, slices.ContainsFunc(o.GetProxied(), (*wire.Proxy).GetTerminal):
 		s.report.CopyNote = "a tree that gets another terminal is not copied while it runs"
 	default:
 		return true

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -17,6 +18,7 @@ import (
 
 	"godwit/configs/external"
 	"godwit/engine"
+	"godwit/engine/plan"
 	"godwit/transport"
 	"godwit/wire"
 )
@@ -37,6 +39,8 @@ type proxies struct {
 	host string
 	log  hclog.Logger
 	bus  *transport.RelayBus
+	// ending says how the tree ended that landed here with a migration; false: it runs.
+	ending func(migration string) (wire.Ending, uint8, bool)
 
 	mu    sync.Mutex
 	homes map[string]*proxy
@@ -55,6 +59,11 @@ type proxy struct {
 	pump      *pump
 	key       string // of a tree's end: the object of this host that it is behind
 	ended     sync.Once
+	term      *homeTerminal // of a home's end that is a terminal
+	finished  sync.Once
+	overAt    time.Time // of a tree's terminal: when it ended
+	// patience bounds, if not 0, the silence of the other end.
+	patience time.Duration
 }
 
 // movedFor is how long it is remembered that another host has taken an end over.
@@ -90,6 +99,10 @@ func (ps *proxies) deliver(id string, toHome bool, frame []byte) bool {
 	if err != nil {
 		ps.log.Debug("a frame was dropped", "proxy", id, "error", err)
 		return true // what is lost is sent again
+	}
+	if h.Type == wire.RelaySize || h.Type == wire.RelayEnd {
+		p.told(h, payload)
+		return true
 	}
 	p.relay.Handle(h, payload)
 	return true
@@ -128,6 +141,9 @@ func (ps *proxies) add(info *wire.Proxy, migration string, home bool, files []*o
 		}
 		reads, writes = reads || r, writes || w
 	}
+	if info.Terminal && home { // it is opened anew
+		reads, writes = !info.OutputOnly, true
+	}
 	peer := info.Home
 	if home {
 		peer = ""
@@ -141,6 +157,12 @@ func (ps *proxies) add(info *wire.Proxy, migration string, home bool, files []*o
 	if p.pump, err = newPump(p.relay, files, !home); err != nil {
 		closeAll()
 		return nil, fmt.Errorf("proxy %s: %w", info.Object, err)
+	}
+	if info.Terminal && home {
+		p.term = newHomeTerminal(p.pump.out, info, p.log)
+		if info.OutputOnly {
+			p.pump.in = nil
+		}
 	}
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
@@ -165,6 +187,9 @@ func directions(f *os.File) (reads, writes bool, err error) {
 
 // begin lets the bytes flow.
 func (p *proxy) begin() error {
+	if p.term != nil {
+		p.relay.Put(p.term.begin())
+	}
 	if err := p.pump.start(); err != nil {
 		return err
 	}
@@ -180,16 +205,31 @@ func (p *proxy) begin() error {
 
 // attend tells of stalls and of the end.
 func (p *proxy) attend(side string) {
-	stalled := false
+	stalled, tick, begun := false, time.Second, time.Now()
+	if p.pump.tty {
+		tick = sizePoll
+	}
 	for over := false; !over; {
 		select {
 		case <-p.relay.Done():
 			over = true
-		case <-time.After(time.Second):
+		case <-time.After(tick):
 		}
 		lost := p.relay.Err() != nil
 		st := p.relay.Stats()
 		silent := !st.Heard.IsZero() && time.Since(st.Heard) > transport.RelayStalled
+		if heard := latest(begun, st.Heard); p.patience > 0 && !st.Over && time.Since(heard) > p.patience {
+			p.log.Warn("nothing was heard of the other end for too long: the terminal hangs up", "peer", st.Peer, "patience", p.patience)
+			lost = true
+		}
+		if p.term != nil && !st.Over && !lost {
+			p.follow(st.Peer)
+			if p.term.stand != nil && !p.term.stand.Lives() {
+				p.log.Info("what stood in for the root of the tree was killed: its terminal hangs up", "pid", p.term.stand.Pid())
+				p.relay.Farewell()
+				lost = true
+			}
+		}
 		switch {
 		case st.Over:
 		case silent && !stalled:
@@ -199,6 +239,12 @@ func (p *proxy) attend(side string) {
 		}
 		stalled = silent
 		over = over || lost // nobody asks any more
+		if p.pump.tty && (st.Over || lost) {
+			p.finish()
+		}
+		if p.pump.tty && !p.home {
+			p.tellEnd(st)
+		}
 		if st.Over {
 			p.ended.Do(func() {
 				if err := p.relay.Err(); err != nil {
@@ -210,6 +256,23 @@ func (p *proxy) attend(side string) {
 		}
 	}
 	p.drop()
+}
+
+func latest(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// finish closes a terminal that has ended: that of a tree hangs up, and what stands
+// in for a root that has left ends.
+func (p *proxy) finish() {
+	p.finished.Do(func() {
+		p.term.end()
+		p.pump.close()
+		p.term.leave()
+	})
 }
 
 // drop takes an end off the list and closes its files.
@@ -225,7 +288,13 @@ func (p *proxy) drop() {
 	}
 	p.ps.mu.Unlock()
 	p.relay.Leave()
-	p.pump.close()
+	p.finished.Do(func() {
+		p.term.end()
+		p.pump.close()
+		if p.term != nil && p.term.stand != nil {
+			_ = p.term.stand.End(statusUnknown)
+		}
+	})
 }
 
 // hand forgets a tree's end that another host has taken over.
@@ -333,8 +402,18 @@ func servesProxy(o *wire.OpenObject, _ external.Entry) error {
 	switch o.Kind {
 	case "pipe", "unix-stream":
 		return nil
+	case "tty":
+		switch {
+		case !isTerminal(o.Key):
+			return errors.New("the bytes of this terminal cannot be carried on: only those of pseudoterminals that are open by their own name")
+		case o.Carry == plan.CarryImage:
+			return errors.New("its other end is in the tree, too, or another terminal takes its place (--attach), so that there is nothing to proxy")
+		}
+		return nil
+	case "fifo":
+		return errors.New("the bytes of a fifo cannot be carried on, since anybody may open it at any time by its name: take one of the destination (path or create), or use a pipe")
 	}
-	return fmt.Errorf("the bytes of what is of kind %s cannot be carried on: only those of pipes and of stream unix sockets", o.Kind)
+	return fmt.Errorf("the bytes of what is of kind %s cannot be carried on: only those of pipes, of stream unix sockets and of pseudoterminals", o.Kind)
 }
 
 // holdProxy makes the tree's end ready. It attaches to home once the migration is
@@ -378,7 +457,12 @@ func proxyOf(req *wire.ResolveRequest, r *wire.Resolution) *wire.Proxy {
 	if what.Pid != 0 {
 		text = fmt.Sprintf("%s, fd %d of pid %d (%s)", text, what.Fd, what.Pid, what.Comm)
 	}
-	return &wire.Proxy{Id: proxyID(req.Id, r.Key), Home: req.Source, Epoch: 1, Key: r.Key, Object: text}
+	p := &wire.Proxy{Id: proxyID(req.Id, r.Key), Home: req.Source, Epoch: 1, Key: r.Key, Object: text}
+	for _, o := range r.Objects {
+		p.Terminal = p.Terminal || o.Kind == "tty"
+		p.OutputOnly = p.OutputOnly || o.Reader != nil
+	}
+	return p
 }
 
 // standing are the rules that what is proxied already goes on being so.
@@ -405,6 +489,9 @@ func (a *Agent) standIns(p *engine.Plan, objects []*wire.OpenObject) error {
 	for _, o := range objects {
 		x := a.proxies.of(o.Key)
 		if x == nil {
+			if err := lookReader(p.Pid, pids, o); err != nil {
+				return err
+			}
 			continue
 		}
 		other, err := engine.HeldOutside(pids, o.Key)
@@ -416,6 +503,21 @@ func (a *Agent) standIns(p *engine.Plan, objects []*wire.OpenObject) error {
 			o.Proxy.Epoch++
 			o.Proxy.Key = o.Key
 		}
+	}
+	return nil
+}
+
+// lookReader notes who reads what is typed on a terminal, if that is nobody of the tree.
+func lookReader(root int, pids []int, o *wire.OpenObject) error {
+	if o.Kind != "tty" || !isTerminal(o.Key) || o.Carry == plan.CarryImage {
+		return nil
+	}
+	pid, err := engine.TerminalReader(root, pids, o.Key)
+	if err != nil || pid == 0 {
+		return err
+	}
+	if x, err := process(pid); err == nil {
+		o.Reader = &wire.Holder{Pid: x.Pid, Comm: x.Comm}
 	}
 	return nil
 }
@@ -440,6 +542,22 @@ func (d *departing) proxied() map[string]bool {
 		out[w.Key] = d.ps.of(w.Key) != nil && d.ps.of(w.Key).info.Id == w.Id
 	}
 	return out
+}
+
+// masters are those of the terminals whose tree's end is here.
+func (d *departing) masters() map[string]*os.File {
+	out := map[string]*os.File{}
+	for _, w := range d.wanted {
+		if p := d.ps.of(w.Key); p != nil && p.info.Id == w.Id && p.pump.tty {
+			out[w.Key] = p.pump.out
+		}
+	}
+	return out
+}
+
+// standsIn says whether something has to stay in the place of the root.
+func (d *departing) standsIn(root int) bool {
+	return slices.ContainsFunc(d.homes, func(p *proxy) bool { return p.term != nil }) && waitsForRoot(root)
 }
 
 // frozen stops what flows into the tree.
@@ -476,8 +594,15 @@ func (d *departing) dumped(ctx context.Context, pids []int) error {
 	return nil
 }
 
-// gone begins the proxies: the tree runs elsewhere.
-func (d *departing) gone() {
+// gone begins the proxies: the tree runs elsewhere. stand, if any, stays until its
+// terminal ends.
+func (d *departing) gone(stand engine.StandIn) {
+	for _, p := range d.homes {
+		if p.term != nil {
+			p.term.stand, stand = stand, nil
+			break
+		}
+	}
 	for _, p := range d.rehome {
 		p.hand()
 	}

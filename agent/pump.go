@@ -21,6 +21,7 @@ type pump struct {
 	in    *os.File
 	out   *os.File
 	sock  bool
+	tty   bool
 
 	mu             sync.Mutex
 	halted         chan struct{} // closed when the goroutines have to end
@@ -45,6 +46,13 @@ func newPump(relay *transport.Relay, files []*os.File, far bool) (*pump, error) 
 		acc := flags & unix.O_ACCMODE
 		if p.sock = st.Mode&unix.S_IFMT == unix.S_IFSOCK; p.sock {
 			p.in, p.out = f, f
+			continue
+		}
+		if p.tty = st.Mode&unix.S_IFMT == unix.S_IFCHR; p.tty {
+			acc = unix.O_RDWR
+		}
+		if p.tty && p.out != nil {
+			_ = f.Close()
 			continue
 		}
 		if far { // nobody else has it

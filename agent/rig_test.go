@@ -240,6 +240,8 @@ func (t *fakeTree) Kill() error {
 	return nil
 }
 
+func (t *fakeTree) KillButRoot() (engine.StandIn, error) { return nil, t.Kill() }
+
 type fakeStanding struct{ e *fakeEngine }
 
 func (s *fakeStanding) Root() int   { return 1 << 22 } // above every pid

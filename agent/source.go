@@ -99,6 +99,9 @@ func (a *Agent) Preflight(ctx context.Context, req *wire.PreflightRequest) (*wir
 	o.Files.Hash = req.Hash
 	p, err := a.cfg.Engine.Plan(ctx, int(req.Pid), o)
 	reply := &wire.PreflightReply{Root: root}
+	if p != nil { // also of a tree that is refused: the destination may lack something, too
+		reply.Requirements = requirements(p)
+	}
 	if err == nil && req.Options.GetAttach() != nil {
 		err = attachable(p)
 	}
@@ -112,7 +115,6 @@ func (a *Agent) Preflight(ctx context.Context, req *wire.PreflightRequest) (*wir
 	if err != nil {
 		return reply, failure(err, a.cfg.Host, wire.State_STATE_PREFLIGHT)
 	}
-	reply.Requirements = requirements(p)
 	if req.Options.GetLane() != wire.LaneChoice_LANE_CHOICE_CLUSTER {
 		reply.Direct = a.cfg.Streams.Direct.offer(req.Id)
 	}
@@ -151,7 +153,7 @@ func (a *Agent) dumpOptions(o *wire.MigrateOptions, resolutions []*wire.Resoluti
 		External: o.GetExternal(), Timeout: a.cfg.Timeouts.Freeze, Host: a.cfg.Host, GhostLimit: a.cfg.GhostLimit,
 		FileLocks: true, ExtUnixSk: true, TCPEstablished: true, // nothing else would keep them
 		Elsewhere: true, Carry: carried(resolutions), ShellJob: o.GetAttach() != nil,
-		Files: engine.FileOptions{Proxied: a.departing("", o.GetProxied()).proxied()},
+		Files: engine.FileOptions{Proxied: a.departing("", o.GetProxied()).proxied(), Masters: a.departing("", o.GetProxied()).masters()},
 	}
 }
 
@@ -569,14 +571,20 @@ func (s *source) conclude(ctx context.Context, more func(*wire.Record)) {
 // discard ends the frozen copy: the tree runs at the destination.
 func (s *source) discard() {
 	var err error
+	var stand engine.StandIn
+	kill := s.frozen.Kill
+	if s.tree != nil && s.leaving.standsIn(int(s.req.Pid)) {
+		kill = func() (err error) { stand, err = s.tree.KillButRoot(); return err }
+	}
+	s.a.leaves(int(s.req.Pid))
 	for n := range 5 {
-		if err = s.frozen.Kill(); err == nil {
+		if err = kill(); err == nil {
 			break
 		}
 		s.log.Warn("the frozen copy could not be killed; trying again", "pid", s.req.Pid, "error", err)
 		time.Sleep(50 * time.Millisecond << n)
 	}
-	s.leaving.gone()
+	s.leaving.gone(stand)
 	s.owes = err != nil
 	s.sum()
 	s.enter(wire.State_STATE_COMPLETED, "pid", s.req.Pid, "frozen_ms", s.report.FrozenUs/1000)

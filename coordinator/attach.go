@@ -24,6 +24,9 @@ type attachment struct {
 	link    *link
 	host    string // where the tree lands
 	relay   *transport.Relay
+	ended   chan struct{} // closed when it is known how the tree ended
+	how     wire.Ending
+	status  uint8
 	bus     *transport.RelayBus
 	asked   *wire.Attachment
 }
@@ -40,8 +43,10 @@ func (a *app) ownTerminal() (in, out *os.File, err error) {
 
 // attach makes the end of the relay that stays here. It listens before the migration
 // is asked for: the tree may write as soon as it runs.
-func attach(l *link, m *wire.Record, in, out *os.File) (*attachment, error) {
-	x := &attachment{in: in, out: out, link: l, host: m.Destination, asked: &wire.Attachment{Id: m.Id, Peer: "attach-" + m.Id, Size: windowSize(out)}}
+// mark makes its name on the bus another one than those of earlier ends.
+func attach(l *link, m *wire.Record, in, out *os.File, patience time.Duration, mark string) (*attachment, error) {
+	x := &attachment{in: in, out: out, link: l, host: m.Destination, ended: make(chan struct{}),
+		asked: &wire.Attachment{Id: m.Id, Peer: "attach-" + m.Id + mark, Size: windowSize(out), PatienceMs: uint64(patience.Milliseconds())}}
 	// A program that is told of another size draws its screen anew: it gets the right
 	// one when it is attached.
 	x.asked.Size.Rows = max(x.asked.Size.Rows, 2) - 1
@@ -50,7 +55,12 @@ func attach(l *link, m *wire.Record, in, out *os.File) (*attachment, error) {
 		if id != m.Id || !toHome {
 			return false
 		}
-		if h, payload, err := wire.ParseRelayFrame(frame); err == nil { // what is lost is sent again
+		h, payload, err := wire.ParseRelayFrame(frame)
+		switch {
+		case err != nil: // what is lost is sent again
+		case h.Type == wire.RelayEnd:
+			x.hear(payload)
+		default:
 			x.relay.Handle(h, payload)
 		}
 		return true
@@ -111,7 +121,10 @@ func (x *attachment) serve(ctx context.Context, interrupts <-chan os.Signal) (er
 	for {
 		select {
 		case err := <-written:
-			return err
+			if err != nil {
+				return err
+			}
+			return x.outcome()
 		case <-hungUp:
 			return nil
 		case <-interrupts:
@@ -123,6 +136,58 @@ func (x *attachment) serve(ctx context.Context, interrupts <-chan os.Signal) (er
 			x.resize(ctx)
 		}
 	}
+}
+
+// hear takes the word of how the tree ended. It comes from one goroutine.
+func (x *attachment) hear(payload []byte) {
+	e, status, ok := wire.ParseEnd(payload)
+	select {
+	case <-x.ended:
+	default:
+		if ok {
+			x.how, x.status = e, status
+			close(x.ended)
+		}
+	}
+}
+
+// statusError has the command exit as the program that was attached did.
+type statusError struct {
+	code int
+	text string
+}
+
+func (e *statusError) Error() string { return e.text }
+
+const (
+	// endPatience is how long the word of how the tree ended may take to come.
+	endPatience = 5 * time.Second
+	// exitUnknown is the exit code of a command that does not know how the program
+	// ended, as it is ssh's.
+	exitUnknown = 255
+)
+
+// outcome is how the tree ended whose terminal has.
+func (x *attachment) outcome() error {
+	if err := x.relay.Err(); err != nil {
+		return &statusError{exitUnknown, "the terminal was lost: " + err.Error()}
+	}
+	select {
+	case <-x.ended:
+	case <-time.After(endPatience):
+	}
+	select {
+	case <-x.ended:
+	default:
+		return &statusError{exitUnknown, "the terminal has ended, and how the program did is not known"}
+	}
+	switch {
+	case x.how == wire.EndingUnknown:
+		return &statusError{exitUnknown, "how the program ended is not known"}
+	case x.how == wire.EndingExited && x.status != 0:
+		return &statusError{code: int(x.status)}
+	}
+	return nil
 }
 
 // resize tells the tree of the size of the terminal. Should it not hear of it, the

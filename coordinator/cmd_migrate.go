@@ -36,6 +36,7 @@ type migrateArgs struct {
 	compress     string
 	detach       bool
 	attach       bool
+	hangUp       time.Duration
 }
 
 func (a *app) cmdMigrate() *cobra.Command {
@@ -71,7 +72,9 @@ and what becomes of each file.
 
 With --attach the tree lands on the terminal of this command, in the foreground of a
 session of its own, as if it had been started by ssh -t; ~. at the beginning of a line
-hangs up.
+hangs up. Should this command be killed, or cut off, the tree waits for
+--hang-up-after, in which "godwit attach ID" comes back to it.
+` + attachExitHelp + `
 
 An interrupt (Ctrl-C) asks to abort, which works until the commit; a second one
 leaves the migration to itself. Progress goes to the standard error, the report
@@ -99,6 +102,7 @@ to the standard output; with --output json that is one document.`,
 	f.StringVar(&args.noConverge, "on-no-converge", "freeze", "`what` to do if memory is written faster than it travels: freeze for longer, throttle the tree, postcopy for what is left, or abort")
 	args.streamFlags(f)
 	f.BoolVar(&args.attach, "attach", false, "give the tree this terminal, in the place of the one that it was started on, until it ends")
+	f.DurationVar(&args.hangUp, "hang-up-after", defaultHangUp, "with --attach: "+hangUpHelp)
 	f.BoolVar(&args.detach, "detach", false, "return as soon as the source has begun, and print the migration's id")
 	return cmd
 }
@@ -109,7 +113,7 @@ Selectors: a key, file[MNT:INO], tty[RDEV:DEV], pipe[INO], unix[INO] or socket[I
 CRIU and /proc have them; fd:PID:N, or fd:N if one process alone has it; role:stdin,
 role:stdout, role:stderr; path:GLOB, where ** goes across directories; kind:KIND.
 Resolvers: path:PATH, a file of the destination ({base}, {dir} and {path} are those of
-the source); create, an empty file or fifo there; carry, the content travels, too;
+the source, {{ is one {); create, an empty file or fifo there; carry, the content travels, too;
 inherit or provide, what "godwit-agent provide" keeps ready there; journal, a stream
 to its journald; null; proxy, the bytes go on flowing from and to the source; image,
 as without any entry. Without a resolver the destination's [[external]] rules decide,
@@ -306,6 +310,9 @@ func (a *app) runMigrate(ctx context.Context, tree, destination string, args mig
 		if args.detach || a.output == outputJSON {
 			return usagef("--attach goes neither with --detach nor with --output json")
 		}
+		if err := checkHangUp(args.hangUp); err != nil {
+			return err
+		}
 		if in, out, err = a.ownTerminal(); err != nil {
 			return err
 		}
@@ -325,7 +332,7 @@ func (a *app) runMigrate(ctx context.Context, tree, destination string, args mig
 	m := &migration{link: l, view: v, rec: newMigration(source, pid, destination, options)}
 	var at *attachment
 	if args.attach {
-		if at, err = attach(l, m.rec, in, out); err != nil {
+		if at, err = attach(l, m.rec, in, out, args.hangUp, ""); err != nil {
 			return err
 		}
 		defer func() { _ = at.close() }()

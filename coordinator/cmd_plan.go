@@ -135,6 +135,9 @@ type planObjectDoc struct {
 	Holders []holderDoc `json:"holders"`
 	// Inherited is an ancestor of the tree that has the same description.
 	Inherited *holderDoc `json:"inherited,omitempty"`
+	// Reader, outside the tree, reads what is typed on a terminal, which the tree does
+	// not get if the terminal is proxied.
+	Reader *holderDoc `json:"reader,omitempty"`
 	// Carry is "image", "path", "external" or "refused".
 	Carry string `json:"carry"`
 	// Of what is external: the resolver, its argument, and the entry that decided with
@@ -193,6 +196,9 @@ func newPlanObjectDoc(o *wire.OpenObject, r *wire.Resolution, p *wire.Presence) 
 	}
 	if h := o.Inherited; h != nil {
 		d.Inherited = &holderDoc{PID: h.Pid, Comm: h.Comm, FDs: h.Fds}
+	}
+	if h := o.Reader; h != nil {
+		d.Reader = &holderDoc{PID: h.Pid, Comm: h.Comm}
 	}
 	if r == nil || o.Key == "" {
 		return d
@@ -303,6 +309,9 @@ func (o *planObjectDoc) carryText() string {
 	}
 	if s += by; o.Queued > 0 && o.Resolver != external.Proxy {
 		s += fmt.Sprintf("; %s in it stay behind", plural(int(o.Queued), "byte"))
+	}
+	if h := o.Reader; h != nil && o.Resolver == external.Proxy {
+		s += fmt.Sprintf("; output only: pid %d (%s) reads what is typed", h.PID, printable(h.Comm))
 	}
 	return s
 }

@@ -3,6 +3,7 @@ package coordinator
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"slices"
 	"strings"
@@ -281,15 +282,24 @@ func (f *fakeAgent) preflight(ctx context.Context, req *wire.PreflightRequest) (
 		if wire.CodeOf(err) == wire.Code_CODE_NOT_FOUND {
 			root = nil
 		}
-		return &wire.PreflightReply{Root: root, Objects: f.objects}, err
+		reply := &wire.PreflightReply{Root: root, Objects: f.objects}
+		if wire.CodeOf(err) == wire.Code_CODE_REFUSED {
+			reply.Requirements = requirements(req.Pid)
+		}
+		return reply, err
 	}
 	f.mu.Lock()
 	f.declared = req.Options.GetExternal()
 	f.mu.Unlock()
-	return &wire.PreflightReply{Root: root, Objects: f.objects, Direct: &wire.DirectOffer{Addresses: []string{"10.0.0.1:4223"}, Seed: "secret"}, Requirements: &wire.Requirements{
+	direct := &wire.DirectOffer{Addresses: []string{"10.0.0.1:4223"}, Seed: "secret"}
+	return &wire.PreflightReply{Root: root, Objects: f.objects, Direct: direct, Requirements: requirements(req.Pid)}, nil
+}
+
+func requirements(pid int32) *wire.Requirements {
+	return &wire.Requirements{
 		MemoryBytes: 1 << 30, EarlyBytes: 1000 << 20,
-		Tasks: []*wire.RequiredTask{{Pid: req.Pid, Tids: []int32{req.Pid, req.Pid + 1, req.Pid + 2}}, {Pid: req.Pid + 9, Tids: []int32{req.Pid + 9}}},
-	}}, nil
+		Tasks: []*wire.RequiredTask{{Pid: pid, Tids: []int32{pid, pid + 1, pid + 2}}, {Pid: pid + 9, Tids: []int32{pid + 9}}},
+	}
 }
 
 // fakeLane is the lane to who offers this.
@@ -302,14 +312,17 @@ func fakeLane(o *wire.DirectOffer) *wire.Lane {
 
 func (f *fakeAgent) resolve(_ context.Context, req *wire.ResolveRequest) (*wire.ResolveReply, error) {
 	f.called("resolve")
+	reply := &wire.ResolveReply{}
 	if f.resolved != nil {
-		reply := f.resolved(req)
+		reply = f.resolved(req)
 		if req.Requirements != nil {
 			reply.Lane = fakeLane(req.Direct)
 		}
-		return reply, nil
 	}
-	return &wire.ResolveReply{}, nil
+	if lack, ok := errors.AsType[*wire.Failure](f.fail[atPrepare]); ok && req.Requirements != nil {
+		reply.Problems = append(reply.Problems, lack.Problems...)
+	}
+	return reply, nil
 }
 
 func (f *fakeAgent) session(id string) context.Context {

@@ -215,6 +215,14 @@ func (m *migration) preflight(ctx context.Context, seen **wire.Requirements) (la
 		return false, err
 	}
 	srcErr = together(srcErr, found.lacks())
+	if wire.CodeOf(srcErr) == wire.Code_CODE_REFUSED && found.req != nil && found.dstErr == nil {
+		// Nothing is held for it, but all that stands in the way is told at once.
+		found.dstErr = m.askResolve(ctx, found, r.Options, false, found.req)
+		if ctx.Err() != nil {
+			return false, context.Cause(ctx)
+		}
+		return false, bothErrors(r, srcErr, together(found.dstErr, found.vain()))
+	}
 	if found.req == nil || found.dstErr != nil {
 		return false, bothErrors(r, srcErr, together(found.dstErr, found.vain()))
 	}

@@ -94,8 +94,22 @@ func TestMigrateResolved(t *testing.T) {
 			t.Errorf("the refusal does not say %q: %s", s, c.stderr.String())
 		}
 	}
-	if alpha.wasCalled("start") {
-		t.Error("the source was started")
+	// What cannot be declared is no reason to be silent of the destination, either.
+	alpha.fail[atPreflight] = &wire.Failure{Code: wire.Code_CODE_REFUSED, Message: "no way", Problems: []*wire.Problem{{Reason: "it holds a lease"}}}
+	for _, command := range []string{"migrate", "plan"} {
+		c = b.godwit(command, "alpha:412", "beta")
+		if code := c.wait(t); code != wire.ExitRefused {
+			t.Errorf("%s: exit code %d", command, code)
+		}
+		for _, s := range []string{"on alpha: it holds a lease", "on alpha: the pipe is also held by pid 1", "on beta: the port is taken"} {
+			if !strings.Contains(c.stderr.String(), s) {
+				t.Errorf("%s: the refusal does not say %q: %s", command, s, c.stderr.String())
+			}
+		}
+	}
+	delete(alpha.fail, atPreflight)
+	if alpha.wasCalled("start") || beta.wasCalled("prepare") {
+		t.Error("something was touched")
 	}
 	delete(beta.fail, atPrepare)
 	c = b.godwit("migrate", "alpha:412", "beta", "--external", "role:stdout=proxy")

@@ -94,6 +94,9 @@ func (a *app) run(ctx context.Context, args []string) int {
 		}
 	}
 	code := exitCode(err)
+	if s, ok := errors.AsType[*statusError](err); ok && s.text == "" {
+		return code // the program has said what there is to say
+	}
 	_, _ = fmt.Fprintf(a.stderr, "godwit: %s\n", err)
 	if a.output == outputJSON && !a.failureShown {
 		_ = writeJSON(a.stdout, struct {
@@ -110,6 +113,9 @@ func exitCode(err error) int {
 	}
 	if _, ok := errors.AsType[*usageError](err); ok {
 		return wire.ExitUsage
+	}
+	if s, ok := errors.AsType[*statusError](err); ok {
+		return s.code
 	}
 	if _, ok := errors.AsType[*configs.Error](err); ok {
 		return wire.ExitUsage
@@ -156,7 +162,7 @@ unless there is a NATS cluster to use.
 	f.StringVarP(&a.output, "output", "o", outputText, "`format` of the output: text or json")
 	f.StringVar(&a.logLevel, "log-level", "", "trace, debug, info, warn or error")
 	root.AddCommand(
-		a.cmdServe(), a.cmdHosts(), a.cmdPs(), a.cmdPlan(), a.cmdMigrate(), a.cmdWatch(), a.cmdAbort(), a.cmdResolve(), a.cmdHistory(), a.cmdVersion(),
+		a.cmdServe(), a.cmdHosts(), a.cmdPs(), a.cmdPlan(), a.cmdMigrate(), a.cmdAttach(), a.cmdWatch(), a.cmdAbort(), a.cmdResolve(), a.cmdHistory(), a.cmdVersion(),
 	)
 	for _, c := range root.Commands() {
 		c.Long = strings.TrimRight(c.Long, "\n") + "\n" + exitCodes

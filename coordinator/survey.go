@@ -15,7 +15,7 @@ import (
 // survey is what two hosts say of a tree before anything is touched or held.
 type survey struct {
 	root    *wire.Process
-	req     *wire.Requirements // nil: the source refuses
+	req     *wire.Requirements // nil: the source cannot say; it may refuse all the same
 	objects []*wire.OpenObject
 	// What becomes of external objects, and the entries in force.
 	resolutions []*wire.Resolution

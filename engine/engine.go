@@ -330,8 +330,20 @@ type Tree interface {
 	ThawStopped() error
 	// Kill ends every task of the tree, without any of them running again.
 	Kill() error
+	// KillButRoot is Kill that leaves the root, stopped for good and emptied, for
+	// whoever waits for it here; nil: it was killed, too.
+	KillButRoot() (StandIn, error)
 	// Pids are all processes on this host.
 	Pids() []int
+}
+
+// StandIn is the root of a tree that runs elsewhere.
+type StandIn interface {
+	Pid() int
+	// Lives: nobody has killed it.
+	Lives() bool
+	// End lets it exit with a status, 0 to 255. It may be called again.
+	End(status int) error
 }
 
 // Held is a process of a tree that stays stopped without a tracer, and Leftover

@@ -19,6 +19,12 @@ func CloseFar(far map[string]*Far) { files.CloseFar(far) }
 // it. They are the caller's. Preconditions: the processes are frozen.
 func Duplicates(pids []int, key string) ([]*os.File, error) { return files.Duplicates(pids, key) }
 
+// TerminalReader says which process, outside of the tree of root, reads what is typed
+// on the terminal of a key (tty[rdev:dev]); 0: none.
+func TerminalReader(root int, pids []int, key string) (int, error) {
+	return files.TerminalReader(root, pids, key)
+}
+
 // HeldOutside says which process has what a key names open, besides those of the
 // tree and this one; 0: none.
 func HeldOutside(pids []int, key string) (int, error) { return files.HeldOutside(pids, key) }

@@ -330,7 +330,25 @@ func (f *frozen) ThawStopped() error {
 }
 
 // Kill ends the tree. Its TCP connections close without a word.
-func (f *frozen) Kill() error {
+func (f *frozen) Kill() error { return f.kill(f.t.Kill) }
+
+// KillButRoot implements Tree.
+func (f *frozen) KillButRoot() (StandIn, error) {
+	var s *freeze.StandIn
+	err := f.kill(func() (err error) {
+		if s, err = f.t.KillButRoot(); err != nil {
+			f.e.log.Warn("nothing stands in for the root of the tree", "pid", f.pid, "error", err)
+			return f.t.Kill()
+		}
+		return nil
+	})
+	if err != nil || s == nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func (f *frozen) kill(kill func() error) error {
 	defer f.conns.Close()
 	if err := f.conns.Keep(); err != nil {
 		return fmt.Errorf("keep the network locked: %w", err)
@@ -340,7 +358,7 @@ func (f *frozen) Kill() error {
 		// wait for their addresses.
 		f.e.log.Warn("TCP connections of the dumped tree close with packets", "pid", f.pid, "error", err)
 	}
-	err := f.t.Kill()
+	err := kill()
 	if err != nil {
 		return errors.Join(err, f.conns.Voice())
 	}

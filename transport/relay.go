@@ -142,6 +142,22 @@ func NewRelay(cfg RelayConfig) *Relay {
 	}
 }
 
+// Heir makes a tree's end that goes on with what the other end has not taken, towards
+// another one that begins anew. This end is of no use afterwards.
+// Preconditions: nobody calls Put or Took meanwhile.
+func (r *Relay) Heir(cfg RelayConfig) *Relay {
+	n := NewRelay(cfg)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, p := range r.parts {
+		if p.off < r.base {
+			p.data = p.data[min(uint64(len(p.data)), r.base-p.off):]
+		}
+		n.Put(p.data)
+	}
+	return n
+}
+
 // Activate lets the end speak and listen.
 func (r *Relay) Activate() {
 	r.mu.Lock()

@@ -326,3 +326,54 @@ func TestRelayPutBeforeOpen(t *testing.T) {
 		t.Errorf("home has %q, want %q", got, want)
 	}
 }
+
+// TestRelayHeir: another home gets what the lost one had not taken, and nothing twice.
+func TestRelayHeir(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	n := newRelayNet(0)
+	home, tree := n.home(0), n.tree("beta", 1, 0)
+	tree.Room(ctx.Done())
+	tree.Put([]byte("shown"))
+	if err := tree.Settle(ctx); err != nil {
+		t.Fatal(err)
+	}
+	home.Put([]byte("typed"))
+	if p, _, ok := tree.Next(ctx.Done()); !ok || string(p) != "typed" {
+		t.Fatalf("the tree got %q, %v", p, ok)
+	}
+	tree.Took(5)
+	home.Leave()
+	n.mu.Lock()
+	n.down = true
+	n.mu.Unlock()
+	tree.Put([]byte("written "))
+	tree.Put([]byte("meanwhile"))
+	tree.Leave()
+	heir := tree.Heir(RelayConfig{ID: "x", Host: "beta", Peer: "alpha", Epoch: 2, Reads: true, Writes: true, Send: n.sender("beta"), Chunk: 3000})
+	n.put("beta", false, heir)
+	heir.Activate()
+	defer heir.Leave()
+	n.mu.Lock()
+	n.down = false
+	n.mu.Unlock()
+	home = n.home(0)
+	defer home.Leave()
+	heir.Fin()
+	home.Put([]byte("typed again"))
+	if p, _, ok := heir.Next(ctx.Done()); !ok || string(p) != "typed again" {
+		t.Errorf("the tree got %q, %v", p, ok)
+	}
+	got := ""
+	for {
+		p, fin, ok := home.Next(ctx.Done())
+		if !ok || fin {
+			break
+		}
+		got += string(p)
+		home.Took(len(p))
+	}
+	if got != "written meanwhile" {
+		t.Errorf("home has %q", got)
+	}
+}

@@ -2052,6 +2052,7 @@ type Attachment struct {
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`     // of the relay
 	Peer          string                 `protobuf:"bytes,2,opt,name=peer,proto3" json:"peer,omitempty"` // the name on the bus of the end that has it
 	Size          *WindowSize            `protobuf:"bytes,3,opt,name=size,proto3" json:"size,omitempty"`
+	PatienceMs    uint64                 `protobuf:"varint,70,opt,name=patience_ms,json=patienceMs,proto3" json:"patience_ms,omitempty"` // without a sign of the command, until the terminal hangs up; 0: for ever
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2105,6 +2106,13 @@ func (x *Attachment) GetSize() *WindowSize {
 		return x.Size
 	}
 	return nil
+}
+
+func (x *Attachment) GetPatienceMs() uint64 {
+	if x != nil {
+		return x.PatienceMs
+	}
+	return 0
 }
 
 type WindowSize struct {
@@ -2272,22 +2280,130 @@ func (x *ResizeReply) GetError() *Error {
 	return nil
 }
 
+// "attach" lets another command take the place of one that has a terminal, of which
+// nothing is heard any more.
+type AttachRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Attachment    *Attachment            `protobuf:"bytes,1,opt,name=attachment,proto3" json:"attachment,omitempty"`
+	Protocol      uint32                 `protobuf:"varint,2,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachRequest) Reset() {
+	*x = AttachRequest{}
+	mi := &file_wire_godwit_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachRequest) ProtoMessage() {}
+
+func (x *AttachRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachRequest.ProtoReflect.Descriptor instead.
+func (*AttachRequest) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *AttachRequest) GetAttachment() *Attachment {
+	if x != nil {
+		return x.Attachment
+	}
+	return nil
+}
+
+func (x *AttachRequest) GetProtocol() uint32 {
+	if x != nil {
+		return x.Protocol
+	}
+	return 0
+}
+
+type AttachReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Error         *Error                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
+	Epoch         uint32                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachReply) Reset() {
+	*x = AttachReply{}
+	mi := &file_wire_godwit_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachReply) ProtoMessage() {}
+
+func (x *AttachReply) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_godwit_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachReply.ProtoReflect.Descriptor instead.
+func (*AttachReply) Descriptor() ([]byte, []int) {
+	return file_wire_godwit_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *AttachReply) GetError() *Error {
+	if x != nil {
+		return x.Error
+	}
+	return nil
+}
+
+func (x *AttachReply) GetEpoch() uint32 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
 // Proxy is an object that stays on its host, home, and whose bytes go on flowing from
 // and to the tree that has it open, wherever that runs.
 type Proxy struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`         // the same for as long as the object is proxied
-	Home          string                 `protobuf:"bytes,2,opt,name=home,proto3" json:"home,omitempty"`     // host
-	Epoch         uint32                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`  // of the tree's end: one more with each host that it moves to
-	Key           string                 `protobuf:"bytes,4,opt,name=key,proto3" json:"key,omitempty"`       // of the object on the host that the tree leaves now
-	Object        string                 `protobuf:"bytes,5,opt,name=object,proto3" json:"object,omitempty"` // for people
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`                                     // the same for as long as the object is proxied
+	Home          string                 `protobuf:"bytes,2,opt,name=home,proto3" json:"home,omitempty"`                                 // host
+	Epoch         uint32                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`                              // of the tree's end: one more with each host that it moves to
+	Key           string                 `protobuf:"bytes,4,opt,name=key,proto3" json:"key,omitempty"`                                   // of the object on the host that the tree leaves now
+	Object        string                 `protobuf:"bytes,5,opt,name=object,proto3" json:"object,omitempty"`                             // for people
+	Terminal      bool                   `protobuf:"varint,70,opt,name=terminal,proto3" json:"terminal,omitempty"`                       // it is one: sizes are told, and its end is a hang-up
+	OutputOnly    bool                   `protobuf:"varint,71,opt,name=output_only,json=outputOnly,proto3" json:"output_only,omitempty"` // of a terminal: somebody at home reads what is typed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Proxy) Reset() {
 	*x = Proxy{}
-	mi := &file_wire_godwit_proto_msgTypes[23]
+	mi := &file_wire_godwit_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2299,7 +2415,7 @@ func (x *Proxy) String() string {
 func (*Proxy) ProtoMessage() {}
 
 func (x *Proxy) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[23]
+	mi := &file_wire_godwit_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2312,7 +2428,7 @@ func (x *Proxy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proxy.ProtoReflect.Descriptor instead.
 func (*Proxy) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{23}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Proxy) GetId() string {
@@ -2350,6 +2466,20 @@ func (x *Proxy) GetObject() string {
 	return ""
 }
 
+func (x *Proxy) GetTerminal() bool {
+	if x != nil {
+		return x.Terminal
+	}
+	return false
+}
+
+func (x *Proxy) GetOutputOnly() bool {
+	if x != nil {
+		return x.OutputOnly
+	}
+	return false
+}
+
 // ProxyState is one end of a proxy.
 type ProxyState struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2368,7 +2498,7 @@ type ProxyState struct {
 
 func (x *ProxyState) Reset() {
 	*x = ProxyState{}
-	mi := &file_wire_godwit_proto_msgTypes[24]
+	mi := &file_wire_godwit_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2380,7 +2510,7 @@ func (x *ProxyState) String() string {
 func (*ProxyState) ProtoMessage() {}
 
 func (x *ProxyState) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[24]
+	mi := &file_wire_godwit_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2393,7 +2523,7 @@ func (x *ProxyState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyState.ProtoReflect.Descriptor instead.
 func (*ProxyState) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{24}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ProxyState) GetId() string {
@@ -2474,7 +2604,7 @@ type Holder struct {
 
 func (x *Holder) Reset() {
 	*x = Holder{}
-	mi := &file_wire_godwit_proto_msgTypes[25]
+	mi := &file_wire_godwit_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2486,7 +2616,7 @@ func (x *Holder) String() string {
 func (*Holder) ProtoMessage() {}
 
 func (x *Holder) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[25]
+	mi := &file_wire_godwit_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2499,7 +2629,7 @@ func (x *Holder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Holder.ProtoReflect.Descriptor instead.
 func (*Holder) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{25}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Holder) GetPid() int32 {
@@ -2570,13 +2700,14 @@ type OpenObject struct {
 	Journal       *JournalStream `protobuf:"bytes,26,opt,name=journal,proto3" json:"journal,omitempty"`                 // a stream to journald
 	Proxy         *Proxy         `protobuf:"bytes,25,opt,name=proxy,proto3" json:"proxy,omitempty"`                     // the source only stands in for another host's object
 	Inherited     *Holder        `protobuf:"bytes,27,opt,name=inherited,proto3" json:"inherited,omitempty"`             // an ancestor of the tree that has the same description
+	Reader        *Holder        `protobuf:"bytes,70,opt,name=reader,proto3" json:"reader,omitempty"`                   // of a terminal: who reads what is typed on it, outside the tree
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *OpenObject) Reset() {
 	*x = OpenObject{}
-	mi := &file_wire_godwit_proto_msgTypes[26]
+	mi := &file_wire_godwit_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2588,7 +2719,7 @@ func (x *OpenObject) String() string {
 func (*OpenObject) ProtoMessage() {}
 
 func (x *OpenObject) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[26]
+	mi := &file_wire_godwit_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2601,7 +2732,7 @@ func (x *OpenObject) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenObject.ProtoReflect.Descriptor instead.
 func (*OpenObject) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{26}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *OpenObject) GetKey() string {
@@ -2793,6 +2924,13 @@ func (x *OpenObject) GetInherited() *Holder {
 	return nil
 }
 
+func (x *OpenObject) GetReader() *Holder {
+	if x != nil {
+		return x.Reader
+	}
+	return nil
+}
+
 // JournalStream is what a program told journald at the beginning of a stream
 // (sd_journal_stream_fd(3)).
 type JournalStream struct {
@@ -2810,7 +2948,7 @@ type JournalStream struct {
 
 func (x *JournalStream) Reset() {
 	*x = JournalStream{}
-	mi := &file_wire_godwit_proto_msgTypes[27]
+	mi := &file_wire_godwit_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2822,7 +2960,7 @@ func (x *JournalStream) String() string {
 func (*JournalStream) ProtoMessage() {}
 
 func (x *JournalStream) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[27]
+	mi := &file_wire_godwit_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2835,7 +2973,7 @@ func (x *JournalStream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JournalStream.ProtoReflect.Descriptor instead.
 func (*JournalStream) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{27}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *JournalStream) GetIdentifier() string {
@@ -2910,7 +3048,7 @@ type Resolution struct {
 
 func (x *Resolution) Reset() {
 	*x = Resolution{}
-	mi := &file_wire_godwit_proto_msgTypes[28]
+	mi := &file_wire_godwit_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2922,7 +3060,7 @@ func (x *Resolution) String() string {
 func (*Resolution) ProtoMessage() {}
 
 func (x *Resolution) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[28]
+	mi := &file_wire_godwit_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2935,7 +3073,7 @@ func (x *Resolution) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resolution.ProtoReflect.Descriptor instead.
 func (*Resolution) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{28}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Resolution) GetKey() string {
@@ -3048,7 +3186,7 @@ type FileState struct {
 
 func (x *FileState) Reset() {
 	*x = FileState{}
-	mi := &file_wire_godwit_proto_msgTypes[29]
+	mi := &file_wire_godwit_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3060,7 +3198,7 @@ func (x *FileState) String() string {
 func (*FileState) ProtoMessage() {}
 
 func (x *FileState) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[29]
+	mi := &file_wire_godwit_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3073,7 +3211,7 @@ func (x *FileState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileState.ProtoReflect.Descriptor instead.
 func (*FileState) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{29}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *FileState) GetSize() uint64 {
@@ -3115,7 +3253,7 @@ type ResolveRequest struct {
 
 func (x *ResolveRequest) Reset() {
 	*x = ResolveRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[30]
+	mi := &file_wire_godwit_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3127,7 +3265,7 @@ func (x *ResolveRequest) String() string {
 func (*ResolveRequest) ProtoMessage() {}
 
 func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[30]
+	mi := &file_wire_godwit_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3140,7 +3278,7 @@ func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveRequest.ProtoReflect.Descriptor instead.
 func (*ResolveRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{30}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ResolveRequest) GetProtocol() uint32 {
@@ -3211,7 +3349,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_wire_godwit_proto_msgTypes[31]
+	mi := &file_wire_godwit_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3223,7 +3361,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[31]
+	mi := &file_wire_godwit_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3236,7 +3374,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{31}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Entry) GetText() string {
@@ -3272,7 +3410,7 @@ type Presence struct {
 
 func (x *Presence) Reset() {
 	*x = Presence{}
-	mi := &file_wire_godwit_proto_msgTypes[32]
+	mi := &file_wire_godwit_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3284,7 +3422,7 @@ func (x *Presence) String() string {
 func (*Presence) ProtoMessage() {}
 
 func (x *Presence) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[32]
+	mi := &file_wire_godwit_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3297,7 +3435,7 @@ func (x *Presence) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Presence.ProtoReflect.Descriptor instead.
 func (*Presence) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{32}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Presence) GetPath() string {
@@ -3336,7 +3474,7 @@ type ResolveReply struct {
 
 func (x *ResolveReply) Reset() {
 	*x = ResolveReply{}
-	mi := &file_wire_godwit_proto_msgTypes[33]
+	mi := &file_wire_godwit_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3348,7 +3486,7 @@ func (x *ResolveReply) String() string {
 func (*ResolveReply) ProtoMessage() {}
 
 func (x *ResolveReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[33]
+	mi := &file_wire_godwit_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3361,7 +3499,7 @@ func (x *ResolveReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveReply.ProtoReflect.Descriptor instead.
 func (*ResolveReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{33}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ResolveReply) GetResolutions() []*Resolution {
@@ -3431,7 +3569,7 @@ type PreflightRequest struct {
 
 func (x *PreflightRequest) Reset() {
 	*x = PreflightRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[34]
+	mi := &file_wire_godwit_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3443,7 +3581,7 @@ func (x *PreflightRequest) String() string {
 func (*PreflightRequest) ProtoMessage() {}
 
 func (x *PreflightRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[34]
+	mi := &file_wire_godwit_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3456,7 +3594,7 @@ func (x *PreflightRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreflightRequest.ProtoReflect.Descriptor instead.
 func (*PreflightRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{34}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *PreflightRequest) GetProtocol() uint32 {
@@ -3528,7 +3666,7 @@ type PreflightReply struct {
 
 func (x *PreflightReply) Reset() {
 	*x = PreflightReply{}
-	mi := &file_wire_godwit_proto_msgTypes[35]
+	mi := &file_wire_godwit_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3540,7 +3678,7 @@ func (x *PreflightReply) String() string {
 func (*PreflightReply) ProtoMessage() {}
 
 func (x *PreflightReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[35]
+	mi := &file_wire_godwit_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3553,7 +3691,7 @@ func (x *PreflightReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreflightReply.ProtoReflect.Descriptor instead.
 func (*PreflightReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{35}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PreflightReply) GetRequirements() *Requirements {
@@ -3606,7 +3744,7 @@ type PrepareRequest struct {
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[36]
+	mi := &file_wire_godwit_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3618,7 +3756,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[36]
+	mi := &file_wire_godwit_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3631,7 +3769,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{36}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PrepareRequest) GetProtocol() uint32 {
@@ -3695,7 +3833,7 @@ type PrepareReply struct {
 
 func (x *PrepareReply) Reset() {
 	*x = PrepareReply{}
-	mi := &file_wire_godwit_proto_msgTypes[37]
+	mi := &file_wire_godwit_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3707,7 +3845,7 @@ func (x *PrepareReply) String() string {
 func (*PrepareReply) ProtoMessage() {}
 
 func (x *PrepareReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[37]
+	mi := &file_wire_godwit_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3720,7 +3858,7 @@ func (x *PrepareReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareReply.ProtoReflect.Descriptor instead.
 func (*PrepareReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{37}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *PrepareReply) GetStream() string {
@@ -3765,7 +3903,7 @@ type ReserveRequest struct {
 
 func (x *ReserveRequest) Reset() {
 	*x = ReserveRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[38]
+	mi := &file_wire_godwit_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3777,7 +3915,7 @@ func (x *ReserveRequest) String() string {
 func (*ReserveRequest) ProtoMessage() {}
 
 func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[38]
+	mi := &file_wire_godwit_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3790,7 +3928,7 @@ func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveRequest.ProtoReflect.Descriptor instead.
 func (*ReserveRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{38}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ReserveRequest) GetProtocol() uint32 {
@@ -3830,7 +3968,7 @@ type ReserveReply struct {
 
 func (x *ReserveReply) Reset() {
 	*x = ReserveReply{}
-	mi := &file_wire_godwit_proto_msgTypes[39]
+	mi := &file_wire_godwit_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3842,7 +3980,7 @@ func (x *ReserveReply) String() string {
 func (*ReserveReply) ProtoMessage() {}
 
 func (x *ReserveReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[39]
+	mi := &file_wire_godwit_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3855,7 +3993,7 @@ func (x *ReserveReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveReply.ProtoReflect.Descriptor instead.
 func (*ReserveReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{39}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ReserveReply) GetError() *Error {
@@ -3883,7 +4021,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[40]
+	mi := &file_wire_godwit_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3895,7 +4033,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[40]
+	mi := &file_wire_godwit_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3908,7 +4046,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{40}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *StartRequest) GetProtocol() uint32 {
@@ -3990,7 +4128,7 @@ type StartReply struct {
 
 func (x *StartReply) Reset() {
 	*x = StartReply{}
-	mi := &file_wire_godwit_proto_msgTypes[41]
+	mi := &file_wire_godwit_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4002,7 +4140,7 @@ func (x *StartReply) String() string {
 func (*StartReply) ProtoMessage() {}
 
 func (x *StartReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[41]
+	mi := &file_wire_godwit_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4015,7 +4153,7 @@ func (x *StartReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartReply.ProtoReflect.Descriptor instead.
 func (*StartReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{41}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *StartReply) GetError() *Error {
@@ -4035,7 +4173,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[42]
+	mi := &file_wire_godwit_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4047,7 +4185,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[42]
+	mi := &file_wire_godwit_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4060,7 +4198,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{42}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -4086,7 +4224,7 @@ type AbortReply struct {
 
 func (x *AbortReply) Reset() {
 	*x = AbortReply{}
-	mi := &file_wire_godwit_proto_msgTypes[43]
+	mi := &file_wire_godwit_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4098,7 +4236,7 @@ func (x *AbortReply) String() string {
 func (*AbortReply) ProtoMessage() {}
 
 func (x *AbortReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[43]
+	mi := &file_wire_godwit_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4111,7 +4249,7 @@ func (x *AbortReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortReply.ProtoReflect.Descriptor instead.
 func (*AbortReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{43}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *AbortReply) GetError() *Error {
@@ -4154,7 +4292,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_wire_godwit_proto_msgTypes[44]
+	mi := &file_wire_godwit_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4166,7 +4304,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[44]
+	mi := &file_wire_godwit_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4179,7 +4317,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{44}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Record) GetId() string {
@@ -4354,7 +4492,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_wire_godwit_proto_msgTypes[45]
+	mi := &file_wire_godwit_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4366,7 +4504,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[45]
+	mi := &file_wire_godwit_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4379,7 +4517,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{45}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Step) GetState() State {
@@ -4441,7 +4579,7 @@ type Report struct {
 
 func (x *Report) Reset() {
 	*x = Report{}
-	mi := &file_wire_godwit_proto_msgTypes[46]
+	mi := &file_wire_godwit_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4453,7 +4591,7 @@ func (x *Report) String() string {
 func (*Report) ProtoMessage() {}
 
 func (x *Report) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[46]
+	mi := &file_wire_godwit_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4466,7 +4604,7 @@ func (x *Report) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Report.ProtoReflect.Descriptor instead.
 func (*Report) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{46}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Report) GetFrozenUs() uint64 {
@@ -4683,7 +4821,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_wire_godwit_proto_msgTypes[47]
+	mi := &file_wire_godwit_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4695,7 +4833,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[47]
+	mi := &file_wire_godwit_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4708,7 +4846,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{47}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Progress) GetId() string {
@@ -4788,7 +4926,7 @@ type PagesRequest struct {
 
 func (x *PagesRequest) Reset() {
 	*x = PagesRequest{}
-	mi := &file_wire_godwit_proto_msgTypes[48]
+	mi := &file_wire_godwit_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4800,7 +4938,7 @@ func (x *PagesRequest) String() string {
 func (*PagesRequest) ProtoMessage() {}
 
 func (x *PagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[48]
+	mi := &file_wire_godwit_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4813,7 +4951,7 @@ func (x *PagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PagesRequest.ProtoReflect.Descriptor instead.
 func (*PagesRequest) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{48}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *PagesRequest) GetId() string {
@@ -4864,7 +5002,7 @@ type PagesReply struct {
 
 func (x *PagesReply) Reset() {
 	*x = PagesReply{}
-	mi := &file_wire_godwit_proto_msgTypes[49]
+	mi := &file_wire_godwit_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4876,7 +5014,7 @@ func (x *PagesReply) String() string {
 func (*PagesReply) ProtoMessage() {}
 
 func (x *PagesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[49]
+	mi := &file_wire_godwit_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4889,7 +5027,7 @@ func (x *PagesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PagesReply.ProtoReflect.Descriptor instead.
 func (*PagesReply) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{49}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *PagesReply) GetError() *Error {
@@ -4937,7 +5075,7 @@ type PageRange struct {
 
 func (x *PageRange) Reset() {
 	*x = PageRange{}
-	mi := &file_wire_godwit_proto_msgTypes[50]
+	mi := &file_wire_godwit_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4949,7 +5087,7 @@ func (x *PageRange) String() string {
 func (*PageRange) ProtoMessage() {}
 
 func (x *PageRange) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[50]
+	mi := &file_wire_godwit_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4962,7 +5100,7 @@ func (x *PageRange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageRange.ProtoReflect.Descriptor instead.
 func (*PageRange) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{50}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *PageRange) GetStart() uint64 {
@@ -5000,7 +5138,7 @@ type Item struct {
 
 func (x *Item) Reset() {
 	*x = Item{}
-	mi := &file_wire_godwit_proto_msgTypes[51]
+	mi := &file_wire_godwit_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5012,7 +5150,7 @@ func (x *Item) String() string {
 func (*Item) ProtoMessage() {}
 
 func (x *Item) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[51]
+	mi := &file_wire_godwit_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5025,7 +5163,7 @@ func (x *Item) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Item.ProtoReflect.Descriptor instead.
 func (*Item) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{51}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Item) GetItem() isItem_Item {
@@ -5171,7 +5309,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_wire_godwit_proto_msgTypes[52]
+	mi := &file_wire_godwit_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5183,7 +5321,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[52]
+	mi := &file_wire_godwit_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5196,7 +5334,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{52}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *Hello) GetProtocol() uint32 {
@@ -5239,7 +5377,7 @@ type ImageEntry struct {
 
 func (x *ImageEntry) Reset() {
 	*x = ImageEntry{}
-	mi := &file_wire_godwit_proto_msgTypes[53]
+	mi := &file_wire_godwit_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5251,7 +5389,7 @@ func (x *ImageEntry) String() string {
 func (*ImageEntry) ProtoMessage() {}
 
 func (x *ImageEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[53]
+	mi := &file_wire_godwit_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5264,7 +5402,7 @@ func (x *ImageEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageEntry.ProtoReflect.Descriptor instead.
 func (*ImageEntry) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{53}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ImageEntry) GetFile() string {
@@ -5304,7 +5442,7 @@ type ImagesDone struct {
 
 func (x *ImagesDone) Reset() {
 	*x = ImagesDone{}
-	mi := &file_wire_godwit_proto_msgTypes[54]
+	mi := &file_wire_godwit_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5316,7 +5454,7 @@ func (x *ImagesDone) String() string {
 func (*ImagesDone) ProtoMessage() {}
 
 func (x *ImagesDone) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[54]
+	mi := &file_wire_godwit_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5329,7 +5467,7 @@ func (x *ImagesDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagesDone.ProtoReflect.Descriptor instead.
 func (*ImagesDone) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{54}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ImagesDone) GetEntries() uint64 {
@@ -5347,7 +5485,7 @@ type DataDone struct {
 
 func (x *DataDone) Reset() {
 	*x = DataDone{}
-	mi := &file_wire_godwit_proto_msgTypes[55]
+	mi := &file_wire_godwit_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5359,7 +5497,7 @@ func (x *DataDone) String() string {
 func (*DataDone) ProtoMessage() {}
 
 func (x *DataDone) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[55]
+	mi := &file_wire_godwit_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5372,7 +5510,7 @@ func (x *DataDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DataDone.ProtoReflect.Descriptor instead.
 func (*DataDone) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{55}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{57}
 }
 
 // EarlyFile is a file that travels with its content, which begins to travel before the images.
@@ -5388,7 +5526,7 @@ type EarlyFile struct {
 
 func (x *EarlyFile) Reset() {
 	*x = EarlyFile{}
-	mi := &file_wire_godwit_proto_msgTypes[56]
+	mi := &file_wire_godwit_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5400,7 +5538,7 @@ func (x *EarlyFile) String() string {
 func (*EarlyFile) ProtoMessage() {}
 
 func (x *EarlyFile) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[56]
+	mi := &file_wire_godwit_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5413,7 +5551,7 @@ func (x *EarlyFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EarlyFile.ProtoReflect.Descriptor instead.
 func (*EarlyFile) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{56}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *EarlyFile) GetId() uint32 {
@@ -5455,7 +5593,7 @@ type StreamEnd struct {
 
 func (x *StreamEnd) Reset() {
 	*x = StreamEnd{}
-	mi := &file_wire_godwit_proto_msgTypes[57]
+	mi := &file_wire_godwit_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5467,7 +5605,7 @@ func (x *StreamEnd) String() string {
 func (*StreamEnd) ProtoMessage() {}
 
 func (x *StreamEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_godwit_proto_msgTypes[57]
+	mi := &file_wire_godwit_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5480,7 +5618,7 @@ func (x *StreamEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamEnd.ProtoReflect.Descriptor instead.
 func (*StreamEnd) Descriptor() ([]byte, []int) {
-	return file_wire_godwit_proto_rawDescGZIP(), []int{57}
+	return file_wire_godwit_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *StreamEnd) GetDataBytes() uint64 {
@@ -5654,12 +5792,14 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x04Lane\x12\x16\n" +
 	"\x06direct\x18\x01 \x01(\bR\x06direct\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason\"`\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"\x81\x01\n" +
 	"\n" +
 	"Attachment\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04peer\x18\x02 \x01(\tR\x04peer\x12.\n" +
-	"\x04size\x18\x03 \x01(\v2\x1a.godwit.wire.v1.WindowSizeR\x04size\"p\n" +
+	"\x04size\x18\x03 \x01(\v2\x1a.godwit.wire.v1.WindowSizeR\x04size\x12\x1f\n" +
+	"\vpatience_ms\x18F \x01(\x04R\n" +
+	"patienceMs\"p\n" +
 	"\n" +
 	"WindowSize\x12\x12\n" +
 	"\x04rows\x18\x01 \x01(\rR\x04rows\x12\x18\n" +
@@ -5670,13 +5810,24 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04size\x18\x02 \x01(\v2\x1a.godwit.wire.v1.WindowSizeR\x04size\":\n" +
 	"\vResizeReply\x12+\n" +
-	"\x05error\x18\x01 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"k\n" +
+	"\x05error\x18\x01 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\"g\n" +
+	"\rAttachRequest\x12:\n" +
+	"\n" +
+	"attachment\x18\x01 \x01(\v2\x1a.godwit.wire.v1.AttachmentR\n" +
+	"attachment\x12\x1a\n" +
+	"\bprotocol\x18\x02 \x01(\rR\bprotocol\"P\n" +
+	"\vAttachReply\x12+\n" +
+	"\x05error\x18\x01 \x01(\v2\x15.godwit.wire.v1.ErrorR\x05error\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\rR\x05epoch\"\xa8\x01\n" +
 	"\x05Proxy\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04home\x18\x02 \x01(\tR\x04home\x12\x14\n" +
 	"\x05epoch\x18\x03 \x01(\rR\x05epoch\x12\x10\n" +
 	"\x03key\x18\x04 \x01(\tR\x03key\x12\x16\n" +
-	"\x06object\x18\x05 \x01(\tR\x06object\"\xfb\x01\n" +
+	"\x06object\x18\x05 \x01(\tR\x06object\x12\x1a\n" +
+	"\bterminal\x18F \x01(\bR\bterminal\x12\x1f\n" +
+	"\voutput_only\x18G \x01(\bR\n" +
+	"outputOnly\"\xfb\x01\n" +
 	"\n" +
 	"ProxyState\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
@@ -5694,7 +5845,7 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\x04comm\x18\x02 \x01(\tR\x04comm\x12\x10\n" +
 	"\x03fds\x18\x03 \x03(\x05R\x03fds\x12\x14\n" +
 	"\x05roles\x18\x04 \x03(\tR\x05roles\x12\x1b\n" +
-	"\tinner_pid\x18\x05 \x01(\x05R\binnerPid\"\xd1\x05\n" +
+	"\tinner_pid\x18\x05 \x01(\x05R\binnerPid\"\x81\x06\n" +
 	"\n" +
 	"OpenObject\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
@@ -5726,7 +5877,8 @@ const file_wire_godwit_proto_rawDesc = "" +
 	"\bbirth_ns\x18\x18 \x01(\x03R\abirthNs\x127\n" +
 	"\ajournal\x18\x1a \x01(\v2\x1d.godwit.wire.v1.JournalStreamR\ajournal\x12+\n" +
 	"\x05proxy\x18\x19 \x01(\v2\x15.godwit.wire.v1.ProxyR\x05proxy\x124\n" +
-	"\tinherited\x18\x1b \x01(\v2\x16.godwit.wire.v1.HolderR\tinherited\"\x84\x02\n" +
+	"\tinherited\x18\x1b \x01(\v2\x16.godwit.wire.v1.HolderR\tinherited\x12.\n" +
+	"\x06reader\x18F \x01(\v2\x16.godwit.wire.v1.HolderR\x06reader\"\x84\x02\n" +
 	"\rJournalStream\x12\x1e\n" +
 	"\n" +
 	"identifier\x18\x01 \x01(\tR\n" +
@@ -6040,7 +6192,7 @@ func file_wire_godwit_proto_rawDescGZIP() []byte {
 }
 
 var file_wire_godwit_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
+var file_wire_godwit_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
 var file_wire_godwit_proto_goTypes = []any{
 	(Code)(0),                // 0: godwit.wire.v1.Code
 	(LaneChoice)(0),          // 1: godwit.wire.v1.LaneChoice
@@ -6072,47 +6224,49 @@ var file_wire_godwit_proto_goTypes = []any{
 	(*WindowSize)(nil),       // 27: godwit.wire.v1.WindowSize
 	(*ResizeRequest)(nil),    // 28: godwit.wire.v1.ResizeRequest
 	(*ResizeReply)(nil),      // 29: godwit.wire.v1.ResizeReply
-	(*Proxy)(nil),            // 30: godwit.wire.v1.Proxy
-	(*ProxyState)(nil),       // 31: godwit.wire.v1.ProxyState
-	(*Holder)(nil),           // 32: godwit.wire.v1.Holder
-	(*OpenObject)(nil),       // 33: godwit.wire.v1.OpenObject
-	(*JournalStream)(nil),    // 34: godwit.wire.v1.JournalStream
-	(*Resolution)(nil),       // 35: godwit.wire.v1.Resolution
-	(*FileState)(nil),        // 36: godwit.wire.v1.FileState
-	(*ResolveRequest)(nil),   // 37: godwit.wire.v1.ResolveRequest
-	(*Entry)(nil),            // 38: godwit.wire.v1.Entry
-	(*Presence)(nil),         // 39: godwit.wire.v1.Presence
-	(*ResolveReply)(nil),     // 40: godwit.wire.v1.ResolveReply
-	(*PreflightRequest)(nil), // 41: godwit.wire.v1.PreflightRequest
-	(*PreflightReply)(nil),   // 42: godwit.wire.v1.PreflightReply
-	(*PrepareRequest)(nil),   // 43: godwit.wire.v1.PrepareRequest
-	(*PrepareReply)(nil),     // 44: godwit.wire.v1.PrepareReply
-	(*ReserveRequest)(nil),   // 45: godwit.wire.v1.ReserveRequest
-	(*ReserveReply)(nil),     // 46: godwit.wire.v1.ReserveReply
-	(*StartRequest)(nil),     // 47: godwit.wire.v1.StartRequest
-	(*StartReply)(nil),       // 48: godwit.wire.v1.StartReply
-	(*AbortRequest)(nil),     // 49: godwit.wire.v1.AbortRequest
-	(*AbortReply)(nil),       // 50: godwit.wire.v1.AbortReply
-	(*Record)(nil),           // 51: godwit.wire.v1.Record
-	(*Step)(nil),             // 52: godwit.wire.v1.Step
-	(*Report)(nil),           // 53: godwit.wire.v1.Report
-	(*Progress)(nil),         // 54: godwit.wire.v1.Progress
-	(*PagesRequest)(nil),     // 55: godwit.wire.v1.PagesRequest
-	(*PagesReply)(nil),       // 56: godwit.wire.v1.PagesReply
-	(*PageRange)(nil),        // 57: godwit.wire.v1.PageRange
-	(*Item)(nil),             // 58: godwit.wire.v1.Item
-	(*Hello)(nil),            // 59: godwit.wire.v1.Hello
-	(*ImageEntry)(nil),       // 60: godwit.wire.v1.ImageEntry
-	(*ImagesDone)(nil),       // 61: godwit.wire.v1.ImagesDone
-	(*DataDone)(nil),         // 62: godwit.wire.v1.DataDone
-	(*EarlyFile)(nil),        // 63: godwit.wire.v1.EarlyFile
-	(*StreamEnd)(nil),        // 64: godwit.wire.v1.StreamEnd
+	(*AttachRequest)(nil),    // 30: godwit.wire.v1.AttachRequest
+	(*AttachReply)(nil),      // 31: godwit.wire.v1.AttachReply
+	(*Proxy)(nil),            // 32: godwit.wire.v1.Proxy
+	(*ProxyState)(nil),       // 33: godwit.wire.v1.ProxyState
+	(*Holder)(nil),           // 34: godwit.wire.v1.Holder
+	(*OpenObject)(nil),       // 35: godwit.wire.v1.OpenObject
+	(*JournalStream)(nil),    // 36: godwit.wire.v1.JournalStream
+	(*Resolution)(nil),       // 37: godwit.wire.v1.Resolution
+	(*FileState)(nil),        // 38: godwit.wire.v1.FileState
+	(*ResolveRequest)(nil),   // 39: godwit.wire.v1.ResolveRequest
+	(*Entry)(nil),            // 40: godwit.wire.v1.Entry
+	(*Presence)(nil),         // 41: godwit.wire.v1.Presence
+	(*ResolveReply)(nil),     // 42: godwit.wire.v1.ResolveReply
+	(*PreflightRequest)(nil), // 43: godwit.wire.v1.PreflightRequest
+	(*PreflightReply)(nil),   // 44: godwit.wire.v1.PreflightReply
+	(*PrepareRequest)(nil),   // 45: godwit.wire.v1.PrepareRequest
+	(*PrepareReply)(nil),     // 46: godwit.wire.v1.PrepareReply
+	(*ReserveRequest)(nil),   // 47: godwit.wire.v1.ReserveRequest
+	(*ReserveReply)(nil),     // 48: godwit.wire.v1.ReserveReply
+	(*StartRequest)(nil),     // 49: godwit.wire.v1.StartRequest
+	(*StartReply)(nil),       // 50: godwit.wire.v1.StartReply
+	(*AbortRequest)(nil),     // 51: godwit.wire.v1.AbortRequest
+	(*AbortReply)(nil),       // 52: godwit.wire.v1.AbortReply
+	(*Record)(nil),           // 53: godwit.wire.v1.Record
+	(*Step)(nil),             // 54: godwit.wire.v1.Step
+	(*Report)(nil),           // 55: godwit.wire.v1.Report
+	(*Progress)(nil),         // 56: godwit.wire.v1.Progress
+	(*PagesRequest)(nil),     // 57: godwit.wire.v1.PagesRequest
+	(*PagesReply)(nil),       // 58: godwit.wire.v1.PagesReply
+	(*PageRange)(nil),        // 59: godwit.wire.v1.PageRange
+	(*Item)(nil),             // 60: godwit.wire.v1.Item
+	(*Hello)(nil),            // 61: godwit.wire.v1.Hello
+	(*ImageEntry)(nil),       // 62: godwit.wire.v1.ImageEntry
+	(*ImagesDone)(nil),       // 63: godwit.wire.v1.ImagesDone
+	(*DataDone)(nil),         // 64: godwit.wire.v1.DataDone
+	(*EarlyFile)(nil),        // 65: godwit.wire.v1.EarlyFile
+	(*StreamEnd)(nil),        // 66: godwit.wire.v1.StreamEnd
 }
 var file_wire_godwit_proto_depIdxs = []int32{
 	7,  // 0: godwit.wire.v1.Problem.object:type_name -> godwit.wire.v1.Object
 	0,  // 1: godwit.wire.v1.Error.code:type_name -> godwit.wire.v1.Code
 	8,  // 2: godwit.wire.v1.Error.problems:type_name -> godwit.wire.v1.Problem
-	31, // 3: godwit.wire.v1.AgentInfo.proxies:type_name -> godwit.wire.v1.ProxyState
+	33, // 3: godwit.wire.v1.AgentInfo.proxies:type_name -> godwit.wire.v1.ProxyState
 	10, // 4: godwit.wire.v1.InfoReply.info:type_name -> godwit.wire.v1.AgentInfo
 	9,  // 5: godwit.wire.v1.InfoReply.error:type_name -> godwit.wire.v1.Error
 	14, // 6: godwit.wire.v1.PsReply.processes:type_name -> godwit.wire.v1.Process
@@ -6123,7 +6277,7 @@ var file_wire_godwit_proto_depIdxs = []int32{
 	19, // 11: godwit.wire.v1.Requirements.ports:type_name -> godwit.wire.v1.RequiredPort
 	20, // 12: godwit.wire.v1.Requirements.rlimits:type_name -> godwit.wire.v1.Rlimit
 	22, // 13: godwit.wire.v1.MigrateOptions.inherit:type_name -> godwit.wire.v1.Inherit
-	30, // 14: godwit.wire.v1.MigrateOptions.proxied:type_name -> godwit.wire.v1.Proxy
+	32, // 14: godwit.wire.v1.MigrateOptions.proxied:type_name -> godwit.wire.v1.Proxy
 	26, // 15: godwit.wire.v1.MigrateOptions.attach:type_name -> godwit.wire.v1.Attachment
 	3,  // 16: godwit.wire.v1.MigrateOptions.copy_mode:type_name -> godwit.wire.v1.CopyMode
 	4,  // 17: godwit.wire.v1.MigrateOptions.no_converge:type_name -> godwit.wire.v1.NoConverge
@@ -6132,66 +6286,69 @@ var file_wire_godwit_proto_depIdxs = []int32{
 	27, // 20: godwit.wire.v1.Attachment.size:type_name -> godwit.wire.v1.WindowSize
 	27, // 21: godwit.wire.v1.ResizeRequest.size:type_name -> godwit.wire.v1.WindowSize
 	9,  // 22: godwit.wire.v1.ResizeReply.error:type_name -> godwit.wire.v1.Error
-	32, // 23: godwit.wire.v1.OpenObject.holders:type_name -> godwit.wire.v1.Holder
-	34, // 24: godwit.wire.v1.OpenObject.journal:type_name -> godwit.wire.v1.JournalStream
-	30, // 25: godwit.wire.v1.OpenObject.proxy:type_name -> godwit.wire.v1.Proxy
-	32, // 26: godwit.wire.v1.OpenObject.inherited:type_name -> godwit.wire.v1.Holder
-	33, // 27: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
-	30, // 28: godwit.wire.v1.Resolution.proxy:type_name -> godwit.wire.v1.Proxy
-	36, // 29: godwit.wire.v1.Resolution.have:type_name -> godwit.wire.v1.FileState
-	33, // 30: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
-	23, // 31: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	21, // 32: godwit.wire.v1.ResolveRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	24, // 33: godwit.wire.v1.ResolveRequest.direct:type_name -> godwit.wire.v1.DirectOffer
-	35, // 34: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
-	8,  // 35: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
-	38, // 36: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
-	39, // 37: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
-	9,  // 38: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
-	25, // 39: godwit.wire.v1.ResolveReply.lane:type_name -> godwit.wire.v1.Lane
-	23, // 40: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	35, // 41: godwit.wire.v1.PreflightRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	21, // 42: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
-	14, // 43: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
-	9,  // 44: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
-	33, // 45: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
-	24, // 46: godwit.wire.v1.PreflightReply.direct:type_name -> godwit.wire.v1.DirectOffer
-	21, // 47: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
-	23, // 48: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	35, // 49: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	24, // 50: godwit.wire.v1.PrepareRequest.direct:type_name -> godwit.wire.v1.DirectOffer
-	9,  // 51: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
-	25, // 52: godwit.wire.v1.PrepareReply.lane:type_name -> godwit.wire.v1.Lane
-	9,  // 53: godwit.wire.v1.ReserveReply.error:type_name -> godwit.wire.v1.Error
-	23, // 54: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
-	35, // 55: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
-	38, // 56: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
-	25, // 57: godwit.wire.v1.StartRequest.lane:type_name -> godwit.wire.v1.Lane
-	9,  // 58: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
-	9,  // 59: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
-	5,  // 60: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
-	6,  // 61: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
-	23, // 62: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
-	9,  // 63: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
-	52, // 64: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
-	53, // 65: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
-	53, // 66: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
-	5,  // 67: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
-	5,  // 68: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
-	9,  // 69: godwit.wire.v1.PagesReply.error:type_name -> godwit.wire.v1.Error
-	57, // 70: godwit.wire.v1.PagesReply.ranges:type_name -> godwit.wire.v1.PageRange
-	59, // 71: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
-	60, // 72: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
-	61, // 73: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
-	64, // 74: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
-	62, // 75: godwit.wire.v1.Item.data_done:type_name -> godwit.wire.v1.DataDone
-	63, // 76: godwit.wire.v1.Item.early_file:type_name -> godwit.wire.v1.EarlyFile
-	9,  // 77: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
-	78, // [78:78] is the sub-list for method output_type
-	78, // [78:78] is the sub-list for method input_type
-	78, // [78:78] is the sub-list for extension type_name
-	78, // [78:78] is the sub-list for extension extendee
-	0,  // [0:78] is the sub-list for field type_name
+	26, // 23: godwit.wire.v1.AttachRequest.attachment:type_name -> godwit.wire.v1.Attachment
+	9,  // 24: godwit.wire.v1.AttachReply.error:type_name -> godwit.wire.v1.Error
+	34, // 25: godwit.wire.v1.OpenObject.holders:type_name -> godwit.wire.v1.Holder
+	36, // 26: godwit.wire.v1.OpenObject.journal:type_name -> godwit.wire.v1.JournalStream
+	32, // 27: godwit.wire.v1.OpenObject.proxy:type_name -> godwit.wire.v1.Proxy
+	34, // 28: godwit.wire.v1.OpenObject.inherited:type_name -> godwit.wire.v1.Holder
+	34, // 29: godwit.wire.v1.OpenObject.reader:type_name -> godwit.wire.v1.Holder
+	35, // 30: godwit.wire.v1.Resolution.objects:type_name -> godwit.wire.v1.OpenObject
+	32, // 31: godwit.wire.v1.Resolution.proxy:type_name -> godwit.wire.v1.Proxy
+	38, // 32: godwit.wire.v1.Resolution.have:type_name -> godwit.wire.v1.FileState
+	35, // 33: godwit.wire.v1.ResolveRequest.objects:type_name -> godwit.wire.v1.OpenObject
+	23, // 34: godwit.wire.v1.ResolveRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	21, // 35: godwit.wire.v1.ResolveRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	24, // 36: godwit.wire.v1.ResolveRequest.direct:type_name -> godwit.wire.v1.DirectOffer
+	37, // 37: godwit.wire.v1.ResolveReply.resolutions:type_name -> godwit.wire.v1.Resolution
+	8,  // 38: godwit.wire.v1.ResolveReply.problems:type_name -> godwit.wire.v1.Problem
+	40, // 39: godwit.wire.v1.ResolveReply.entries:type_name -> godwit.wire.v1.Entry
+	41, // 40: godwit.wire.v1.ResolveReply.presences:type_name -> godwit.wire.v1.Presence
+	9,  // 41: godwit.wire.v1.ResolveReply.error:type_name -> godwit.wire.v1.Error
+	25, // 42: godwit.wire.v1.ResolveReply.lane:type_name -> godwit.wire.v1.Lane
+	23, // 43: godwit.wire.v1.PreflightRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	37, // 44: godwit.wire.v1.PreflightRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	21, // 45: godwit.wire.v1.PreflightReply.requirements:type_name -> godwit.wire.v1.Requirements
+	14, // 46: godwit.wire.v1.PreflightReply.root:type_name -> godwit.wire.v1.Process
+	9,  // 47: godwit.wire.v1.PreflightReply.error:type_name -> godwit.wire.v1.Error
+	35, // 48: godwit.wire.v1.PreflightReply.objects:type_name -> godwit.wire.v1.OpenObject
+	24, // 49: godwit.wire.v1.PreflightReply.direct:type_name -> godwit.wire.v1.DirectOffer
+	21, // 50: godwit.wire.v1.PrepareRequest.requirements:type_name -> godwit.wire.v1.Requirements
+	23, // 51: godwit.wire.v1.PrepareRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	37, // 52: godwit.wire.v1.PrepareRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	24, // 53: godwit.wire.v1.PrepareRequest.direct:type_name -> godwit.wire.v1.DirectOffer
+	9,  // 54: godwit.wire.v1.PrepareReply.error:type_name -> godwit.wire.v1.Error
+	25, // 55: godwit.wire.v1.PrepareReply.lane:type_name -> godwit.wire.v1.Lane
+	9,  // 56: godwit.wire.v1.ReserveReply.error:type_name -> godwit.wire.v1.Error
+	23, // 57: godwit.wire.v1.StartRequest.options:type_name -> godwit.wire.v1.MigrateOptions
+	37, // 58: godwit.wire.v1.StartRequest.resolutions:type_name -> godwit.wire.v1.Resolution
+	40, // 59: godwit.wire.v1.StartRequest.entries:type_name -> godwit.wire.v1.Entry
+	25, // 60: godwit.wire.v1.StartRequest.lane:type_name -> godwit.wire.v1.Lane
+	9,  // 61: godwit.wire.v1.StartReply.error:type_name -> godwit.wire.v1.Error
+	9,  // 62: godwit.wire.v1.AbortReply.error:type_name -> godwit.wire.v1.Error
+	5,  // 63: godwit.wire.v1.Record.state:type_name -> godwit.wire.v1.State
+	6,  // 64: godwit.wire.v1.Record.owner:type_name -> godwit.wire.v1.Owner
+	23, // 65: godwit.wire.v1.Record.options:type_name -> godwit.wire.v1.MigrateOptions
+	9,  // 66: godwit.wire.v1.Record.error:type_name -> godwit.wire.v1.Error
+	54, // 67: godwit.wire.v1.Record.steps:type_name -> godwit.wire.v1.Step
+	55, // 68: godwit.wire.v1.Record.source_report:type_name -> godwit.wire.v1.Report
+	55, // 69: godwit.wire.v1.Record.destination_report:type_name -> godwit.wire.v1.Report
+	5,  // 70: godwit.wire.v1.Step.state:type_name -> godwit.wire.v1.State
+	5,  // 71: godwit.wire.v1.Progress.state:type_name -> godwit.wire.v1.State
+	9,  // 72: godwit.wire.v1.PagesReply.error:type_name -> godwit.wire.v1.Error
+	59, // 73: godwit.wire.v1.PagesReply.ranges:type_name -> godwit.wire.v1.PageRange
+	61, // 74: godwit.wire.v1.Item.hello:type_name -> godwit.wire.v1.Hello
+	62, // 75: godwit.wire.v1.Item.entry:type_name -> godwit.wire.v1.ImageEntry
+	63, // 76: godwit.wire.v1.Item.images_done:type_name -> godwit.wire.v1.ImagesDone
+	66, // 77: godwit.wire.v1.Item.end:type_name -> godwit.wire.v1.StreamEnd
+	64, // 78: godwit.wire.v1.Item.data_done:type_name -> godwit.wire.v1.DataDone
+	65, // 79: godwit.wire.v1.Item.early_file:type_name -> godwit.wire.v1.EarlyFile
+	9,  // 80: godwit.wire.v1.StreamEnd.error:type_name -> godwit.wire.v1.Error
+	81, // [81:81] is the sub-list for method output_type
+	81, // [81:81] is the sub-list for method input_type
+	81, // [81:81] is the sub-list for extension type_name
+	81, // [81:81] is the sub-list for extension extendee
+	0,  // [0:81] is the sub-list for field type_name
 }
 
 func init() { file_wire_godwit_proto_init() }
@@ -6199,7 +6356,7 @@ func file_wire_godwit_proto_init() {
 	if File_wire_godwit_proto != nil {
 		return
 	}
-	file_wire_godwit_proto_msgTypes[51].OneofWrappers = []any{
+	file_wire_godwit_proto_msgTypes[53].OneofWrappers = []any{
 		(*Item_Hello)(nil),
 		(*Item_Entry)(nil),
 		(*Item_Facts)(nil),
@@ -6215,7 +6372,7 @@ func file_wire_godwit_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wire_godwit_proto_rawDesc), len(file_wire_godwit_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   58,
+			NumMessages:   60,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -50,7 +50,52 @@ const (
 	RelayState RelayType = 3
 	// RelayGone: nobody at this host knows of the relay; with RelayFin: any more.
 	RelayGone RelayType = 4
+	// RelaySize tells a tree's side of the size of the terminal that is proxied; the
+	// payload is rows, columns and both in pixels (0: unknown), 2 bytes each.
+	RelaySize RelayType = 5
+	// RelayEnd tells home how the tree has ended; the payload is one byte, an Ending, and
+	// one of status. It is told again and again as long as the relay is there.
+	RelayEnd RelayType = 6
 )
+
+// Ending is how a tree ended that had a relay for its terminal.
+type Ending uint8
+
+const (
+	EndingUnknown Ending = 0 // nobody can tell
+	EndingRunning Ending = 1 // its root runs on without the terminal
+	EndingExited  Ending = 2 // the status is its root's, as a shell has it (128 and the signal)
+	EndingMoved   Ending = 3 // it runs on another host
+)
+
+// EndPayload is the payload of RelayEnd.
+func EndPayload(e Ending, status uint8) []byte { return []byte{byte(e), status} }
+
+// ParseEnd reads a payload of RelayEnd.
+func ParseEnd(b []byte) (e Ending, status uint8, ok bool) {
+	if len(b) != 2 || b[0] > byte(EndingMoved) {
+		return 0, 0, false
+	}
+	return Ending(b[0]), b[1], true
+}
+
+// SizePayload is the payload of RelaySize.
+func SizePayload(s *WindowSize) []byte {
+	var b []byte
+	for _, v := range []uint32{s.GetRows(), s.GetColumns(), s.GetXPixels(), s.GetYPixels()} {
+		b = binary.LittleEndian.AppendUint16(b, uint16(v))
+	}
+	return b
+}
+
+// ParseSize reads a payload of RelaySize.
+func ParseSize(b []byte) (*WindowSize, bool) {
+	if len(b) != 8 {
+		return nil, false
+	}
+	at := func(i int) uint32 { return uint32(binary.LittleEndian.Uint16(b[2*i:])) }
+	return &WindowSize{Rows: at(0), Columns: at(1), XPixels: at(2), YPixels: at(3)}, true
+}
 
 // RelayFlags of a frame.
 type RelayFlags uint8
@@ -110,7 +155,7 @@ func ParseRelayFrame(b []byte) (h RelayHeader, payload []byte, err error) {
 	}
 	payload = b[RelayHeaderLen:]
 	switch {
-	case h.Type < RelayAttach || h.Type > RelayGone || h.Flags > RelayFin|RelayShut|RelayResend || b[7] != 0:
+	case h.Type < RelayAttach || h.Type > RelayEnd || h.Flags > RelayFin|RelayShut|RelayResend || b[7] != 0:
 		return h, nil, fmt.Errorf("%w: relay frame of type %d with flags %#x", ErrCorrupt, b[5], b[6])
 	case int(binary.LittleEndian.Uint32(b[12:])) != len(payload) || len(payload) > MaxRelayPayload:
 		return h, nil, fmt.Errorf("%w: %d bytes of payload, the head says %d", ErrCorrupt, len(payload), binary.LittleEndian.Uint32(b[12:]))

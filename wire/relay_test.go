@@ -6,7 +6,27 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/proto"
 )
+
+// TestTerminalPayloads: sizes and endings come out as they went in, and nothing else does.
+func TestTerminalPayloads(t *testing.T) {
+	want := &WindowSize{Rows: 24, Columns: 65535, YPixels: 7}
+	if got, ok := ParseSize(SizePayload(want)); !ok || !proto.Equal(got, want) {
+		t.Errorf("the size is %v, %v", got, ok)
+	}
+	if e, status, ok := ParseEnd(EndPayload(EndingExited, 137)); !ok || e != EndingExited || status != 137 {
+		t.Errorf("the ending is %d with %d, %v", e, status, ok)
+	}
+	for _, bad := range [][]byte{nil, {2}, {4, 0}, {2, 0, 0}, make([]byte, 7)} {
+		if _, ok := ParseSize(bad); ok {
+			t.Errorf("%v is a size", bad)
+		}
+		if _, _, ok := ParseEnd(bad); ok {
+			t.Errorf("%v is an ending", bad)
+		}
+	}
+}
 
 func TestRelayFrame(t *testing.T) {
 	want := RelayHeader{Type: RelayData, Flags: RelayFin | RelayResend, Epoch: 7, Offset: 10, End: 1 << 40, Base: 9, Taken: 1 << 33, Limit: 1<<33 + 5}

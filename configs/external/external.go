@@ -17,7 +17,8 @@
 //
 // Without a resolver the object is declared external, and what the destination
 // has for it decides. A backslash takes the meaning from "=" in selectors, and
-// from "," in arguments.
+// from "," in arguments. In paths {base}, {dir}, {path} and {rest} are parts of the
+// path at the source; a { is written {{.
 package external
 
 import (
@@ -255,6 +256,9 @@ func checkOption(name, value string) error {
 	return nil
 }
 
+// brace is how a { that begins no placeholder is written.
+const brace = "{{"
+
 var placeholders = []string{"{base}", "{dir}", "{path}", "{rest}"}
 
 // checkPath says whether a path with placeholders can become an absolute one.
@@ -270,11 +274,14 @@ func checkPath(s string) error {
 		if i < 0 {
 			return nil
 		}
-		rest = rest[i:]
+		if rest = rest[i:]; strings.HasPrefix(rest, brace) {
+			rest = rest[len(brace):]
+			continue
+		}
 		p := slices.IndexFunc(placeholders, func(p string) bool { return strings.HasPrefix(rest, p) })
 		if p < 0 {
 			name, _, _ := strings.Cut(rest, "}")
-			return fmt.Errorf("%q is no placeholder; there are %s", clip(name+"}"), strings.Join(placeholders, ", "))
+			return fmt.Errorf("%q is no placeholder; there are %s, and {{ is one {", clip(name+"}"), strings.Join(placeholders, ", "))
 		}
 		rest = rest[len(placeholders[p]):]
 	}
@@ -286,14 +293,15 @@ func (e Entry) Expand(source string) (string, error) {
 	if !strings.Contains(e.Argument, "{") {
 		return path.Clean(e.Argument), nil
 	}
-	if source == "" {
+	plain := strings.ReplaceAll(e.Argument, brace, "")
+	if source == "" && strings.Contains(plain, "{") {
 		return "", fmt.Errorf("%s needs the path that the object has at the source, and it has none", e.Argument)
 	}
 	rest, ok := e.Selector.rest(source)
-	if !ok && strings.Contains(e.Argument, "{rest}") {
+	if !ok && strings.Contains(plain, "{rest}") {
 		return "", fmt.Errorf("%s needs a selector path:GLOB that matches", e.Argument)
 	}
-	s := strings.NewReplacer("{base}", path.Base(source), "{dir}", path.Dir(source), "{path}", source, "{rest}", rest).Replace(e.Argument)
+	s := strings.NewReplacer(brace, "{", "{base}", path.Base(source), "{dir}", path.Dir(source), "{path}", source, "{rest}", rest).Replace(e.Argument)
 	if !strings.HasPrefix(s, "/") {
 		return "", fmt.Errorf("%s becomes %q, which is not absolute", e.Argument, clip(s))
 	}

@@ -151,7 +151,8 @@ type object struct {
 
 	entries []*fdinfo.FileEntry
 	facts   *image.FileFacts
-	ttyKey  string // of an external terminal
+	ttyKey  string // of a terminal outside the tree
+	proxied bool   // it is one whose master stays where it is
 	path    string // where the restore finds it, if it is found by path
 	create  bool   // the restore makes the path
 	carries bool   // its content travels to the path

@@ -59,11 +59,21 @@ func (r *Restorer) matchInherit() error {
 		}
 	}
 	for k := range r.opts.Proxied {
-		if _, ok := inheritName(k, names); !ok {
+		if _, ok := inheritName(k, names); !ok && !r.hasSlave(k) {
 			errs = append(errs, fmt.Errorf("the other end of %s is wanted, but the images have no such file", k))
 		}
 	}
 	return list("handed files cannot be used", errs)
+}
+
+// hasSlave says whether the images have the slave of a pseudoterminal by its key.
+func (r *Restorer) hasSlave(key string) bool {
+	for _, s := range r.ttySides {
+		if s.e.GetType() == tty.TtyType_PTY && !isMaster(s.e) && extTTYKey(s.e) == key {
+			return true
+		}
+	}
+	return false
 }
 
 // inheritName resolves what the caller called a key.

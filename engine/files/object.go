@@ -190,7 +190,7 @@ func (o *object) object() plan.Object {
 	switch {
 	case o.refused:
 		p.Carry = plan.CarryRefused
-	case o.ext, o.facts != nil && (o.facts.External || o.facts.Unix != nil && o.facts.Unix.External):
+	case o.ext, o.proxied, o.facts != nil && (o.facts.External || o.facts.Unix != nil && o.facts.Unix.External):
 		p.Carry = plan.CarryExternal
 	case o.path != "" && !o.dirOnly && !o.create && !o.carries:
 		p.Carry = plan.CarryPath

@@ -4,11 +4,14 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/tty"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
 
 	"godwit/engine/plan"
 	"godwit/engine/procfs"
@@ -97,6 +100,92 @@ func cannotProxyPipe(ends []*object) string {
 func (d *Dumper) socketProxied(o *object) bool {
 	_, ok := d.opts.Proxied[fmt.Sprintf("unix[%d]", o.stat.Ino)]
 	return ok
+}
+
+// proxiedTTY marks the descriptions of a terminal whose master stays where it is.
+func (d *Dumper) proxiedTTY(t *terminal) bool {
+	for _, o := range t.others {
+		key := ttyKey(&o.stat)
+		if _, ok := d.opts.Proxied[key]; !ok || !o.state.(*ttyState).hasNode {
+			continue
+		}
+		d.proxies[key] = true
+		t.proxied = key
+		for _, o := range t.others {
+			o.proxied, o.ttyKey = true, key
+		}
+		return true
+	}
+	return false
+}
+
+// proxiedInput reads what waits in a terminal whose master is the caller's, which
+// carries nothing any more; what the tree wrote stays there for the caller.
+func (d *Dumper) proxiedInput(t *terminal) error {
+	if !d.opts.Proxied[t.proxied] || d.dry() || len(d.refusal.Problems) > 0 {
+		return nil
+	}
+	m := d.opts.Masters[t.proxied]
+	if m == nil {
+		return fmt.Errorf("the master of %s is not at hand", t.proxied)
+	}
+	q, err := d.readPair(int(m.Fd()), false)
+	if busy := errTTYBusy(""); errors.As(err, &busy) {
+		d.passes(t.others[0], fmt.Sprintf("what waits in the terminal cannot be carried at this moment: %s", busy), "retry in a moment")
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read what waits in %s: %w", t.proxied, err)
+	}
+	if in := t.notes(q); len(in) > 0 {
+		d.ttyData = append(d.ttyData, &tty.TtyDataEntry{TtyId: proto.Uint32(t.id), Data: in})
+	}
+	return nil
+}
+
+// TerminalReader finds a process outside of the tree that reads what is typed on a
+// terminal, by its key: one of the process group in the foreground. What waits for
+// the root, such as the shell that started it, does not read. 0: there is none.
+func TerminalReader(root int, pids []int, key string) (int, error) {
+	rdev, dev, ok := strings.Cut(strings.TrimSuffix(strings.TrimPrefix(key, "tty["), "]"), ":")
+	r, rerr := strconv.ParseUint(rdev, 16, 64)
+	fs, derr := strconv.ParseUint(dev, 16, 64)
+	if err := errors.Join(rerr, derr); err != nil || !ok {
+		return 0, fmt.Errorf("%q is no key of a terminal", key)
+	}
+	all, err := procfs.Pids()
+	if err != nil {
+		return 0, err
+	}
+	stats := map[int]procfs.Stat{}
+	front := 0 // the group in the foreground
+	for _, pid := range all {
+		st, err := procfs.ReadStat(pid)
+		if err != nil || st.Zombie() || uint64(uint32(st.TTYNr)) != r || devptsOf(pid, r) != fs {
+			continue
+		}
+		stats[pid], front = st, st.TTYPgrp
+	}
+	ours := slices.ContainsFunc(pids, func(pid int) bool { return front != 0 && stats[pid].Pgrp == front })
+	waits := map[int]bool{}
+	for st, err := procfs.ReadStat(root); ours && err == nil && st.PPid > 1; st, err = procfs.ReadStat(st.PPid) {
+		waits[st.PPid] = true
+	}
+	for pid, st := range stats {
+		if st.Pgrp == front && !slices.Contains(pids, pid) && !waits[pid] {
+			return pid, nil
+		}
+	}
+	return 0, nil
+}
+
+// devptsOf is the file system of the terminals that a process sees.
+func devptsOf(pid int, rdev uint64) uint64 {
+	var node unix.Stat_t
+	if unix.Stat(procfs.Path(pid, "root")+filepath.Join("/dev/pts", strconv.Itoa(int(ptyIndex(rdev)))), &node) != nil {
+		return 0
+	}
+	return uint64(node.Dev)
 }
 
 // proxied carries a connected stream socket whose other end the restore gives

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,8 +24,8 @@ import (
 // travels with all that it is: settings, size, what waits in it, whose controlling
 // terminal it is and which group is in the foreground. Of one of which the master
 // is outside (the terminal that the tree was started on) only the settings do; the
-// restore uses another one in its place, if that was asked for. Consoles and serial
-// lines are opened again.
+// restore uses another one in its place, if that was asked for, or makes one whose
+// master goes to its caller (proxied). Consoles and serial lines are opened again.
 //
 // A description has two entries: TTY, which descriptors name, and a REG with its
 // path. The terminal has one in tty-info.img, and each side of a pseudoterminal its own.
@@ -78,9 +77,11 @@ type terminal struct {
 	master *object
 	others []*object
 	id     uint32 // in tty-info.img, of the slave
-	info   *tty.TtyInfoEntry
-	facts  *image.TTYFacts
-	path   string // of its slave, if the restore makes it
+	// proxied is its key, if its master stays where it is.
+	proxied string
+	info    *tty.TtyInfoEntry
+	facts   *image.TTYFacts
+	path    string // of its slave, if the restore makes it
 }
 
 func (t *terminal) all() []*object {
@@ -158,7 +159,7 @@ func finishTTYs(d *Dumper, os []*object) error {
 				continue
 			}
 			inTree[ptyIndex(t.dev)] = t
-		} else if !d.externalTTY(t) && isSlave(t.dev) {
+		} else if !d.externalTTY(t) && isSlave(t.dev) && !d.proxiedTTY(t) {
 			lent = append(lent, t)
 		}
 		if err := d.dumpTerminal(t, procs); err != nil {
@@ -186,7 +187,7 @@ func finishTTYs(d *Dumper, os []*object) error {
 // terminalHint says how a tree gets another terminal.
 func (d *Dumper) terminalHint() string {
 	if d.opts.Elsewhere {
-		return "move it from the terminal that it is to use from then on, with --attach"
+		return "move it from the terminal that it is to use from then on, with --attach, or let its bytes go on flowing: --external kind:tty=proxy"
 	}
 	return "dump with --shell-job, and restore with it on the terminal to use in its place"
 }
@@ -247,7 +248,24 @@ func (d *Dumper) groupTTYs(os []*object) []*terminal {
 		}
 		of.others = append(of.others, o)
 	}
+	for _, t := range out {
+		t.nameCurrent()
+	}
 	return out
+}
+
+// nameCurrent gives what was opened as /dev/tty the key of the terminal, if that is
+// outside of the tree and was opened by its own name, too.
+func (t *terminal) nameCurrent() {
+	i := slices.IndexFunc(t.others, func(o *object) bool { return o.state.(*ttyState).hasNode })
+	if t.master != nil || i < 0 {
+		return
+	}
+	for _, o := range t.others {
+		if o.state.(*ttyState).current {
+			o.ttyKey = ttyKey(&t.others[i].stat)
+		}
+	}
 }
 
 // terminalUser is a process of the tree that has a controlling terminal, or whose
@@ -352,6 +370,9 @@ func (d *Dumper) dumpTerminal(t *terminal, procs []terminalUser) error {
 		return err
 	}
 	d.ttySession(t, procs)
+	if err := d.proxiedInput(t); err != nil {
+		return err
+	}
 	if t.master != nil {
 		if err := d.dumpPair(t); err != nil || t.master.refused {
 			return err
@@ -468,12 +489,7 @@ func (d *Dumper) dumpPair(t *terminal) error {
 	if err != nil {
 		return fmt.Errorf("read what waits in %s: %w", t.path, err)
 	}
-	t.facts.Stopped = q.stopped
-	var in []byte
-	for _, x := range q.in {
-		t.facts.Input = append(t.facts.Input, image.TTYPiece{Len: len(x.data), End: x.end})
-		in = append(in, x.data...)
-	}
+	in := t.notes(q)
 	masterID := d.newTTY()
 	t.facts.Master = masterID
 	for _, x := range []struct {
@@ -485,6 +501,16 @@ func (d *Dumper) dumpPair(t *terminal) error {
 		}
 	}
 	return nil
+}
+
+// notes keeps what the images say besides the bytes of a pair's input, and gives those.
+func (t *terminal) notes(q *ttyQueues) (in []byte) {
+	t.facts.Stopped = q.stopped
+	for _, x := range q.in {
+		t.facts.Input = append(t.facts.Input, image.TTYPiece{Len: len(x.data), End: x.end})
+		in = append(in, x.data...)
+	}
+	return in
 }
 
 // readPair reads what waits in a pair through a slave of its own.
@@ -619,10 +645,7 @@ func (d *Dumper) scanTTYs() []ttyUse {
 		if st, err := procfs.ReadStat(pid); err == nil && st.TTYNr != 0 {
 			u := ttyUse{pid: pid, fd: -1, dev: uint64(uint32(st.TTYNr))}
 			// Its number is that of some devpts: of the one that the process sees.
-			var node unix.Stat_t
-			if unix.Stat(procfs.Path(pid, "root")+filepath.Join("/dev/pts", strconv.Itoa(int(ptyIndex(u.dev)))), &node) == nil {
-				u.fs = uint64(node.Dev)
-			}
+			u.fs = devptsOf(pid, u.dev)
 			out = append(out, u)
 		}
 		fds, err := procfs.Fds(pid)

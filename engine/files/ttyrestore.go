@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"godwit/engine/image"
+	"godwit/engine/plan"
 	"godwit/engine/ptrace"
 	"godwit/engine/sys"
 )
@@ -32,6 +33,7 @@ type ttyMade struct {
 	peer          *os.File // a slave of our own
 	// hung: the master is gone. lent: it is outside of the tree.
 	hung, lent bool
+	far        *plan.Far // of one that is lent: the restore makes it, and the master goes there
 }
 
 // side is the one that tells of settings and session.
@@ -245,6 +247,8 @@ func (r *Restorer) planTTYs() error {
 			return fmt.Errorf("image %s has a terminal %d that nothing refers to", image.TtyInfoFile, t.index)
 		case t.slave.e.Termios == nil:
 			t.hung = true
+		case r.far(extTTYKey(t.slave.e)) != nil:
+			t.lent, t.far = true, r.far(extTTYKey(t.slave.e))
 		default:
 			t.lent = true
 			lent++
@@ -308,10 +312,14 @@ func (r *Restorer) OpenTerminals() error {
 	r.ttysOpen = true
 	var errs []error
 	for _, t := range r.ttys {
-		if t.lent {
+		make := r.makePTY
+		switch {
+		case t.far != nil:
+			make = r.makeFarPTY
+		case t.lent:
 			continue
 		}
-		if err := r.makePTY(t); err != nil {
+		if err := make(t); err != nil {
 			errs = append(errs, fmt.Errorf("%s: make terminal %d again: %w", r.who(t.side().at0()), t.index, err))
 		}
 	}
@@ -374,6 +382,50 @@ func (r *Restorer) makePTY(t *ttyMade) error {
 		return err
 	}
 	return setStatus(m, t.master.at[0].entry.GetTty().GetFlags())
+}
+
+// makeFarPTY makes a terminal of which the tree has the slave alone, of any number.
+func (r *Restorer) makeFarPTY(t *ttyMade) error {
+	var err error
+	if t.far.File, t.peer, err = NewPTY(); err != nil {
+		return err
+	}
+	m := int(t.far.File.Fd())
+	var st unix.Stat_t
+	if err := unix.Fstat(int(t.peer.Fd()), &st); err != nil {
+		return os.NewSyscallError("fstat", err)
+	}
+	t.far.Key = ttyKey(&st)
+	return errors.Join(r.ownPTY(t, t.peer), r.fillPTY(t, m))
+}
+
+// NewPTY makes a pseudoterminal; the slave does not block. The caller closes both
+// ends.
+func NewPTY() (master, slave *os.File, err error) {
+	// Not among Go's pollable files: they would be left in non-blocking mode, or not.
+	fd, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, &os.PathError{Op: "open", Path: "/dev/ptmx", Err: err}
+	}
+	master = os.NewFile(uintptr(fd), "/dev/ptmx")
+	n := -1
+	if err = unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
+		err = os.NewSyscallError("ioctl TIOCSPTLCK", err)
+	} else {
+		n, err = sys.OpenPTYPeer(fd, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK)
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, master.Close())
+	}
+	return master, os.NewFile(uintptr(n), "the terminal"), nil
+}
+
+// terminal is what stands for one that is outside of the tree.
+func (r *Restorer) terminal(t *ttyMade) *os.File {
+	if t.far != nil {
+		return t.peer
+	}
+	return r.opts.Terminal
 }
 
 func openSlave(m int, x *description) error {
@@ -476,8 +528,11 @@ func (r *Restorer) fillPTY(t *ttyMade, m int) error {
 			return os.NewSyscallError("ioctl TIOCSWINSZ", err)
 		}
 	}
-	p := &ptyPair{m: m, s: int(t.peer.Fd()), termios: ttySettingsOf(s.e.GetTermios()), packet: t.master.e.GetPacketMode()}
-	q := &ttyQueues{out: t.master.data}
+	p := &ptyPair{m: m, s: int(t.peer.Fd()), termios: ttySettingsOf(s.e.GetTermios())}
+	q := &ttyQueues{}
+	if t.master != nil {
+		p.packet, q.out = t.master.e.GetPacketMode(), t.master.data
+	}
 	if s.facts != nil {
 		q.stopped = s.facts.Stopped
 	}
@@ -566,7 +621,7 @@ func openTTY(r *Restorer, x *description) error {
 		case t.lent && r.current(x):
 			x.file, err = openPath("/dev/tty", reopenFlags(int(flags), false)|unix.O_NONBLOCK, 0)
 		case t.lent:
-			x.file, err = reopenTTY(r.opts.Terminal, flags)
+			x.file, err = reopenTTY(r.terminal(t), flags)
 		case t.hung:
 			return errors.New("it was opened as /dev/tty and has hung up")
 		default: // as /dev/tty, by the leader of its session
@@ -654,6 +709,8 @@ func sealTTYs(r *Restorer, _ []*description) []error {
 	}
 	for _, t := range r.ttys {
 		switch {
+		case t.far != nil:
+			continue
 		case t.lent:
 			want := ttySettingsOf(t.slave.e.GetTermios())
 			do(t, "settings", setTermios(int(r.opts.Terminal.Fd()), &want))
@@ -702,7 +759,7 @@ func (r *Restorer) Session(sid int) *Session {
 		}
 		s := &Session{Terminal: t.peer, lent: t.lent, r: r}
 		if t.lent {
-			s.Terminal = r.opts.Terminal
+			s.Terminal = r.terminal(t)
 		}
 		if t.slave != nil {
 			for _, x := range t.slave.at {
@@ -782,7 +839,7 @@ func (r *Restorer) Foregrounds() []Foreground {
 		}
 		f := Foreground{Terminal: t.peer, Sid: int(s.e.GetSid()), Pgrp: int(s.e.GetPgrp()), Lent: t.lent}
 		if t.lent {
-			f.Terminal = r.opts.Terminal
+			f.Terminal = r.terminal(t)
 			w, err := unix.IoctlGetWinsize(int(f.Terminal.Fd()), unix.TIOCGWINSZ)
 			was := s.e.GetWinsize()
 			f.Resized = err == nil && was != nil && (uint32(w.Row) != was.GetWsRow() || uint32(w.Col) != was.GetWsCol())

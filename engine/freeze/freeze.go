@@ -782,30 +782,39 @@ func (t *Tree) Kill() error {
 		return errors.New("the tree was let go already")
 	}
 	t.released = true
-	err := t.Tracer.Do(func() error {
-		var errs []error
-		for _, p := range t.Procs {
-			if p.Zombie {
-				continue
-			}
-			if err := unix.Kill(p.Pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
-				errs = append(errs, fmt.Errorf("kill pid %d (%s): %w", p.Pid, p.Comm, err))
-			}
-		}
-		// The other threads first: waiting for a leader while they are not
-		// reaped never returns. Children before their parents: the first process
-		// of a pid namespace ends after all others in it.
-		for _, p := range slices.Backward(t.Procs) {
-			for i := len(p.Threads) - 1; i >= 0; i-- {
-				if err := Reap(p.Threads[i].Tid); err != nil {
-					errs = append(errs, err)
-				}
-			}
-		}
-		return errors.Join(errs...)
-	})
+	err := t.Tracer.Do(func() error { return killProcs(t.Procs) })
 	t.Tracer.Close()
 	return err
+}
+
+// killProcs ends processes and waits until they are gone.
+// Preconditions: on the tracer's thread.
+func killProcs(procs []*Proc) error {
+	var errs []error
+	for _, p := range procs {
+		if p.Zombie {
+			continue
+		}
+		if err := unix.Kill(p.Pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+			errs = append(errs, fmt.Errorf("kill pid %d (%s): %w", p.Pid, p.Comm, err))
+		}
+	}
+	// Children before their parents: the first process of a pid namespace ends
+	// after all others in it.
+	for _, p := range slices.Backward(procs) {
+		errs = append(errs, reapThreads(p))
+	}
+	return errors.Join(errs...)
+}
+
+// reapThreads waits until the threads of a process that ends are gone. The leader
+// comes last: waiting for it while the others are not reaped never returns.
+func reapThreads(p *Proc) error {
+	var errs []error
+	for _, th := range slices.Backward(p.Threads) {
+		errs = append(errs, Reap(th.Tid))
+	}
+	return errors.Join(errs...)
 }
 
 // Reap waits until a killed tracee is gone.

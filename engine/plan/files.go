@@ -24,6 +24,9 @@ type FileOptions struct {
 	// the caller goes on carrying. True: the other end is the caller's own, and what
 	// waits for the tree travels; false: it stays where it is.
 	Proxied map[string]bool
+	// Masters are those of the proxied terminals, by key, that are the caller's own.
+	// While a dump reads what waits in one, nobody else uses it.
+	Masters map[string]*os.File
 }
 
 // Far is the other end of an object that was made anew.

@@ -152,3 +152,47 @@ func TestAttachEditor(t *testing.T) {
 		t.Errorf("the program runs on after the line was hung up: %v", err)
 	}
 }
+
+// TestAttachCut kills commands that trees are attached to: one tree is hung up
+// after a while, somebody comes back to the other.
+func TestAttachCut(t *testing.T) {
+	ctx := deadline(t, 2*time.Minute)
+	f, alpha, beta := newFleet(ctx, t)
+	cut := func(args ...string) (*ttyProxy, string) {
+		t.Helper()
+		p := newTTYProxy(ctx, t, f, alpha, "stty rows 24 cols 80; exec TALKER")
+		line := f.LineOnHub(append([]string{"migrate", fmt.Sprintf("alpha:%d", p.root), "beta", "--attach"}, args...)...)
+		p.typist = newTypist(ctx, t, f.Hub, "stty rows 30 cols 90; exec "+line)
+		p.types("one\n")
+		p.sees(ctx, 0, "you said one\r\n")
+		out, err := f.Hub.Run(ctx, "pgrep", "-P", strconv.Itoa(p.pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.Hub.Run(ctx, "kill", "-9", strings.TrimSpace(out)); err != nil {
+			t.Fatal(err)
+		}
+		hist, err := f.History(ctx)
+		if err != nil || len(hist) == 0 {
+			t.Fatalf("history: %v, %v", hist, err)
+		}
+		return p, hist[len(hist)-1].ID
+	}
+	lost, _ := cut("--hang-up-after", "5s")
+	left, id := cut()
+	// Without --attach it is not moved on, and nothing is touched.
+	if _, res, err := f.Migrate(ctx, "beta", left.root, "alpha"); err != nil || res.Code != 4 || !strings.Contains(res.Stdout, "--attach") {
+		t.Errorf("on without --attach: %v, exit code %d, %s%s", err, res.Code, res.Stdout, res.Stderr)
+	}
+	back := f.LineOnHub("attach", id)
+	p := newTypist(ctx, t, f.Hub, fmt.Sprintf("until %s; do c=$?; [ $c = 1 ] || break; sleep 0.3; done; echo exit code $c", back))
+	p.sees(ctx, 0, "attached")
+	p.types("two\n")
+	p.sees(ctx, 0, "you said two\r\n")
+	p.types("quit 9\n")
+	p.sees(ctx, 0, "exit code 9\r\n")
+	lost.file(ctx, lost.prefix+".hup")
+	if err := beta.WaitGone(ctx, lost.root); err != nil {
+		t.Error(err)
+	}
+}

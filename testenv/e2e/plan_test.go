@@ -113,6 +113,10 @@ func openFifo(t *testing.T, h *hosts.Host, path string) *os.File {
 	return f
 }
 
+func containsAll(s string, all []string) bool {
+	return !slices.ContainsFunc(all, func(want string) bool { return !strings.Contains(s, want) })
+}
+
 // TestExternalPython is the example of the report that external files come from: a
 // script in Python on a fifo, and three descriptions of one file, of which one
 // handed descriptor is the mapping.
@@ -124,7 +128,7 @@ func TestExternalPython(t *testing.T) {
 	s.says(ctx, fifo, "before", "", 0)
 	s.says(ctx, fifo, "write", "", 204)
 	fifoKey, threeKey := key(t, h, s.pid, 3), key(t, h, s.pid, 10)
-	shown := mustAgent(ctx, t, h, nil, "inspect", "-t", fmt.Sprint(s.pid), "--external", threeKey, "--output", "json")
+	shown := mustAgent(ctx, t, h, nil, "inspect", "-t", fmt.Sprint(s.pid), "--external", "path:/tmp/thr*", "--output", "json")
 	var doc struct{ Objects []planned }
 	if err := json.Unmarshal([]byte(shown.stdout), &doc); err != nil {
 		t.Fatalf("%v: %s", err, shown.stdout)
@@ -142,7 +146,17 @@ func TestExternalPython(t *testing.T) {
 			t.Errorf("inspect does not show %s:\n%s", want, shown.stdout)
 		}
 	}
-	img := dump(ctx, t, h, s.pid, "--external", fifoKey, "--external", threeKey)
+	for selector, want := range map[string][]string{
+		"path:/tmp/thre":                  {"4", "nothing that the tree holds matches", "nearest: path:/tmp/three"},
+		"role:stdin=proxy":                {"2", "a selector stands alone here"},
+		"fd:" + fmt.Sprint(s.pid) + ":99": {"4", "nearest: fd:"},
+		"kind:fifi":                       {"2", "did you mean fifo"},
+	} {
+		if o := agentCmd(ctx, t, h, nil, "inspect", "-t", fmt.Sprint(s.pid), "--external", selector); fmt.Sprint(o.code) != want[0] || !containsAll(o.stderr, want[1:]) {
+			t.Errorf("inspect --external %s: exit code %d, %q, want %q", selector, o.code, o.stderr, want)
+		}
+	}
+	img := dump(ctx, t, h, s.pid, "--external", "kind:fifo", "--external", "path:/tmp/three")
 	if _, err := h.Run(ctx, "sh", "-c", "mv /tmp/three /tmp/gone; rm /tmp/fifo; mkfifo /tmp/other"); err != nil {
 		t.Fatal(err)
 	}
