@@ -129,7 +129,7 @@ type benchMove struct {
 	// A bare stream of messages over the same lane, right before; 0: not measured.
 	BareRate     float64 `json:"bare_bytes_per_second,omitempty"`
 	TotalPerBare float64 `json:"total_per_bare,omitempty"`
-	// Of precopy: against stop-and-copy of the same tree.
+	// Of the other modes: against stop-and-copy of the same tree.
 	TotalPerStop float64         `json:"total_per_stop_and_copy,omitempty"`
 	GapPerStop   float64         `json:"gap_per_stop_and_copy,omitempty"`
 	Report       json.RawMessage `json:"report"` // what godwit migrate printed
@@ -424,13 +424,13 @@ const laneRounds = 3
 // way is how a tree is moved.
 type way struct{ mode, lane string }
 
-// todo are the moves of a case: there and back.
+// todo are the moves of a case: there, back, and there again.
 func todo(c benchCase) []way {
 	if c.both {
 		all := []way{{fleet.StopAndCopy, laneCluster}, {fleet.StopAndCopy, laneDirect}, {fleet.PreCopy, laneCluster}, {fleet.PreCopy, laneDirect}}
 		return slices.Repeat(all, laneRounds)
 	}
-	return []way{{fleet.StopAndCopy, "auto"}, {fleet.PreCopy, "auto"}}
+	return []way{{fleet.StopAndCopy, "auto"}, {fleet.PreCopy, "auto"}, {fleet.PostCopy, "auto"}}
 }
 
 // move moves a workload and measures that.
@@ -489,6 +489,9 @@ func (b *bencher) move(ctx context.Context, r *workloads.Run, to *hosts.Host, w 
 		}
 	}
 	m.TotalMS, m.FrozenMS, m.MemoryBytes, m.SentBytes, m.Report = doc.TotalMS, doc.FrozenMS, doc.MemoryBytes, doc.Bytes, json.RawMessage(res.Stdout)
+	if d := doc.DestinationReport; d != nil {
+		m.SentBytes += d.PagedBytes
+	}
 	m.GapMS, m.PausesMS = float64(beats.Longest)/1e6, float64(beats.GapsSum)/1e6
 	if run := float64(beats.Until-beats.Since-beats.Longest) / 1e9; run > 0 {
 		m.DirtiedRate = float64(beats.Dirtied) / run

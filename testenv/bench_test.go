@@ -24,7 +24,7 @@ func TestBench(t *testing.T) {
 	if len(doc.Rows) != 1 || !doc.Rows[0].Verified || doc.Rows[0].QuietGapMS <= 0 || doc.Rows[0].MemcpyRate <= 0 || doc.Rows[0].TCPRate <= 0 {
 		t.Errorf("rows are %+v", doc.Rows)
 	}
-	const want = 2
+	const want = 3
 	for _, r := range doc.Rows {
 		if len(r.Moves) != want {
 			t.Errorf("%d moves, want %d", len(r.Moves), want)

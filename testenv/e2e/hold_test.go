@@ -47,6 +47,7 @@ func runsAt(ctx context.Context, t *testing.T, f *fleet.Fleet, r *workloads.Run,
 // TestAgentsDie kills an agent at each step of a migration and starts it again: the
 // tree runs exactly once afterwards, and nothing is left over.
 func TestAgentsDie(t *testing.T) {
+	t.Parallel()
 	ctx := deadline(t, 12*time.Minute)
 	f, alpha, beta := newFleet(ctx, t)
 	outcomes := map[string]int{}
@@ -138,6 +139,7 @@ func awaitEmpty(ctx context.Context, t *testing.T, dir string) {
 // TestResolve: an operator says that a host is dead which dies after the commit, and is
 // right or wrong about it; or dies before.
 func TestResolve(t *testing.T) {
+	t.Parallel()
 	ctx := deadline(t, 4*time.Minute)
 	f, alpha, beta := newFleet(ctx, t)
 	for _, tc := range []struct {

@@ -31,6 +31,7 @@ func live(ctx context.Context, t *testing.T, f *fleet.Fleet, r *workloads.Run, n
 // TestLiveDirty moves memory that changes all the time, and memory that does
 // not: all of it is looked at in the end, and the row of changes repeated.
 func TestLiveDirty(t *testing.T) {
+	t.Parallel()
 	ctx := deadline(t, 3*time.Minute)
 	f, alpha, _ := newFleet(ctx, t)
 	for _, tc := range []struct {
@@ -144,6 +145,7 @@ func TestLiveShort(t *testing.T) {
 // TestLiveNoConverge moves memory that is written faster than it travels, as it is
 // wanted then.
 func TestLiveNoConverge(t *testing.T) {
+	t.Parallel()
 	ctx := deadline(t, 3*time.Minute)
 	f, alpha, beta := newFleet(ctx, t)
 	r := selfcheck(ctx, t, alpha, newDir(t), "dirtier", "24", "200")
@@ -239,6 +241,7 @@ func TestLiveAbort(t *testing.T) {
 
 // TestLiveKinds moves memory and tasks of many kinds in several rounds each.
 func TestLiveKinds(t *testing.T) {
+	t.Parallel()
 	ctx := deadline(t, 6*time.Minute)
 	f, alpha, _ := newFleet(ctx, t)
 	for _, name := range []string{

@@ -159,6 +159,7 @@ var objects = map[string]object{
 // TestObjects dumps and restores a program for each kind of object that a
 // process can hold; it notices itself what comes back different.
 func TestObjects(t *testing.T) {
+	t.Parallel()
 	ctx := deadline(t, 8*time.Minute)
 	cmds, err := programs.Commands(ctx)
 	if err != nil {

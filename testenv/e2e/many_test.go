@@ -15,6 +15,7 @@ import (
 // TestMigrateMany moves many trees at once between hosts that let a few come and go at
 // a time: the others wait for their turn.
 func TestMigrateMany(t *testing.T) {
+	t.Parallel()
 	ctx := deadline(t, 3*time.Minute)
 	f, alpha, beta := newFleet(ctx, t, "--config", agentRules(t, "[limits]\noutgoing = 2\nincoming = 1\n"))
 	dir := newDir(t)

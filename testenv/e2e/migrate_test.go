@@ -417,6 +417,7 @@ func (m *inFlight) wait(t *testing.T) int {
 // TestMigrateDisturbed: whatever happens before the commit, the tree goes on at
 // the source, whole and once, and can be moved afterwards.
 func TestMigrateDisturbed(t *testing.T) {
+	t.Parallel()
 	ctx := deadline(t, 6*time.Minute)
 	f, alpha, beta := newFleet(ctx, t)
 	restartAgent := func(ctx context.Context, t *testing.T, host string, sig unix.Signal) {

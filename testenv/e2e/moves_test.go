@@ -25,6 +25,7 @@ func drive(ctx context.Context, t *testing.T, h *hosts.Host, program, work strin
 // TestMigratePrograms moves real programs, each under load and with all its
 // clients, ten times to and fro.
 func TestMigratePrograms(t *testing.T) {
+	t.Parallel()
 	ctx := deadline(t, 10*time.Minute)
 	f, alpha, beta := newFleet(ctx, t)
 	to := []*hosts.Host{beta, alpha}

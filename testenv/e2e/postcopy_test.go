@@ -19,6 +19,7 @@ import (
 // TestPostcopy moves memory that changes all the time, and comes when the program runs
 // at the destination already.
 func TestPostcopy(t *testing.T) {
+	t.Parallel()
 	ctx := deadline(t, 3*time.Minute)
 	f, alpha, beta := newFleet(ctx, t)
 	for _, tc := range []struct {
@@ -60,6 +61,7 @@ func TestPostcopy(t *testing.T) {
 // TestPostcopyTrouble: while memory of a tree that runs at its destination is still at the
 // source, agents die, the link is cut, and the process that brings it is killed.
 func TestPostcopyTrouble(t *testing.T) {
+	t.Parallel()
 	ctx := deadline(t, 4*time.Minute)
 	f, alpha, beta := newFleet(ctx, t)
 	agents := func(t *testing.T, names ...string) {

@@ -21,6 +21,7 @@ import (
 // TestPrograms dumps and restores well-known programs in the middle of their
 // work; each has a check of its own that nothing was lost or done twice.
 func TestPrograms(t *testing.T) {
+	t.Parallel()
 	t.Run("postgres", func(t *testing.T) {
 		ctx := deadline(t, 3*time.Minute)
 		h := newHosts(t, "alpha").Host("alpha")
@@ -32,6 +33,7 @@ func TestPrograms(t *testing.T) {
 // on storage that both hosts have, its socket is each host's own; its shared
 // memory, of System V and of POSIX, moves with it.
 func TestMigratePostgres(t *testing.T) {
+	t.Parallel()
 	ctx := deadline(t, 4*time.Minute)
 	f, alpha, beta := newFleet(ctx, t)
 	to := []*hosts.Host{beta, alpha}

@@ -13,6 +13,7 @@ import (
 // capability: what comes back has his rights and no more. Commands that he may
 // not run, as the command itself says before anything is dumped, are left out.
 func TestObjectsOfUser(t *testing.T) {
+	t.Parallel()
 	ctx := deadline(t, 15*time.Minute)
 	cmds, err := programs.Commands(ctx)
 	if err != nil {

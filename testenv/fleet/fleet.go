@@ -269,6 +269,7 @@ func (f *Fleet) Run(ctx context.Context, args ...string) (Result, error) {
 const (
 	StopAndCopy = "stop-and-copy"
 	PreCopy     = "precopy"
+	PostCopy    = "postcopy"
 )
 
 // ModeEnv names a mode for all migrations that do not say theirs: to look how tests do
