@@ -15,6 +15,7 @@ import (
 // TestFilesystems has the commands that hold files of all sorts do so on other
 // file systems than that of the tests.
 func TestFilesystems(t *testing.T) {
+	t.Parallel()
 	h := newHosts(t, "alpha").Host("alpha")
 	// In /run there are no devices; on an overlay a file without a name has one link,
 	// and a watch is found again only as long as its file keeps its inode.

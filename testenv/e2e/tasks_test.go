@@ -144,6 +144,7 @@ func TestRootOutlivesRestorer(t *testing.T) {
 // TestKinship moves trees whose sessions, groups, orphans and zombies came about
 // by chance, always the same for one seed.
 func TestKinship(t *testing.T) {
+	t.Parallel()
 	h := newHosts(t, "alpha").Host("alpha")
 	for seed := range 20 {
 		t.Run(strconv.Itoa(seed), func(t *testing.T) {

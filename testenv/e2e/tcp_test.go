@@ -37,6 +37,7 @@ func tcpPair(ctx context.Context, t *testing.T, h, other *hosts.Host, args ...st
 // TestTCPOutside dumps and restores a tree whose TCP connections lead to a peer
 // outside of it, which must not notice anything but a pause.
 func TestTCPOutside(t *testing.T) {
+	t.Parallel()
 	for _, tc := range []struct {
 		name, family, address string
 		far                   bool // the peer is on another host
