@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"godwit/agent/handoff"
 	"godwit/engine"
 	"godwit/engine/procfs"
 	"godwit/wire"
@@ -39,9 +40,9 @@ func identify(pid int) (engine.Held, error) {
 	return engine.Held{Pid: pid, Start: st.StartTime}, nil
 }
 
-// forget removes the session's entry, unless something still hangs on it.
+// forget removes the session's entry.
 func (s *session) forget() {
-	if !s.noted || s.owes || s.trouble != nil {
+	if !s.noted {
 		return
 	}
 	s.noted = false
@@ -115,8 +116,12 @@ func (a *Agent) recoverSource(e *entry, sameBoot bool) {
 	a.mu.Lock()
 	a.sources[e.ID] = s
 	a.mu.Unlock()
+	s.cause = wire.Errorf(wire.Code_CODE_ABORTED, "the agent of %s ended in the middle of the migration, and was started again", a.cfg.Host)
+	found := handoff.FoundLoose
+	if len(e.Tree) > 0 {
+		found = handoff.FoundTree
+	}
 	go func() {
-		defer s.end()
 		s.watch()
 		if sameBoot && len(e.Late) > 0 {
 			// The tree may run already, and wait for its memory.
@@ -124,7 +129,7 @@ func (a *Agent) recoverSource(e *entry, sameBoot bool) {
 				s.log.Error("the destination may wait for memory, which cannot be served", "error", err)
 			}
 		}
-		s.hold(wire.Errorf(wire.Code_CODE_ABORTED, "the agent of %s ended in the middle of the migration, and was started again", a.cfg.Host))
+		s.drive(handoff.Source.Steps[handoff.Down][found])
 	}()
 }
 
@@ -140,68 +145,18 @@ func (a *Agent) recoverDestination(e *entry, sameBoot bool) {
 	a.mu.Lock()
 	a.destinations[e.ID] = d
 	a.mu.Unlock()
+	d.entry = *e
+	d.cause = wire.Errorf(wire.Code_CODE_ABORTED, "the agent of %s ended before all of the tree ran there", a.cfg.Host)
 	go func() {
-		defer func() {
-			d.forget()
-			d.cancel(nil)
-			d.leave()
-			close(d.done)
-		}()
-		var alive []engine.Held
+		d.watch()
 		if sameBoot {
 			awaitEnd(e.Agent)
-			alive = survivors(e.Tree)
+			d.alive = survivors(e.Tree)
 		}
-		d.answerFor(e, alive)
+		d.lives = len(e.Tree) > 0 && sameBoot && (e.Ran || len(d.alive) == len(e.Tree))
+		d.paged = e.Pager != nil
+		d.drive(handoff.Destination.Steps[handoff.Down][handoff.FoundHere])
 	}()
-}
-
-// answerFor brings a migration to its end of which this host may be the owner.
-func (d *destination) answerFor(e *entry, alive []engine.Held) {
-	rec, err := d.ledger.read(forever())
-	switch {
-	case err != nil:
-		d.log.Error("the record cannot be read, so the migration is left as it is", "error", err)
-		d.owes = wire.CodeOf(err) != wire.Code_CODE_NOT_FOUND
-		return
-	case overruled(rec):
-		d.fence(alive)
-		return
-	case rec.State == wire.State_STATE_PAGING && e.Pager != nil:
-		d.committed.Store(true)
-		d.watch()
-		d.awaitPaging(*e.Pager, nil, alive)
-		return
-	case rec.State != wire.State_STATE_HANDING_OFF && rec.State != wire.State_STATE_STUCK:
-		// Nothing has run here without the commit, and nothing is left of it.
-		if err := d.tell(30*time.Second, wire.Errorf(wire.Code_CODE_ABORTED, "the agent of %s ended before the tree ran there", d.a.cfg.Host)); err != nil {
-			d.log.Warn("the record could not be brought up to date; the source finds out by itself", "error", err)
-		}
-		return
-	}
-	d.committed.Store(true)
-	to, edit := wire.State_STATE_COMPLETED, func(r *wire.Record) { r.LandedPid = int32(e.Pid) }
-	if !e.Ran && len(alive) < len(e.Tree) {
-		// It died while it let the tree go, which ended what it had not let go yet.
-		if err := engine.NewLeftover(alive).Kill(); err != nil {
-			d.trouble = wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "some of the tree runs here and cannot be ended, so the source stays frozen until an operator has looked: %w", err)
-			d.log.Error("a part of the tree runs here and cannot be ended; an operator must look", "error", d.trouble)
-			return
-		}
-		to, edit = wire.State_STATE_RETURNING, d.blame(wire.Errorf(wire.Code_CODE_ABORTED, "the agent of %s ended before all of the tree ran there", d.a.cfg.Host))
-	}
-	if to == wire.State_STATE_COMPLETED && e.Pager != nil {
-		to = wire.State_STATE_PAGING
-	}
-	if _, err := d.ledger.move(forever(), to, edit); err != nil {
-		d.owes = true
-		d.log.Error("the record could not be brought up to date", "state", to.Word(), "error", err)
-		return
-	}
-	if d.enter(to, "pid", e.Pid); to == wire.State_STATE_PAGING {
-		d.watch()
-		d.awaitPaging(*e.Pager, nil, alive)
-	}
 }
 
 // awaitEnd waits until a process that has died is through: what it traced has
@@ -237,20 +192,6 @@ func overruled(rec *wire.Record) bool {
 	return rec.State == wire.State_STATE_RETURNING || rec.State == wire.State_STATE_ABORTED
 }
 
-// fence kills what runs here of a tree that belongs to the source again, with
-// everything that it has started since.
-func (d *destination) fence(tree []engine.Held) {
-	killed, left := killTrees(tree)
-	if len(left) > 0 {
-		d.trouble = wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the tree was given back to %s, but its copy here could not be killed; it must not run, kill it", d.req.Source)
-		d.log.Error("two copies of the tree run: this one could not be killed", "pids", left)
-		return
-	}
-	if killed > 0 {
-		d.log.Error("the copy of the tree here was killed", "source", d.req.Source, "processes", killed)
-	}
-}
-
 // killTrees kills processes with everything that they have started. left are those that
 // do not die.
 func killTrees(tree []engine.Held) (killed int, left []int) {
@@ -275,6 +216,22 @@ func killTrees(tree []engine.Held) (killed int, left []int) {
 		}
 		if time.Now().After(end) {
 			return killed, left
+		}
+	}
+}
+
+// signalTrees sends a signal to processes with everything that they have started.
+func signalTrees(tree []engine.Held, sig unix.Signal) {
+	for _, h := range tree {
+		if !h.Lives() {
+			continue
+		}
+		pids, err := procfs.Tree(h.Pid)
+		if err != nil {
+			continue
+		}
+		for _, pid := range pids {
+			_ = unix.Kill(pid, sig) // gone, at worst
 		}
 	}
 }
