@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"godwit/agent/handoff"
 	"godwit/engine"
 	"godwit/engine/image"
 	"godwit/transport"
@@ -54,6 +55,12 @@ type paging struct {
 	hosts []engine.Held
 	pager *engine.Pager
 	begun time.Time
+	took  time.Duration // until all memory was there
+
+	ledger *ledger
+	feed   *feed
+	why    error // the tree is ended
+	failed error // to say so in the record
 
 	mu      sync.Mutex
 	trouble error     // why the source does not answer
@@ -146,95 +153,123 @@ func (p *paging) run(ctx context.Context) error {
 		recs, err = openRecords(ctx, nc, p.log)
 	}
 	l := &ledger{records: recs, id: p.order.ID, host: p.order.Host, role: wire.RoleDestination, log: p.log}
-	over := make(chan error, 1)
-	feed := l.follow(ctx, func(r *wire.Record) {
-		if why := pagingOver(r); why != nil {
-			select {
-			case over <- why:
-			default:
-			}
-			cancel(why)
+	p.ledger = l
+	p.feed = l.follow(ctx, func(r *wire.Record) {
+		if why, over := handoff.PagingOver(handoff.Saw(r)); over {
+			cancel(pagerWhy[why])
 		}
 	})
-	ferr := p.pager.Fill(ctx)
-	st := p.pager.Stats()
-	took := time.Since(p.begun)
-	if ctx.Err() != nil {
-		ferr = context.Cause(ctx)
-	}
-	if ferr != nil {
-		return p.giveUp(l, ferr, over)
-	}
-	// Unless the agent has ended, it holds the memory, too.
-	if err := p.agent.tell(pagerAnswer{}); err != nil {
-		p.log.Debug("the agent has ended", "error", err)
-	}
-	p.log.Info("all memory is here", "bytes", st.Put, "faults", st.Faults, "duration_ms", took.Milliseconds())
-	for {
-		rec, err := l.move(forever(), wire.State_STATE_COMPLETED, func(r *wire.Record) {
-			if r.DestinationReport == nil {
-				r.DestinationReport = &wire.Report{}
-			}
-			d := r.DestinationReport
-			d.PagingUs, d.PagedBytes, d.Faults, d.FaultP50Us, d.FaultP99Us = us(took), st.Put, st.Faults, us(st.P50), us(st.P99)
-		})
-		switch {
-		case err == nil || rec.GetState() == wire.State_STATE_COMPLETED:
-			return nil
-		case wire.CodeOf(err) == wire.Code_CODE_NOT_FOUND:
-			return nil
-		case rec != nil && pagingOver(rec) != nil:
-			return p.giveUp(l, pagingOver(rec), over)
+	handoff.Pager.Run(handoff.Pager.First, func(at handoff.Step) handoff.Event { return p.perform(ctx, at) })
+	return p.failed
+}
+
+// perform carries out the action of a step of handoff.Pager.
+func (p *paging) perform(ctx context.Context, at handoff.Step) handoff.Event {
+	switch at.Do {
+	case handoff.Fill:
+		return p.fill(ctx)
+	case handoff.Release:
+		// Unless the agent has ended, it holds the memory, too.
+		if err := p.agent.tell(pagerAnswer{}); err != nil {
+			p.log.Debug("the agent has ended", "error", err)
+			return handoff.Untold
 		}
-		// The tree is yet to be let go, or the agent to say so.
+		return handoff.Told
+	case handoff.Complete:
+		return p.complete()
+	case handoff.Await:
 		select {
-		case <-feed.changed:
+		case <-p.feed.changed:
 		case <-time.After(recordPoll / 4):
 		}
-	}
-}
-
-// errOverruled: the tree runs elsewhere, or nowhere.
-var errOverruled = errors.New("the migration has ended in another way")
-
-// errSourceDead: an operator has said so, and what is missing is lost.
-var errSourceDead = errors.New("an operator declared the source dead, with which memory of the tree is lost")
-
-// pagingOver says why nothing more is to be brought; nil: go on.
-func pagingOver(r *wire.Record) error {
-	switch {
-	case overruled(r) || r.State == wire.State_STATE_ABORTING:
-		return errOverruled
-	case r.State == wire.State_STATE_PAGING && r.GetError().GetCode() == wire.Code_CODE_ABORTED:
-		return errSourceDead
-	}
-	return nil
-}
-
-// giveUp ends the tree, which must not run without memory, or not at all. Only then are
-// its userfaultfds let go.
-func (p *paging) giveUp(l *ledger, why error, over <-chan error) error {
-	p.log.Error("the tree is ended", "reason", why)
-	killed, left := killTrees(p.hosts)
-	if len(left) > 0 {
-		p.log.Error("processes could not be killed, and wait for memory that does not come", "pids", left)
+		return handoff.News
+	case handoff.Kill:
+		p.log.Error("the tree is ended", "reason", p.why)
+		killed, left := killTrees(p.hosts)
+		if len(left) > 0 {
+			p.log.Error("processes could not be killed, and wait for memory that does not come", "pids", left)
+			return handoff.Unkilled
+		}
+		p.log.Warn("the processes of the tree were killed", "processes", killed)
+		return handoff.Killed
+	case handoff.Concede:
+		if _, p.failed = p.ledger.move(forever(), wire.State_STATE_COMPLETED, nil); p.failed != nil {
+			return handoff.Refused
+		}
+		return handoff.Told
+	case handoff.Complain:
+		return p.complain()
+	case handoff.Hang:
 		select {}
 	}
-	p.log.Warn("the processes of the tree were killed", "processes", killed)
-	var err error
-	switch {
-	case errors.Is(why, errOverruled):
-	case errors.Is(why, errSourceDead):
-		_, err = l.move(forever(), wire.State_STATE_COMPLETED, nil)
-	default:
-		f := wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "memory of the tree could not be brought to %s, where it has ended: %w; its copy at %s stays frozen as it was when it was handed over: godwit resolve %s --destination-is-dead lets it run on from there", p.order.Host, why, p.order.Source, p.order.ID)
-		_, err = l.note(forever(), func(r *wire.Record) {
-			if r.State == wire.State_STATE_PAGING { // else the agent could not let it run, and gives it back
-				r.Error, r.Reason = wire.ErrorOf(f), f.Error()
-			}
-		})
+	panic("a pager does not " + string(at.Do))
+}
+
+// pagerWhy is why the work of a pager ends, by what it saw.
+var pagerWhy = map[handoff.Event]error{
+	handoff.SawAborted: errors.New("the migration has ended in another way"), // the tree runs elsewhere, or nowhere
+	handoff.SawGivenUp: errors.New("an operator declared the source dead, with which memory of the tree is lost"),
+}
+
+// fill brings everything.
+func (p *paging) fill(ctx context.Context) handoff.Event {
+	p.why = p.pager.Fill(ctx)
+	st := p.pager.Stats()
+	p.took = time.Since(p.begun)
+	if ctx.Err() != nil {
+		p.why = context.Cause(ctx)
 	}
-	return err
+	for event, why := range pagerWhy {
+		if errors.Is(p.why, why) {
+			return event
+		}
+	}
+	if p.why != nil {
+		return handoff.Failed
+	}
+	p.log.Info("all memory is here", "bytes", st.Put, "faults", st.Faults, "duration_ms", p.took.Milliseconds())
+	return handoff.AllHere
+}
+
+// complete says in the record that all is there.
+func (p *paging) complete() handoff.Event {
+	st := p.pager.Stats()
+	rec, err := p.ledger.move(forever(), wire.State_STATE_COMPLETED, func(r *wire.Record) {
+		if r.DestinationReport == nil {
+			r.DestinationReport = &wire.Report{}
+		}
+		d := r.DestinationReport
+		d.PagingUs, d.PagedBytes, d.Faults, d.FaultP50Us, d.FaultP99Us = us(p.took), st.Put, st.Faults, us(st.P50), us(st.P99)
+		// Whoever declared the source dead meanwhile has lost nothing by it.
+		r.Error, r.Reason = nil, ""
+	})
+	switch {
+	case err == nil || rec.GetState() == wire.State_STATE_COMPLETED:
+		return handoff.Told
+	case wire.CodeOf(err) == wire.Code_CODE_NOT_FOUND:
+		return handoff.Unreadable
+	case rec != nil:
+		if event, over := handoff.PagingOver(handoff.Saw(rec)); over {
+			p.why = pagerWhy[event]
+			return event
+		}
+	}
+	return handoff.Refused
+}
+
+// complain says in the record that the tree has ended for want of memory, unless the agent
+// could not let it run and gives it back.
+func (p *paging) complain() handoff.Event {
+	f := wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "memory of the tree could not be brought to %s, where it has ended: %w; its copy at %s stays frozen as it was when it was handed over: godwit resolve %s --destination-is-dead lets it run on from there", p.order.Host, p.why, p.order.Source, p.order.ID)
+	_, p.failed = p.ledger.note(forever(), func(r *wire.Record) {
+		if r.State == wire.State_STATE_PAGING {
+			r.Error, r.Reason = wire.ErrorOf(f), f.Error()
+		}
+	})
+	if p.failed != nil {
+		return handoff.Untold
+	}
+	return handoff.Told
 }
 
 // report publishes how far it is until ctx ends.

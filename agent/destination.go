@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"godwit/agent/handoff"
 	"godwit/engine"
 	"godwit/wire"
 )
@@ -18,6 +19,8 @@ import (
 //	    │                  │                           │           │            │
 //	    └─ refused         └───────── Aborting, whatever was built is discarded │
 //	                                                               Run failed:  └─► discarded ─► Returning
+//
+// What it does when is the table handoff.Destination; here is how.
 //
 // ══► is the commit: a compare-and-set. No task of the tree has run before its
 // success is known, and none runs without.
@@ -37,6 +40,17 @@ type destination struct {
 	// pager brings memory that comes when the tree runs; nil: there is none.
 	pager *pagerProcess
 	paged bool // it has something to bring
+	// dead is since when the pager is seen to be dead.
+	dead time.Time
+
+	// cause is why the tree does not stay here; nil: it does.
+	cause error
+	// alive is what lives of a tree that an agent left which died, lives whether that is
+	// all that is to live.
+	alive []engine.Held
+	lives bool
+	// recovered says that such an agent left it, here that it runs here, or did.
+	recovered, here bool
 
 	report *wire.Report
 }
@@ -97,19 +111,84 @@ func (a *Agent) admitDestination(req *wire.PrepareRequest) (d *destination, isNe
 }
 
 func (d *destination) run() {
-	defer func() {
-		if d.unfeed != nil {
-			d.unfeed()
-		}
-		if d.held != nil {
-			d.held.close(d.landed)
-		}
-		d.pager.close()
+	d.drive(handoff.Destination.First)
+}
+
+// drive brings the session from a step to its end.
+func (d *destination) drive(from handoff.Step) {
+	last := handoff.Destination.Run(from, d.perform)
+	if d.unfeed != nil {
+		d.unfeed()
+	}
+	if d.held != nil {
+		d.held.close(d.landed)
+	}
+	d.pager.close()
+	if last.Do != handoff.Keep {
+		d.tidy()
 		d.forget()
-		d.cancel(nil)
-		d.leave()
-		close(d.done)
-	}()
+	}
+	d.cancel(nil)
+	d.leave()
+	close(d.done)
+}
+
+// perform carries out the action of a step.
+func (d *destination) perform(at handoff.Step) handoff.Event {
+	switch at.Do {
+	case handoff.Prepare:
+		return d.prepare()
+	case handoff.Receive:
+		return d.went(handoff.Built, d.receive())
+	case handoff.Stage:
+		return d.went(handoff.Staged, d.stage())
+	case handoff.Commit:
+		return d.went(handoff.Owner, d.commit())
+	case handoff.Run:
+		return d.land()
+	case handoff.NoteRan:
+		return d.noteRan()
+	case handoff.Complete:
+		return d.complete()
+	case handoff.Tell:
+		return d.tell(at.To)
+	case handoff.Drop:
+		return d.drop(at.To)
+	case handoff.Return:
+		return d.giveBack()
+	case handoff.Complain:
+		return d.complain()
+	case handoff.Kill:
+		return d.fence(at.To)
+	case handoff.Read:
+		return d.read(at.To)
+	case handoff.Watch:
+		return d.watchPager()
+	case handoff.Await:
+		return d.pause(at.To)
+	case handoff.Look:
+		if d.committed.Store(true); d.lives {
+			return handoff.Lives
+		}
+		return handoff.Partial
+	case handoff.Doom:
+		return d.doom()
+	case handoff.Concede:
+		return d.concede()
+	}
+	panic("a destination does not " + string(at.Do))
+}
+
+// went is what came of an action that ends the migration here if it fails.
+func (d *destination) went(well handoff.Event, err error) handoff.Event {
+	if err == nil {
+		return well
+	}
+	d.cause = err
+	return handoff.Failed
+}
+
+func (d *destination) prepare() handoff.Event {
 	err := d.begin()
 	if err != nil {
 		d.forget()
@@ -118,16 +197,9 @@ func (d *destination) run() {
 	d.answer(err)
 	if err != nil {
 		d.log.Info("refused", "reason", err)
-		return
+		return handoff.Refused
 	}
-	if err = d.receive(); err == nil {
-		err = d.commit()
-	}
-	if err != nil {
-		d.abandon(err)
-		return
-	}
-	d.land()
+	return handoff.Prepared
 }
 
 // leave takes the session off the agent's list.
@@ -209,7 +281,7 @@ func (d *destination) options() engine.RestoreOptions {
 	return o
 }
 
-// receive builds the tree from the stream and brings the record to Staged.
+// receive builds the tree from the stream.
 func (d *destination) receive() error {
 	d.src = newStreamSource(d.in)
 	hello, err := d.src.hello(d.work, d.a.cfg.Timeouts.Prepared)
@@ -259,15 +331,20 @@ func (d *destination) receive() error {
 	d.report.RestoreUs = us(time.Since(st.First))
 	transferred(d.report, st, d.src.pages.Load())
 	d.in.Close(nil)
+	return nil
+}
+
+// stage brings the record to Staged.
+func (d *destination) stage() error {
 	// What the commit needs is written to the disk meanwhile.
 	d.landing = promise(d.noteLanding)
 	if _, err := d.ledger.move(d.work, wire.State_STATE_STAGED, func(r *wire.Record) {
-		r.LandedPid = int32(tree.Root())
+		r.LandedPid = int32(d.tree.Root())
 	}); err != nil {
 		return d.because(errors.Join(err, d.landing.wait()))
 	}
 	d.point("staged")
-	d.enter(wire.State_STATE_STAGED, "pid", tree.Root(), "processes", len(tree.Pids()))
+	d.enter(wire.State_STATE_STAGED, "pid", d.tree.Root(), "processes", len(d.tree.Pids()))
 	return nil
 }
 
@@ -306,9 +383,6 @@ func (d *destination) commit() error {
 
 // noteLanding tells the journal of a tree that may run from now on.
 func (d *destination) noteLanding() error {
-	if d.a.cfg.Journal == nil {
-		return nil
-	}
 	var err error
 	if d.entry.Waiting, err = d.tree.Waiting(); err != nil {
 		return err
@@ -316,6 +390,9 @@ func (d *destination) noteLanding() error {
 	d.entry.Pid = d.tree.Root()
 	if d.paged {
 		d.entry.Pager = &d.pager.who
+	}
+	if d.a.cfg.Journal == nil {
+		return nil
 	}
 	for _, pid := range d.tree.Pids() {
 		h, err := identify(pid)
@@ -340,7 +417,7 @@ func (d *destination) noteMade(paths []string) error {
 }
 
 // land lets the tree run. The destination owns it.
-func (d *destination) land() {
+func (d *destination) land() handoff.Event {
 	d.enter(wire.State_STATE_HANDING_OFF, "pid", d.tree.Root())
 	committed := time.Now()
 	err := d.held.start(forever())
@@ -348,8 +425,7 @@ func (d *destination) land() {
 		err = d.tree.Run()
 	}
 	if err != nil {
-		d.giveBack(err)
-		return
+		return d.went(handoff.Ran, fmt.Errorf("start the tree: %w", err))
 	}
 	d.landed = true
 	resumed := time.Now()
@@ -359,108 +435,188 @@ func (d *destination) land() {
 		}
 	}
 	d.point("ran")
-	d.entry.Ran = true
-	if err := d.note(d.entry); err != nil {
-		d.log.Warn("should this agent die now, the next one takes processes that have ended meanwhile for some that never ran", "error", err)
-	}
-	d.a.adopt(d.tree.Child(), d.tree.Root(), d.id)
 	d.report.ResumeUs = us(resumed.Sub(committed))
 	if last := d.in.Stats().Last; !last.IsZero() {
 		d.report.FrozenUs = us(resumed.Sub(last))
 	}
 	d.report.ResumedAtUnixUs = resumed.UnixMicro()
 	d.report.PeakRssBytes = peakRSS()
-	to := wire.State_STATE_COMPLETED
-	if d.paged {
-		to = wire.State_STATE_PAGING
+	return handoff.Ran
+}
+
+// noteRan tells the journal that all of the tree was let go.
+func (d *destination) noteRan() handoff.Event {
+	defer d.a.adopt(d.tree.Child(), d.tree.Root(), d.id)
+	d.entry.Ran = true
+	d.alive = d.entry.Tree
+	if err := d.note(d.entry); err != nil {
+		d.log.Warn("should this agent die now, the next one takes processes that have ended meanwhile for some that never ran", "error", err)
+		return handoff.Failed
 	}
-	if _, err := d.ledger.move(forever(), to, func(r *wire.Record) {
-		r.LandedPid = int32(d.tree.Root())
-		r.DestinationReport = d.report
-	}); err != nil {
+	return handoff.Noted
+}
+
+// complete tells the record that the tree runs here.
+func (d *destination) complete() handoff.Event {
+	to, event := wire.State_STATE_COMPLETED, handoff.Told
+	if d.paged {
+		to, event = wire.State_STATE_PAGING, handoff.Pages
+	}
+	d.here = true
+	rec, err := d.ledger.move(forever(), to, func(r *wire.Record) {
+		if r.LandedPid = int32(d.entry.Pid); d.landed {
+			r.LandedPid, r.DestinationReport = int32(d.tree.Root()), d.report
+		}
+	})
+	switch {
+	case err != nil && overruled(rec):
+		return handoff.Overruled
+	case err != nil:
 		d.trouble = err
-		if rec, rerr := d.ledger.read(forever()); rerr == nil && overruled(rec) {
-			d.trouble = nil
-			d.fence(d.entry.Tree)
-			return
-		}
-		d.log.Error("the tree runs here, but the record cannot say so; the source keeps a frozen copy that must be killed", "pid", d.tree.Root(), "error", err)
-		return
+		d.log.Error("the tree runs here, but the record cannot say so; the source keeps a frozen copy that must be killed", "pid", d.entry.Pid, "error", err)
+		return handoff.Refused
+	case !d.paged:
+		d.point("completed")
+		d.enter(to, "pid", d.entry.Pid, "bytes", d.report.Bytes, "restore_ms", d.report.RestoreUs/1000, "resume_ms", d.report.ResumeUs/1000)
+	default:
+		d.enter(to, "pager", d.entry.Pager.Pid)
 	}
-	if d.paged {
-		d.awaitPaging(d.pager.who, d.pager.done, d.entry.Tree)
-		return
-	}
-	d.point("completed")
-	d.enter(wire.State_STATE_COMPLETED, "pid", d.tree.Root(), "bytes", d.report.Bytes, "restore_ms", d.report.RestoreUs/1000, "resume_ms", d.report.ResumeUs/1000)
+	return event
 }
 
-// giveBack returns the ownership: the tree could not be started here.
-func (d *destination) giveBack(cause error) {
-	cause = fmt.Errorf("start the tree: %w", cause)
-	blame := d.blame(cause)
-	if err := d.tree.Discard(); err != nil {
-		// Parts of it may run: the source must not.
-		d.trouble = wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the tree could neither be started nor removed here, so the source stays frozen until an operator has looked: %w", errors.Join(cause, err))
-		d.log.Error("the tree could neither be started nor removed; an operator must look", "pids", d.tree.Pids(), "error", d.trouble)
-		ctx, cancel := d.brief()
-		defer cancel()
-		if _, err := d.ledger.note(ctx, func(r *wire.Record) { d.blame(d.trouble)(r) }); err != nil {
-			d.log.Warn("the record could not be brought up to date", "error", err)
-		}
-		return
-	}
-	if _, err := d.ledger.move(forever(), wire.State_STATE_RETURNING, blame); err != nil {
+// giveBack returns the ownership: nothing of the tree is left here.
+func (d *destination) giveBack() handoff.Event {
+	d.log.Error("the tree could not be started here and goes back to the source", "error", d.cause)
+	if rec, err := d.ledger.move(forever(), wire.State_STATE_RETURNING, d.blame(d.cause)); err != nil && !overruled(rec) {
 		d.log.Warn("the record could not be brought up to date", "error", err)
-		d.owes = true
+		return handoff.Refused
 	}
-	d.log.Error("the tree could not be started here and goes back to the source", "error", cause)
+	return handoff.Told
 }
 
-// abandon ends a migration that this side cannot bring to the commit.
-func (d *destination) abandon(cause error) {
-	d.in.Close(cause)
-	// The record first: the source waits for it with a frozen tree.
-	err := d.tell(2*time.Second, cause)
+// drop removes what was built of the tree.
+func (d *destination) drop(in handoff.State) handoff.Event {
+	event := handoff.Dropped
 	if d.tree != nil {
-		if derr := d.tree.Discard(); derr != nil {
-			d.trouble = derr
-			d.log.Error("what was built of the tree could not be removed; nothing of it has run, kill it", "pids", d.tree.Pids(), "error", derr)
+		if err := d.tree.Discard(); err != nil {
+			event = handoff.Undropped
+			if in == handoff.GivingBack {
+				// Parts of it may run: the source must not.
+				err = wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the tree could neither be started nor removed here, so the source stays frozen until an operator has looked: %w", errors.Join(d.cause, err))
+			}
+			d.trouble = err
+			d.log.Error("what was built of the tree could not be removed; kill it", "pids", d.tree.Pids(), "error", err)
 		}
 	}
-	if err != nil {
-		err = d.tell(30*time.Second, cause)
+	if event == handoff.Dropped && in != handoff.GivingBack {
+		d.log.Log(severity(wire.CodeOf(d.cause)), "the migration was aborted; nothing of the tree is left here", "reason", d.cause)
 	}
-	if err != nil {
+	return event
+}
+
+// complain notes in the record that an operator must look.
+func (d *destination) complain() handoff.Event {
+	ctx, cancel := d.brief()
+	defer cancel()
+	if _, err := d.ledger.note(ctx, func(r *wire.Record) { d.blame(d.trouble)(r) }); err != nil {
+		d.log.Warn("the record could not be brought up to date", "error", err)
+		return handoff.Untold
+	}
+	return handoff.Told
+}
+
+// tell writes into the record why this side gives up, unless the migration ends already.
+func (d *destination) tell(in handoff.State) handoff.Event {
+	ctx := d.a.informing
+	switch in {
+	case handoff.Abandoning:
+		d.in.Close(d.cause)
+		// The record first: the source waits for it with a frozen tree.
+		ctx = limit(ctx, 2*time.Second)
+	case handoff.Withdrawn:
+		ctx = limit(ctx, 30*time.Second)
+	}
+	event, err := d.telling(ctx, d.blame(d.cause))
+	if err != nil && in != handoff.Abandoning {
 		d.log.Warn("the record could not be brought up to date; the source finds out by itself", "error", err)
 	}
-	d.log.Log(severity(wire.CodeOf(cause)), "the migration was aborted; nothing of the tree is left here", "reason", cause)
+	return event
 }
 
-// tell writes into the record why this side gives up, unless the migration
-// already ends.
-func (d *destination) tell(patience time.Duration, cause error) error {
-	ctx, cancel := context.WithTimeout(d.a.informing, patience)
-	defer cancel()
-	to := wire.State_STATE_ABORTING
-	blame := d.blame(cause)
-	for range 3 {
+func (d *destination) telling(ctx context.Context, blame func(*wire.Record)) (handoff.Event, error) {
+	for {
 		rec, err := d.ledger.read(ctx)
+		if wire.CodeOf(err) == wire.Code_CODE_NOT_FOUND {
+			return handoff.Told, err // there is nobody to tell
+		}
 		if err != nil {
-			return err
+			return handoff.Untold, err
 		}
-		if s := rec.State; wire.Terminal(s) || s == wire.State_STATE_ABORTING || wire.Committed(s) {
-			return nil
+		if wire.Committed(rec.State) {
+			return handoff.Overtaken, nil
 		}
-		// Before the source has begun nothing is to be thawed.
-		if to = wire.State_STATE_ABORTING; rec.State < wire.State_STATE_PRE_COPYING {
-			to = wire.State_STATE_ABORTED
+		if s := rec.State; wire.Terminal(s) || s == wire.State_STATE_ABORTING {
+			return handoff.Told, nil
 		}
-		_, err = d.ledger.move(ctx, to, blame)
-		if err == nil || errors.Is(err, errUndecided) {
-			return err
+		to := wire.State_STATE_ABORTING
+		if rec.State < wire.State_STATE_PRE_COPYING {
+			to = wire.State_STATE_ABORTED // before the source has begun nothing is to be thawed
 		}
-		// The source went a step further meanwhile: look again.
+		switch _, err = d.ledger.move(ctx, to, blame); {
+		case err == nil:
+			return handoff.Told, nil
+		case errors.Is(err, errUndecided):
+			return handoff.Untold, err
+		}
+		// Somebody went a step further meanwhile: look again.
 	}
-	return nil
+}
+
+// read looks who is to run the tree, for an agent that finds it in the journal.
+func (d *destination) read(in handoff.State) handoff.Event {
+	rec, err := d.ledger.read(forever())
+	if err != nil {
+		d.log.Error("the record cannot be read, so the migration is left as it is", "error", err)
+		d.here = len(d.entry.Tree) > 0
+		return handoff.Unreadable
+	}
+	sight := handoff.Saw(rec)
+	if in == handoff.Answering {
+		d.here = sight == handoff.SawComplete || sight == handoff.SawPaging || sight == handoff.SawGivenUp
+	}
+	return sight
+}
+
+// pause waits for news of the record, or of the pager.
+func (d *destination) pause(in handoff.State) handoff.Event {
+	wait := recordPoll
+	var end <-chan struct{}
+	if in == handoff.Paging {
+		wait /= 4
+		if d.pager != nil && d.dead.IsZero() {
+			end = d.pager.done
+		}
+	}
+	select {
+	case <-d.feed.changed:
+	case <-end:
+	case <-time.After(wait):
+	}
+	return handoff.News
+}
+
+// fence kills what runs here of a tree, with everything that it has started since: it
+// belongs to the source, or must not run on.
+func (d *destination) fence(in handoff.State) handoff.Event {
+	d.here = false
+	killed, left := killTrees(d.alive)
+	if len(left) > 0 {
+		d.trouble = wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "some of the tree runs here and could not be killed; it must not run, kill it, for %s has the other copy", d.req.Source)
+		d.log.Error("a part of the tree runs here that could not be killed; an operator must look", "pids", left)
+		return handoff.Unkilled
+	}
+	if killed > 0 && in == handoff.Fencing {
+		d.log.Error("the copy of the tree here was killed", "source", d.req.Source, "processes", killed)
+	}
+	return handoff.Killed
 }

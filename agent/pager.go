@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"godwit/agent/handoff"
 	"godwit/engine"
 	"godwit/engine/image"
 	"godwit/transport"
@@ -263,67 +264,62 @@ func receive(conn *os.File, v any, files *[]*os.File) error {
 
 var errPartnerGone = errors.New("the other process has ended")
 
-// awaitPaging waits until all memory has come to a tree that runs here, which its pager
-// sees to, and says in the record.
-//
-// end is closed when the pager ends; nil: it is no child of this process.
-func (d *destination) awaitPaging(pager engine.Held, end <-chan struct{}, tree []engine.Held) {
-	d.enter(wire.State_STATE_PAGING, "pager", pager.Pid)
-	dead := time.Time{}
-	for {
-		rec, err := d.ledger.read(forever())
-		switch {
-		case err != nil:
-			d.owes = wire.CodeOf(err) != wire.Code_CODE_NOT_FOUND
-			return
-		case overruled(rec):
-			d.fence(tree)
-			return
-		case rec.State == wire.State_STATE_COMPLETED:
-			d.point("completed")
-			d.enter(wire.State_STATE_COMPLETED, "pid", rec.LandedPid)
-			return
-		}
-		switch {
-		case pager.Lives():
-			dead = time.Time{}
-		case dead.IsZero():
-			dead = time.Now() // its last word may be on its way
-		case time.Since(dead) > recordPoll/4:
-			d.lost(tree)
-			return
-		}
-		select {
-		case <-d.feed.changed:
-		case <-end:
-			end = nil
-		case <-time.After(recordPoll / 4):
-		}
+// watchPager looks whether all memory has come to a tree that runs here, which its pager
+// sees to and says in the record, and whether that lives.
+func (d *destination) watchPager() handoff.Event {
+	d.committed.Store(true)
+	lives := d.entry.Pager != nil && d.entry.Pager.Lives()
+	rec, err := d.ledger.read(forever())
+	if err != nil {
+		return handoff.Unreadable
 	}
+	saw := handoff.Saw(rec)
+	switch {
+	case saw == handoff.SawComplete:
+		d.point("completed")
+		d.enter(wire.State_STATE_COMPLETED, "pid", rec.LandedPid)
+	case lives:
+		d.dead = time.Time{}
+	case overruled(rec):
+	case d.dead.IsZero():
+		d.dead = time.Now() // its last word may be on its way
+	case time.Since(d.dead) > recordPoll/4:
+		return handoff.PagerGone
+	}
+	return saw
 }
 
-// lost ends a tree whose pager has died with memory missing: the kernel fills that with
-// zeros, or will.
-func (d *destination) lost(tree []engine.Held) {
+// doom says in the record that the pager has died, with memory missing, which the kernel
+// fills with zeros, or will. The record first: the pager's word that nothing is missing may
+// have been on its way, and from this change on it is not heard any more.
+func (d *destination) doom() handoff.Event {
+	if d.pager == nil {
+		signalTrees(d.alive, unix.SIGSTOP) // nobody holds what is missing
+	}
+	why := wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the pager of %s has died before all memory was there, and the tree with it: its copy at %s stays frozen as it was when it was handed over; godwit resolve %s --destination-is-dead lets it run on from there", d.a.cfg.Host, d.peer, d.id)
+	blame := d.blame(why)
+	rec, err := d.ledger.note(forever(), func(r *wire.Record) {
+		if r.State == wire.State_STATE_PAGING {
+			blame(r)
+		}
+	})
+	if err == nil && rec.State != wire.State_STATE_PAGING {
+		d.dead = time.Time{}
+		if d.pager == nil {
+			signalTrees(d.alive, unix.SIGCONT)
+		}
+		return handoff.Overtaken
+	}
 	d.log.Error("the process that brought memory has died before all of it was here, and the tree with it; the frozen copy at the source is as it was when it was handed over", "source", d.peer)
-	d.fence(tree)
-	d.owes = true
-	err := wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the pager of %s has died before all memory was there, and the tree with it: its copy at %s stays frozen as it was when it was handed over; godwit resolve %s --destination-is-dead lets it run on from there", d.a.cfg.Host, d.peer, d.id)
-	if _, nerr := d.ledger.note(forever(), func(r *wire.Record) { d.blame(err)(r) }); nerr != nil {
-		d.log.Warn("the record could not be brought up to date", "error", nerr)
+	return handoff.Told
+}
+
+// concede ends a migration whose tree was lost, with the source that had memory of it.
+func (d *destination) concede() handoff.Event {
+	if _, err := d.ledger.move(forever(), wire.State_STATE_COMPLETED, nil); err != nil {
+		return handoff.Refused
 	}
-	// Until an operator has decided.
-	for {
-		rec, err := d.ledger.read(forever())
-		if err != nil || overruled(rec) || wire.Terminal(rec.State) {
-			d.owes = false
-			return
-		}
-		select {
-		case <-d.feed.changed:
-		case <-time.After(recordPoll):
-		}
-	}
+	return handoff.Told
 }
 
 // canPage says why memory cannot come to this host when the tree runs already.

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"godwit/agent/handoff"
 	"godwit/engine"
 	"godwit/engine/procfs"
 	"godwit/wire"
@@ -39,9 +40,9 @@ func identify(pid int) (engine.Held, error) {
 	return engine.Held{Pid: pid, Start: st.StartTime}, nil
 }
 
-// forget removes the session's entry, unless something still hangs on it.
+// forget removes the session's entry.
 func (s *session) forget() {
-	if !s.noted || s.owes || s.trouble != nil {
+	if !s.noted {
 		return
 	}
 	s.noted = false
@@ -106,7 +107,6 @@ func (a *Agent) recoverSource(e *entry, sameBoot bool) {
 	s.noted = true
 	left := leftover{engine.NewLeftover(held)}
 	s.frozen, s.late = left, e.Late
-	s.offered = len(e.Tree) > 0 // it was noted before the end was sent
 	if sameBoot && len(e.Tree) == 0 {
 		s.frozen = ranOn{}
 	}
@@ -116,8 +116,12 @@ func (a *Agent) recoverSource(e *entry, sameBoot bool) {
 	a.mu.Lock()
 	a.sources[e.ID] = s
 	a.mu.Unlock()
+	s.cause = wire.Errorf(wire.Code_CODE_ABORTED, "the agent of %s ended in the middle of the migration, and was started again", a.cfg.Host)
+	found := handoff.FoundLoose
+	if len(e.Tree) > 0 {
+		found = handoff.FoundTree
+	}
 	go func() {
-		defer s.end()
 		s.watch()
 		if sameBoot && len(e.Late) > 0 {
 			// The tree may run already, and wait for its memory.
@@ -125,7 +129,7 @@ func (a *Agent) recoverSource(e *entry, sameBoot bool) {
 				s.log.Error("the destination may wait for memory, which cannot be served", "error", err)
 			}
 		}
-		s.hold(wire.Errorf(wire.Code_CODE_ABORTED, "the agent of %s ended in the middle of the migration, and was started again", a.cfg.Host))
+		s.drive(handoff.Source.Steps[handoff.Down][found])
 	}()
 }
 
@@ -141,88 +145,29 @@ func (a *Agent) recoverDestination(e *entry, sameBoot bool) {
 	a.mu.Lock()
 	a.destinations[e.ID] = d
 	a.mu.Unlock()
+	d.entry, d.recovered = *e, true
+	d.cause = wire.Errorf(wire.Code_CODE_ABORTED, "the agent of %s ended before all of the tree ran there", a.cfg.Host)
 	go func() {
-		defer func() {
-			d.forget()
-			d.cancel(nil)
-			d.leave()
-			close(d.done)
-		}()
-		var alive []engine.Held
+		d.watch()
 		if sameBoot {
 			awaitEnd(e.Agent)
-			alive = survivors(e.Tree)
+			d.alive = survivors(e.Tree)
 		}
-		d.answerFor(e, alive)
+		d.lives = len(e.Tree) > 0 && sameBoot && (e.Ran || len(d.alive) == len(e.Tree))
+		d.paged = e.Pager != nil
+		d.drive(handoff.Destination.Steps[handoff.Down][handoff.FoundHere])
 	}()
-}
-
-// answerFor brings a migration to its end of which this host may be the owner.
-func (d *destination) answerFor(e *entry, alive []engine.Held) {
-	rec, err := d.ledger.read(forever())
-	switch {
-	case err != nil:
-		d.log.Error("the record cannot be read, so the migration is left as it is", "error", err)
-		d.owes = wire.CodeOf(err) != wire.Code_CODE_NOT_FOUND
-		if !d.owes && len(e.Tree) == 0 {
-			d.tidy(e, false)
-		}
-		return
-	case overruled(rec):
-		d.fence(alive)
-		if d.trouble == nil {
-			d.tidy(e, false)
-		}
-		return
-	case rec.State == wire.State_STATE_COMPLETED:
-		d.tidy(e, true)
-		return
-	case rec.State == wire.State_STATE_PAGING && e.Pager != nil:
-		d.committed.Store(true)
-		d.tidy(e, true)
-		d.watch()
-		d.awaitPaging(*e.Pager, nil, alive)
-		return
-	case rec.State != wire.State_STATE_HANDING_OFF && rec.State != wire.State_STATE_STUCK:
-		// Nothing has run here without the commit, and no process is left of it.
-		if err := d.tell(30*time.Second, wire.Errorf(wire.Code_CODE_ABORTED, "the agent of %s ended before the tree ran there", d.a.cfg.Host)); err != nil {
-			d.log.Warn("the record could not be brought up to date; the source finds out by itself", "error", err)
-		}
-		d.tidy(e, false)
-		return
-	}
-	d.committed.Store(true)
-	to, edit := wire.State_STATE_COMPLETED, func(r *wire.Record) { r.LandedPid = int32(e.Pid) }
-	if !e.Ran && len(alive) < len(e.Tree) {
-		// It died while it let the tree go, which ended what it had not let go yet.
-		if err := engine.NewLeftover(alive).Kill(); err != nil {
-			d.trouble = wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "some of the tree runs here and cannot be ended, so the source stays frozen until an operator has looked: %w", err)
-			d.log.Error("a part of the tree runs here and cannot be ended; an operator must look", "error", d.trouble)
-			return
-		}
-		to, edit = wire.State_STATE_RETURNING, d.blame(wire.Errorf(wire.Code_CODE_ABORTED, "the agent of %s ended before all of the tree ran there", d.a.cfg.Host))
-	}
-	if to == wire.State_STATE_COMPLETED && e.Pager != nil {
-		to = wire.State_STATE_PAGING
-	}
-	if _, err := d.ledger.move(forever(), to, edit); err != nil {
-		d.owes = true
-		d.log.Error("the record could not be brought up to date", "state", to.Word(), "error", err)
-		return
-	}
-	d.enter(to, "pid", e.Pid)
-	d.tidy(e, to != wire.State_STATE_RETURNING)
-	if to == wire.State_STATE_PAGING {
-		d.watch()
-		d.awaitPaging(*e.Pager, nil, alive)
-	}
 }
 
 // tidy removes what an agent that died has left of the files that it made for a tree:
 // all of them, or if the tree runs here what they have replaced.
-func (d *destination) tidy(e *entry, runs bool) {
+func (d *destination) tidy() {
+	if !d.recovered {
+		return
+	}
+	e := &d.entry
 	err := func() error {
-		if runs {
+		if d.here {
 			return engine.EndWaiting(e.Waiting)
 		}
 		errs := []error{engine.UndoWaiting(e.Waiting)}
@@ -285,20 +230,6 @@ func overruled(rec *wire.Record) bool {
 	return rec.State == wire.State_STATE_RETURNING || rec.State == wire.State_STATE_ABORTED
 }
 
-// fence kills what runs here of a tree that belongs to the source again, with
-// everything that it has started since.
-func (d *destination) fence(tree []engine.Held) {
-	killed, left := killTrees(tree)
-	if len(left) > 0 {
-		d.trouble = wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the tree was given back to %s, but its copy here could not be killed; it must not run, kill it", d.req.Source)
-		d.log.Error("two copies of the tree run: this one could not be killed", "pids", left)
-		return
-	}
-	if killed > 0 {
-		d.log.Error("the copy of the tree here was killed", "source", d.req.Source, "processes", killed)
-	}
-}
-
 // killTrees kills processes with everything that they have started. left are those that
 // do not die.
 func killTrees(tree []engine.Held) (killed int, left []int) {
@@ -323,6 +254,22 @@ func killTrees(tree []engine.Held) (killed int, left []int) {
 		}
 		if time.Now().After(end) {
 			return killed, left
+		}
+	}
+}
+
+// signalTrees sends a signal to processes with everything that they have started.
+func signalTrees(tree []engine.Held, sig unix.Signal) {
+	for _, h := range tree {
+		if !h.Lives() {
+			continue
+		}
+		pids, err := procfs.Tree(h.Pid)
+		if err != nil {
+			continue
+		}
+		for _, pid := range pids {
+			_ = unix.Kill(pid, sig) // gone, at worst
 		}
 	}
 }

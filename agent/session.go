@@ -41,9 +41,9 @@ type session struct {
 	remark    atomic.Pointer[string] // of progress, for people; nil: none
 	// trouble is set before done is closed if the tree runs nowhere now.
 	trouble error
-	// noted says that the journal has an entry, owes that it is needed further on.
-	noted, owes bool
-	done        chan struct{}
+	// noted says that the journal has an entry.
+	noted bool
+	done  chan struct{}
 }
 
 func (a *Agent) newSession(id string, role wire.Role, peer string) *session {

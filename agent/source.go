@@ -6,8 +6,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/hashicorp/go-hclog"
-
+	"godwit/agent/handoff"
 	"godwit/engine"
 	"godwit/engine/plan"
 	"godwit/wire"
@@ -15,19 +14,9 @@ import (
 
 // source is the session of the host that a tree leaves.
 //
-//	start ─► stream opened ─► [PreCopying ─►] Freezing ─► frozen ─► FinalCopying ─► dumped ─► hold
-//	                │               │             │                      │                     │
-//	                └─ refused      └─ Aborted    └─ Aborted             └────── hold ◄────────┘
+//	start ─► stream opened ─► [PreCopying ─►] Freezing ─► frozen ─► FinalCopying ─► dumped ─► held ─► offered ─► wait
 //
-//	hold: before all was sent, with a cause   ─► thaw ─► Aborted, whenever the bus is there
-//	      before the commit, with a cause     ─► Aborting (compare-and-set)
-//	      Aborting, Aborted, Returning        ─► thaw ─► Aborted
-//	      HandingOff, Stuck                   ─► stay frozen
-//	      Completed                           ─► kill
-//
-// The frozen tree is only let go when the destination cannot commit, because it has not
-// all of the tree or the record says so, and only killed when the record says that the
-// tree runs there.
+// What it does when is the table handoff.Source; here is how.
 type source struct {
 	*session
 	req *wire.StartRequest
@@ -55,10 +44,16 @@ type source struct {
 		Kill() error
 	}
 
-	// offered says that the destination may have all of the tree, without which it cannot
-	// commit.
-	offered bool
+	// cause is why the migration is to end; nil: it is not.
+	cause error
+	// rec is the record as it was last read.
+	rec *wire.Record
+	// quiet ends the reports of what is sent.
+	quiet context.CancelFunc
+	// unread is when somebody was last told that the record cannot be read.
+	unread time.Time
 
+	dumped   engine.DumpStats
 	memory   uint64    // of the tree, bytes, as the plan found it
 	frozenAt time.Time // before the first task was told to stop
 	report   *wire.Report
@@ -219,41 +214,91 @@ func (a *Agent) admitSource(req *wire.StartRequest, check func([]plan.Object) []
 }
 
 func (s *source) run() {
-	defer s.end()
+	s.drive(handoff.Source.First)
+}
+
+// drive brings the session from a step to its end.
+func (s *source) drive(from handoff.Step) {
+	last := handoff.Source.Run(from, s.perform)
+	s.end(last.Do == handoff.Keep)
+}
+
+// perform carries out the action of a step.
+func (s *source) perform(at handoff.Step) handoff.Event {
+	switch at.Do {
+	case handoff.Claim:
+		return s.claim()
+	case handoff.Freeze:
+		return s.went(handoff.Frozen, s.freeze())
+	case handoff.Dump:
+		return s.copied(handoff.Dumped, s.dump())
+	case handoff.Secure:
+		return s.copied(handoff.Secured, s.secure())
+	case handoff.Offer:
+		return s.copied(handoff.Sent, s.offer())
+	case handoff.Read:
+		return s.read(at.To)
+	case handoff.Await:
+		return s.pause(at.To)
+	case handoff.Abort:
+		if _, err := s.ledger.move(forever(), wire.State_STATE_ABORTING, s.blame(s.cause)); err != nil {
+			return handoff.Refused
+		}
+		s.enter(wire.State_STATE_ABORTING, "reason", s.cause)
+		return handoff.Told
+	case handoff.Thaw:
+		return s.letGo(at.To)
+	case handoff.Conclude, handoff.Complain:
+		return s.conclude(at.Do)
+	case handoff.GiveUp:
+		return s.giveUp()
+	case handoff.Kill:
+		return s.discard()
+	case handoff.Report:
+		return s.accountFor(at.To)
+	}
+	panic("a source does not " + string(at.Do))
+}
+
+// went is what came of an action that ends the migration if it fails.
+func (s *source) went(well handoff.Event, err error) handoff.Event {
+	if err == nil {
+		return well
+	}
+	s.cause = err
+	if s.out != nil {
+		s.out.Abort(err)
+	}
+	return handoff.Failed
+}
+
+// copied is went for the steps of a frozen tree.
+func (s *source) copied(well handoff.Event, err error) handoff.Event {
+	if err != nil {
+		err = s.because(fmt.Errorf("copy the tree of pid %d to %s: %w", s.req.Pid, s.req.Destination, err))
+		s.log.Warn("the tree cannot be moved", "error", err)
+	}
+	if err != nil || well == handoff.Sent {
+		s.quiet()
+	}
+	return s.went(well, err)
+}
+
+func (s *source) claim() handoff.Event {
 	touched, err := s.begin()
 	if err != nil && !touched {
 		// Whoever is refused may ask again at once and must not meet himself.
 		s.leave()
 	}
 	s.answer(err)
-	if err == nil && s.phase() == wire.State_STATE_PRE_COPYING {
-		err = s.precopy()
+	if e := s.went(handoff.Claimed, err); e == handoff.Claimed || touched {
+		return e
 	}
-	if err == nil {
-		err = s.freeze()
-	}
-	switch {
-	case s.tree != nil:
-		if err == nil {
-			err = s.copy()
-		}
-		if err != nil {
-			s.log.Warn("the tree cannot be moved; it stays frozen until the record says that it does not run elsewhere", "error", err)
-			s.out.Abort(err)
-		}
-		s.hold(err)
-	case err != nil:
-		if s.out != nil {
-			s.out.Abort(err)
-		}
-		if touched {
-			s.giveUp(err)
-		}
-	}
+	return handoff.Refused
 }
 
-// end is the last of a session.
-func (s *source) end() {
+// end is the last of a session. keep leaves its entry in the journal.
+func (s *source) end(keep bool) {
 	if s.unfeed != nil {
 		s.unfeed()
 	}
@@ -266,7 +311,9 @@ func (s *source) end() {
 		s.log.Warn("the memory of the tree could not be let go", "error", err)
 	}
 	s.a.cfg.Streams.Direct.end(s.id)
-	s.forget()
+	if !keep {
+		s.forget()
+	}
 	s.cancel(nil)
 	s.leave()
 	close(s.done)
@@ -333,8 +380,14 @@ func limit(ctx context.Context, d time.Duration) context.Context {
 	return ctx
 }
 
-// freeze stops the tree. If it fails the tree runs.
+// freeze stops the tree, of which it may have copied memory before. If it fails the
+// tree runs.
 func (s *source) freeze() error {
+	if s.phase() == wire.State_STATE_PRE_COPYING {
+		if err := s.precopy(); err != nil {
+			return err
+		}
+	}
 	o := s.a.dumpOptions(s.req.Options, s.req.Resolutions)
 	o.Confirm, o.Live, o.Late, o.Early = s.confirm, s.live, s.postcopy, s.early
 	frozen := s.a.cfg.Timeouts.Frozen
@@ -369,7 +422,8 @@ func (s *source) secure() error {
 	if err != nil {
 		return fmt.Errorf("hold the tree of pid %d: %w", s.req.Pid, err)
 	}
-	return nil
+	s.point("held")
+	return s.leaving.dumped(s.work, s.tree.Pids())
 }
 
 // because is the reason why the work was ended, if it was: what failed then is
@@ -381,8 +435,8 @@ func (s *session) because(err error) error {
 	return err
 }
 
-// copy sends the frozen tree. It returns once all of it has been applied.
-func (s *source) copy() error {
+// dump reads the frozen tree and sends it, but for the end.
+func (s *source) dump() error {
 	// Every millisecond counts now: the record is brought up to date while the tree is
 	// read, before the destination has enough to go on.
 	told := promise(func() error {
@@ -394,8 +448,8 @@ func (s *source) copy() error {
 		return nil
 	})
 	s.sink.complete = told.wait
-	ctx, stop := context.WithCancel(s.work)
-	defer stop()
+	var ctx context.Context
+	ctx, s.quiet = context.WithCancel(s.work)
 	go s.session.report(ctx, s.out, s.sink.pages.Load, s.memory)
 
 	stats, err := s.tree.Dump(s.work, s.sink)
@@ -403,173 +457,145 @@ func (s *source) copy() error {
 		err = terr // the other one is a consequence
 	}
 	s.point("dumped")
+	if !stats.FrozenAt.IsZero() {
+		s.frozenAt = stats.FrozenAt
+	}
+	s.report.FreezeUs, s.report.DumpUs = us(stats.FreezeDur), us(stats.DumpDur)
+	s.report.FrozenFileBytes = stats.CarriedBytes
+	s.dumped = stats
 	if s.late = stats.Late; err == nil && len(s.late) > 0 {
 		err = s.servePages(s.work, s.late)
 	}
 	if err == nil {
 		err = s.sink.dataDone()
 	}
-	if err == nil {
-		err = s.secure()
-	}
-	s.point("held")
-	if err == nil {
-		err = s.leaving.dumped(s.work, s.tree.Pids())
-	}
-	if err == nil {
-		s.offered = true
-		err = s.sink.end(nil)
-	}
+	return err
+}
+
+// offer sends the end of the stream, without which the destination cannot commit. It
+// returns once all has been applied.
+func (s *source) offer() error {
+	err := s.sink.end(nil)
 	if err == nil {
 		err = s.out.Close(s.work)
 	}
-	if !stats.FrozenAt.IsZero() {
-		s.frozenAt = stats.FrozenAt
-	}
-	s.report.FrozenFileBytes = stats.CarriedBytes
-	s.report.FreezeUs, s.report.DumpUs = us(stats.FreezeDur), us(stats.DumpDur)
 	if err != nil {
-		return s.because(fmt.Errorf("copy the tree of pid %d to %s: %w", s.req.Pid, s.req.Destination, err))
+		return err
 	}
 	s.point("sent")
-	st := s.out.Stats()
-	s.log.Info("copied", "processes", stats.Processes, "threads", stats.Threads, "pages", stats.Pages, "bytes", st.WireBytes,
-		"resent_bytes", st.ResentBytes, "freeze_ms", stats.FreezeDur.Milliseconds(), "dump_ms", stats.DumpDur.Milliseconds())
+	st, d := s.out.Stats(), s.dumped
+	s.log.Info("copied", "processes", d.Processes, "threads", d.Threads, "pages", d.Pages, "bytes", st.WireBytes,
+		"resent_bytes", st.ResentBytes, "freeze_ms", d.FreezeDur.Milliseconds(), "dump_ms", d.DumpDur.Milliseconds())
 	return nil
 }
 
-// hold keeps the tree frozen until the record says who runs it, and sees to
-// that. With a cause it tries to end the migration, which works as long as the
-// destination has not committed.
-func (s *source) hold(cause error) {
-	if cause != nil && !s.offered {
-		s.retreat(cause)
-		return
-	}
-	work := s.work.Done()
-	if cause != nil {
-		work = nil
-	}
-	told := time.Time{}
-	for {
-		rec, err := s.ledger.read(forever())
-		if err != nil {
-			// Without the record nobody knows whether the destination runs the tree.
-			if time.Since(told) > time.Minute {
-				told = time.Now()
-				s.log.Error("the record of the migration cannot be read, so nobody knows where the tree may run; it stays frozen here", "pid", s.req.Pid, "error", err)
-			}
-			s.pauseHold(nil)
-			continue
+// read looks who runs the tree.
+func (s *source) read(in handoff.State) handoff.Event {
+	rec, err := s.ledger.read(forever())
+	if err != nil {
+		if time.Since(s.unread) > time.Minute {
+			s.unread = time.Now()
+			s.log.Error("the record of the migration cannot be read, so nobody knows where the tree may run; it stays frozen here", "pid", s.req.Pid, "error", err)
 		}
-		switch rec.State {
-		case wire.State_STATE_COMPLETED:
-			s.committed.Store(true)
-			s.point("completed")
-			s.discard()
-			s.point("discarded")
-			return
-		case wire.State_STATE_ABORTING, wire.State_STATE_ABORTED, wire.State_STATE_RETURNING:
-			s.resume(rec)
-			return
-		case wire.State_STATE_HANDING_OFF, wire.State_STATE_PAGING, wire.State_STATE_STUCK:
-			if rec.State == wire.State_STATE_PAGING && s.phase() != rec.State && s.committed.Load() {
-				s.enter(rec.State)
-			}
-			if !s.committed.Swap(true) {
-				s.enter(rec.State)
-				if cause != nil {
-					s.log.Warn("the destination has committed; the tree stays frozen here until it tells the outcome", "error", cause)
-				}
-			}
-			work = nil
-		default:
-			if cause != nil {
-				if _, err := s.ledger.move(forever(), wire.State_STATE_ABORTING, s.blame(cause)); err == nil {
-					s.enter(wire.State_STATE_ABORTING, "reason", cause)
-					continue
-				}
-				// Somebody else was faster: the next round sees what it is now.
+		return handoff.Unreadable
+	}
+	s.rec = rec
+	saw := handoff.Saw(rec)
+	switch saw {
+	case handoff.SawComplete:
+		s.committed.Store(true)
+		s.point("completed")
+	case handoff.SawHanding, handoff.SawPaging, handoff.SawGivenUp:
+		if rec.State == wire.State_STATE_PAGING && s.phase() != rec.State && s.committed.Load() {
+			s.enter(rec.State)
+		}
+		if !s.committed.Swap(true) {
+			s.enter(rec.State)
+			if in == handoff.Ending {
+				s.log.Warn("the destination has committed; the tree stays frozen here until it tells the outcome", "error", s.cause)
 			}
 		}
-		if s.pauseHold(work) {
-			cause, work = context.Cause(s.work), nil
-		}
 	}
+	return saw
 }
 
-// retreat lets the tree run on here at once: nobody else can. The record follows when it
-// can be reached.
-func (s *source) retreat(cause error) {
-	s.letGo(severity(wire.CodeOf(cause)), cause.Error())
-	ctx, cancel := context.WithCancel(s.a.informing)
-	defer cancel()
-	blame := s.blame(cause)
-	if s.trouble != nil {
-		if _, err := s.ledger.move(ctx, wire.State_STATE_ABORTING, blame); err != nil {
-			s.log.Debug("the record is aborting already, or cannot be reached", "error", err)
-		}
+// pause waits for news of the record, and in the state Waiting for the end of the work.
+func (s *source) pause(in handoff.State) handoff.Event {
+	var work <-chan struct{}
+	if in == handoff.Waiting {
+		work = s.work.Done()
 	}
-	s.conclude(ctx, blame)
-}
-
-// pauseHold waits for news of the record; true means that the work has ended.
-func (s *source) pauseHold(work <-chan struct{}) bool {
 	select {
 	case <-s.feed.changed:
 	case <-work:
-		return true
+		s.cause = context.Cause(s.work)
+		return handoff.WorkEnded
 	case <-time.After(recordPoll):
 	}
-	return false
+	return handoff.News
 }
 
-// resume lets the tree run on here: the record says that it cannot run elsewhere.
-func (s *source) resume(rec *wire.Record) {
-	s.letGo(severity(rec.Error.GetCode()), rec.Reason)
-	ctx, cancel := s.brief()
-	defer cancel()
-	s.conclude(ctx, func(*wire.Record) {})
-}
-
-// letGo lets the tree run on here; trouble says whether that failed.
-func (s *source) letGo(level hclog.Level, reason string) {
+// letGo lets the tree run on here: nobody else can have it, or the record says so.
+// trouble says whether that failed.
+func (s *source) letGo(in handoff.State) handoff.Event {
+	level, reason := severity(wire.CodeOf(s.cause)), ""
+	if in == handoff.Resuming {
+		level, reason = severity(s.rec.Error.GetCode()), s.rec.Reason
+	} else {
+		reason = s.cause.Error()
+	}
 	s.leaving.stays()
 	err := s.frozen.Thaw()
 	s.sum()
 	if err != nil {
 		s.trouble = wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the tree of pid %d could not be let go, look at it: %w", s.req.Pid, err)
 		s.log.Error("the tree could not be let go; an operator must look", "pid", s.req.Pid, "error", err)
-		return
+		return handoff.Unthawed
 	}
 	s.log.Log(level, "the migration was aborted; the tree runs on here", "pid", s.req.Pid, "reason", reason, "frozen_ms", s.report.FrozenUs/1000)
+	return handoff.Thawed
 }
 
-// conclude moves the record to Aborted with what this side measured, and what more is to
-// be said. In trouble the record stays as it is, for Aborted promises that the tree runs.
-func (s *source) conclude(ctx context.Context, more func(*wire.Record)) {
+// conclude brings the record to its end, with what this side measured, for as long as
+// the agent is not told to stop: to Aborted if the tree runs here, which that promises, and
+// else only to Aborting.
+func (s *source) conclude(how handoff.Action) handoff.Event {
+	ctx, to, blame := s.a.informing, wire.State_STATE_ABORTED, func(*wire.Record) {}
+	if s.rec == nil {
+		blame = s.blame(s.cause) // nobody has asked it what was the cause
+	}
 	add := func(r *wire.Record) {
 		r.SourceReport = s.report
-		if more(r); s.trouble != nil {
+		if blame(r); s.trouble != nil {
 			r.Error = failure(s.trouble, s.a.cfg.Host, s.phase()).Proto()
 			r.Reason = r.Error.Message
 		}
 	}
-	var err error
-	if s.trouble == nil {
-		_, err = s.ledger.move(ctx, wire.State_STATE_ABORTED, add)
+	if how == handoff.Complain {
+		to = wire.State_STATE_ABORTING
 	}
-	if s.trouble != nil || err != nil {
-		_, err = s.ledger.note(ctx, add) // it is Aborted already
-	}
-	if err != nil {
-		s.log.Warn("the record could not be brought up to date", "error", err)
+	_, err := s.ledger.move(ctx, to, add)
+	if err != nil && !errors.Is(err, errUndecided) {
+		_, err = s.ledger.note(ctx, add) // it is there already
 	}
 	s.state.Store(int32(wire.State_STATE_ABORTED))
+	if err == nil {
+		return handoff.Told
+	}
+	s.log.Warn("the record could not be brought up to date", "error", err)
+	if wire.CodeOf(err) == wire.Code_CODE_NOT_FOUND {
+		return handoff.Told // there is nobody to tell
+	}
+	if how == handoff.Conclude {
+		if err := s.note(entry{Pid: int(s.req.Pid)}); err != nil {
+			s.log.Debug("the journal still has the tree, which does no harm", "error", err)
+		}
+	}
+	return handoff.Untold
 }
 
 // discard ends the frozen copy: the tree runs at the destination.
-func (s *source) discard() {
+func (s *source) discard() handoff.Event {
 	var err error
 	var stand engine.StandIn
 	kill := s.frozen.Kill
@@ -585,22 +611,32 @@ func (s *source) discard() {
 		time.Sleep(50 * time.Millisecond << n)
 	}
 	s.leaving.gone(stand)
-	s.owes = err != nil
 	s.sum()
 	s.enter(wire.State_STATE_COMPLETED, "pid", s.req.Pid, "frozen_ms", s.report.FrozenUs/1000)
 	if err != nil {
+		s.cause = err
 		s.log.Error("the tree runs at the destination, but its frozen copy here could not be killed; it must never run again, kill it", "pid", s.req.Pid, "error", err)
+		return handoff.Unkilled
 	}
+	return handoff.Killed
+}
+
+// accountFor adds to the record of a tree that runs at the destination what this side
+// measured, and whether a frozen copy is left.
+func (s *source) accountFor(in handoff.State) handoff.Event {
 	ctx, cancel := s.brief()
 	defer cancel()
-	if _, nerr := s.ledger.note(ctx, func(r *wire.Record) {
+	defer s.point("discarded")
+	if _, err := s.ledger.note(ctx, func(r *wire.Record) {
 		r.SourceReport = s.report
-		if err != nil {
-			r.Error = failure(wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the frozen copy of pid %d could not be killed; it must never run again: %w", s.req.Pid, err), s.a.cfg.Host, wire.State_STATE_COMPLETED).Proto()
+		if in == handoff.Owing {
+			r.Error = failure(wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the frozen copy of pid %d could not be killed; it must never run again: %w", s.req.Pid, s.cause), s.a.cfg.Host, wire.State_STATE_COMPLETED).Proto()
 		}
-	}); nerr != nil {
-		s.log.Warn("the record could not be brought up to date", "error", nerr)
+	}); err != nil {
+		s.log.Warn("the record could not be brought up to date", "error", err)
+		return handoff.Untold
 	}
+	return handoff.Told
 }
 
 // sum completes the report when the frozen part is over.
@@ -616,23 +652,25 @@ func (s *source) sum() {
 }
 
 // giveUp ends a migration that failed before the tree was frozen.
-func (s *source) giveUp(cause error) {
-	ctx, cancel := s.brief()
-	defer cancel()
-	blame := s.blame(cause)
+func (s *source) giveUp() handoff.Event {
 	if s.out != nil {
 		transferred(s.report, s.out.Stats(), s.sink.pages.Load())
 	}
+	blame := s.blame(s.cause)
 	report := func(r *wire.Record) { r.SourceReport = s.report } // whose absence the operator's command waits for
-	rec, err := s.ledger.move(ctx, wire.State_STATE_ABORTED, func(r *wire.Record) {
+	rec, err := s.ledger.move(s.a.informing, wire.State_STATE_ABORTED, func(r *wire.Record) {
 		blame(r)
 		report(r)
 	})
-	if f, ok := errors.AsType[*wire.Failure](err); ok && f.Code == wire.Code_CODE_CONFLICT && rec.GetState() == wire.State_STATE_ABORTED {
-		_, err = s.ledger.note(ctx, report)
+	s.log.Log(severity(wire.CodeOf(s.cause)), "the migration ended before the tree was frozen, nothing was touched", "pid", s.req.Pid, "reason", s.cause)
+	if err != nil && rec.GetState() == wire.State_STATE_ABORTED {
+		_, err = s.ledger.note(s.a.informing, report)
 	}
 	if err != nil {
 		s.log.Warn("the record could not be brought up to date", "error", err)
+		if errors.Is(err, errUndecided) {
+			return handoff.Untold
+		}
 	}
-	s.log.Log(severity(wire.CodeOf(cause)), "the migration ended before the tree was frozen, nothing was touched", "pid", s.req.Pid, "reason", cause)
+	return handoff.Told
 }

@@ -9,6 +9,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"godwit/coordinator/rules"
 	"godwit/transport"
 	"godwit/wire"
 )
@@ -29,15 +30,12 @@ const abortCallTimeout = 10 * time.Second
 // that the migration is committed or has completed.
 func askAbort(ctx context.Context, l *link, id, reason string, why error) (*wire.Record, error) {
 	rec, err := l.records.Change(ctx, id, func(r *wire.Record) error {
+		to, late := rules.Abort(r.State)
 		switch {
-		case r.State == wire.State_STATE_ABORTING || r.State == wire.State_STATE_ABORTED:
-			return nil
-		case wire.Committed(r.State):
+		case late:
 			return tooLate(r)
-		}
-		to := wire.State_STATE_ABORTING
-		if wire.CanMove(r.State, wire.State_STATE_ABORTED, wire.RoleCoordinator) {
-			to = wire.State_STATE_ABORTED
+		case to == 0:
+			return nil
 		}
 		if err := r.Move(to, wire.RoleCoordinator, coordinatorName, time.Now()); err != nil {
 			return err
@@ -106,7 +104,7 @@ func tellAbort(ctx context.Context, l *link, rec *wire.Record) (*wire.Record, er
 // Preconditions: the source said that it holds nothing of the migration.
 func settleAborted(ctx context.Context, l *link, rec *wire.Record) (*wire.Record, error) {
 	return l.records.Change(ctx, rec.Id, func(r *wire.Record) error {
-		if r.State != wire.State_STATE_ABORTING || stuck(r) { // stuck: it holds nothing any more, for it failed to let go
+		if !rules.Settles(r.State, r.GetError().GetCode()) {
 			return nil
 		}
 		return r.Move(wire.State_STATE_ABORTED, wire.RoleCoordinator, coordinatorName, time.Now())

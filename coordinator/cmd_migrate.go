@@ -16,6 +16,7 @@ import (
 
 	"godwit/configs"
 	"godwit/configs/external"
+	"godwit/coordinator/rules"
 	"godwit/transport"
 	"godwit/wire"
 )
@@ -414,7 +415,7 @@ func (a *app) finish(ctx context.Context, l *link, v view, rec *wire.Record, tot
 }
 
 // patience is how long commands bear silence.
-func (a *app) patience() patience {
+func (a *app) patience() rules.Patience {
 	if a.wait != nil {
 		return *a.wait
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"godwit/coordinator/rules"
 	"godwit/wire"
 )
 
@@ -106,20 +107,20 @@ func resolution(r *wire.Record, destinationDead bool) (string, error) {
 	no := func(format string, args ...any) (string, error) {
 		return "", wire.Errorf(wire.Code_CODE_CONFLICT, "migration %s is %s: %s", r.Id, r.State.Word(), fmt.Sprintf(format, args...))
 	}
-	switch {
-	case wire.Terminal(r.State):
+	switch rules.Pronounce(r.State, destinationDead) {
+	case rules.Ended:
 		return no("it has ended already")
-	case destinationDead && !wire.Committed(r.State):
+	case rules.TooEarly:
 		return no("%s has not committed, so the tree runs on at %s by itself: use godwit abort", r.Destination, r.Source)
-	case destinationDead && r.State == wire.State_STATE_RETURNING:
+	case rules.Returns:
 		return no("%s lets the tree run already", r.Source)
-	case destinationDead && r.State == wire.State_STATE_PAGING:
-		return fmt.Sprintf("%s of migration %s will run on at %s from where it was frozen; what it has done at %s since is lost.\nIf %s still runs it, two copies run from now on.", subject(r), r.Id, r.Source, r.Destination, r.Destination), nil
-	case !destinationDead && r.State == wire.State_STATE_PAGING:
-		return fmt.Sprintf("Memory of %s that is still at %s is lost, so the tree is ended at %s.", subject(r), r.Source, r.Destination), nil
-	case !destinationDead && wire.Committed(r.State):
+	case rules.NotNeeded:
 		return no("the tree belongs to %s now, which does not need %s", r.Destination, r.Source)
-	case destinationDead:
+	case rules.Rewinds:
+		return fmt.Sprintf("%s of migration %s will run on at %s from where it was frozen; what it has done at %s since is lost.\nIf %s still runs it, two copies run from now on.", subject(r), r.Id, r.Source, r.Destination, r.Destination), nil
+	case rules.Ends:
+		return fmt.Sprintf("Memory of %s that is still at %s is lost, so the tree is ended at %s.", subject(r), r.Source, r.Destination), nil
+	case rules.GivesBack:
 		return fmt.Sprintf("%s of migration %s will run on at %s from where it was frozen.\nIf %s still runs it, two copies run from now on.", subject(r), r.Id, r.Source, r.Destination), nil
 	}
 	return fmt.Sprintf("Migration %s ends, and %s counts as lost with %s.\nIf %s still runs it, it runs on there.", r.Id, subject(r), r.Source, r.Source), nil
@@ -152,25 +153,12 @@ func declareDead(ctx context.Context, l *link, rec *wire.Record, dead string, de
 
 // pronounce moves a record to where the death of a host leads.
 func pronounce(r *wire.Record, destination bool, reason string) error {
-	why := wire.ErrorOf(wire.Errorf(wire.Code_CODE_ABORTED, "%s", reason))
-	if r.State == wire.State_STATE_PAGING && !destination {
-		// The destination ends the tree, and then the migration.
-		r.Reason, r.Error = reason, why
-		return nil
-	}
-	steps := []wire.State{wire.State_STATE_ABORTING, wire.State_STATE_ABORTED}
-	if destination {
-		steps = []wire.State{wire.State_STATE_STUCK, wire.State_STATE_RETURNING}
-	}
-	for _, to := range steps {
-		if r.State == to || to == wire.State_STATE_STUCK && r.State == wire.State_STATE_PAGING || to == wire.State_STATE_ABORTING && wire.CanMove(r.State, wire.State_STATE_ABORTED, wire.RoleCoordinator) {
-			continue
-		}
+	for _, to := range rules.Pronounce(r.State, destination).Steps(r.State) {
 		if err := r.Move(to, wire.RoleCoordinator, coordinatorName, time.Now()); err != nil {
 			return err
 		}
 	}
 	r.Reason = reason
-	r.Error = why
+	r.Error = wire.ErrorOf(wire.Errorf(wire.Code_CODE_ABORTED, "%s", reason))
 	return nil
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"github.com/nats-io/nats.go"
 
+	"godwit/coordinator/rules"
 	"godwit/transport"
 	"godwit/transport/bus"
 	"godwit/wire"
@@ -66,7 +67,7 @@ func (b *testBus) restart(away time.Duration) {
 }
 
 // quick is a patience for tests.
-var quick = patience{probe: 300 * time.Millisecond, dead: 3 * time.Second, orphan: 5 * time.Second}
+var quick = rules.Patience{Probe: 300 * time.Millisecond, Dead: 3 * time.Second, Orphan: 5 * time.Second}
 
 // command runs godwit against the bus.
 type command struct {

@@ -7,6 +7,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"godwit/coordinator/rules"
 	"godwit/transport"
 	"godwit/wire"
 )
@@ -22,7 +23,7 @@ const (
 type follow struct {
 	link *link
 	view view
-	wait patience
+	wait rules.Patience
 	// interrupts, if not nil: the first asks to abort, the second leaves.
 	interrupts <-chan os.Signal
 	// grace bounds, if not 0, the whole.
@@ -104,7 +105,7 @@ func (f *follow) run(ctx context.Context, rec *wire.Record) (*wire.Record, error
 				f.view.note(f.rec.Id, t.note)
 			}
 			f.note = t.note
-			if t.verdict == verdictLost {
+			if t.verdict == rules.Lost {
 				return f.rec, f.left(t.note)
 			}
 		case <-tick.C:
@@ -116,7 +117,7 @@ func (f *follow) run(ctx context.Context, rec *wire.Record) (*wire.Record, error
 				f.heard = now
 			}
 			silent := now.Sub(f.heard)
-			if silent >= f.wait.probe && !tending {
+			if silent >= f.wait.Probe && !tending {
 				tending = true
 				rec := f.rec
 				go func() { notes <- tend(ctx, f.link, rec, silent, f.wait) }()

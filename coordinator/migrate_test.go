@@ -518,7 +518,7 @@ func TestBusRestart(t *testing.T) {
 			dst.hold[at] = hold
 			c := b.godwit("migrate", "alpha:412", "beta")
 			await(t, dst, at)
-			b.restart(2 * quick.dead)
+			b.restart(2 * quick.Dead)
 			waitFor(t, dst.nc.IsConnected)
 			close(hold)
 			if code := c.wait(t); code != 0 || !strings.Contains(c.stderr.String(), "completed") {

@@ -5,6 +5,7 @@ import (
 	"strings"
 	"time"
 
+	"godwit/coordinator/rules"
 	"godwit/wire"
 )
 
@@ -43,7 +44,7 @@ func over(r *wire.Record) bool {
 }
 
 func stuck(r *wire.Record) bool {
-	return r.State == wire.State_STATE_STUCK || !wire.Terminal(r.State) && r.GetError().GetCode() == wire.Code_CODE_UNKNOWN_STATE
+	return rules.Stuck(r.State, r.GetError().GetCode())
 }
 
 // outcome is how a migration ended in one word: completed, aborted, refused,

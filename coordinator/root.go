@@ -21,6 +21,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"godwit/configs"
+	"godwit/coordinator/rules"
 	"godwit/wire"
 )
 
@@ -50,7 +51,7 @@ type app struct {
 	logLevel    string
 
 	// wait replaces defaultPatience, for tests.
-	wait *patience
+	wait *rules.Patience
 
 	// From PersistentPreRunE on.
 	started bool

@@ -16,44 +16,45 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"godwit/configs"
+	"godwit/coordinator/rules"
 	"godwit/transport"
 	"godwit/wire"
 )
 
 func TestJudge(t *testing.T) {
-	p := patience{probe: 5 * time.Second, dead: 40 * time.Second, orphan: 120 * time.Second}
-	const a, d, u = signAlive, signDead, signUnknown
+	p := rules.Patience{Probe: 5 * time.Second, Dead: 40 * time.Second, Orphan: 120 * time.Second}
+	const a, d, u = rules.Alive, rules.Dead, rules.Unknown
 	tests := []struct {
 		states   string
 		silent   time.Duration
-		src, dst sign
-		want     verdict
+		src, dst rules.Sign
+		want     rules.Verdict
 	}{
-		{"REQUESTED PREFLIGHT", 119, d, d, verdictWait},
-		{"REQUESTED PREFLIGHT", 120, a, a, verdictAbort},
-		{"PRE_COPYING FREEZING FINAL_COPYING RESTORING STAGED", 1000, a, a, verdictWait},
-		{"PRE_COPYING FREEZING FINAL_COPYING RESTORING STAGED", 39, d, d, verdictWait},
-		{"PRE_COPYING FREEZING FINAL_COPYING RESTORING STAGED", 40, d, a, verdictAbort},
-		{"PRE_COPYING FREEZING FINAL_COPYING RESTORING STAGED", 40, a, d, verdictAbort},
-		{"PRE_COPYING FREEZING FINAL_COPYING RESTORING STAGED", 40, d, u, verdictAbort},
-		{"PRE_COPYING FREEZING FINAL_COPYING RESTORING STAGED", 40, d, d, verdictLost},
-		{"PRE_COPYING FREEZING FINAL_COPYING RESTORING STAGED", 1000, u, u, verdictWait},
-		{"ABORTING", 5, a, d, verdictRemind},
-		{"ABORTING", 39, d, a, verdictWait},
-		{"ABORTING", 40, d, a, verdictLost},
-		{"ABORTING", 1000, u, a, verdictWait},
-		{"HANDING_OFF", 1000, d, a, verdictWait},
-		{"HANDING_OFF", 39, a, d, verdictWait},
-		{"HANDING_OFF", 40, a, d, verdictStuck},
-		{"HANDING_OFF", 1000, a, u, verdictWait},
-		{"RETURNING", 1000, a, d, verdictWait},
-		{"RETURNING", 40, d, a, verdictLost},
-		{"COMPLETED ABORTED STUCK", 1000, d, d, verdictWait},
+		{"REQUESTED PREFLIGHT", 119, d, d, rules.Wait},
+		{"REQUESTED PREFLIGHT", 120, a, a, rules.AskAbort},
+		{"PRE_COPYING FREEZING FINAL_COPYING RESTORING STAGED", 1000, a, a, rules.Wait},
+		{"PRE_COPYING FREEZING FINAL_COPYING RESTORING STAGED", 39, d, d, rules.Wait},
+		{"PRE_COPYING FREEZING FINAL_COPYING RESTORING STAGED", 40, d, a, rules.AskAbort},
+		{"PRE_COPYING FREEZING FINAL_COPYING RESTORING STAGED", 40, a, d, rules.AskAbort},
+		{"PRE_COPYING FREEZING FINAL_COPYING RESTORING STAGED", 40, d, u, rules.AskAbort},
+		{"PRE_COPYING FREEZING FINAL_COPYING RESTORING STAGED", 40, d, d, rules.Lost},
+		{"PRE_COPYING FREEZING FINAL_COPYING RESTORING STAGED", 1000, u, u, rules.Wait},
+		{"ABORTING", 5, a, d, rules.Remind},
+		{"ABORTING", 39, d, a, rules.Wait},
+		{"ABORTING", 40, d, a, rules.Lost},
+		{"ABORTING", 1000, u, a, rules.Wait},
+		{"HANDING_OFF", 1000, d, a, rules.Wait},
+		{"HANDING_OFF", 39, a, d, rules.Wait},
+		{"HANDING_OFF", 40, a, d, rules.MarkStuck},
+		{"HANDING_OFF", 1000, a, u, rules.Wait},
+		{"RETURNING", 1000, a, d, rules.Wait},
+		{"RETURNING", 40, d, a, rules.Lost},
+		{"COMPLETED ABORTED STUCK", 1000, d, d, rules.Wait},
 	}
 	for _, tt := range tests {
 		for name := range strings.FieldsSeq(tt.states) {
 			s := wire.State(wire.State_value["STATE_"+name])
-			if got := judge(s, tt.silent*time.Second, tt.src, tt.dst, p); got != tt.want {
+			if got := rules.Judge(s, tt.silent*time.Second, tt.src, tt.dst, p); got != tt.want {
 				t.Errorf("%s silent for %d s, source %d, destination %d: verdict %d, want %d", name, tt.silent, tt.src, tt.dst, got, tt.want)
 			}
 		}

@@ -6,6 +6,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
+	"godwit/coordinator/rules"
 	"godwit/transport"
 	"godwit/wire"
 )
@@ -24,7 +25,7 @@ type ward struct {
 // (Stuck), agents that are to abort are reminded. Where a tree runs it never
 // decides. It needs no memory of its own: a new control plane finds the
 // migrations that the last one left behind in the records.
-func watchOver(ctx context.Context, l *link, log hclog.Logger, p patience) error {
+func watchOver(ctx context.Context, l *link, log hclog.Logger, p rules.Patience) error {
 	log = log.Named("watch")
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -43,7 +44,7 @@ func watchOver(ctx context.Context, l *link, log hclog.Logger, p patience) error
 		t  tended
 	}
 	results := make(chan result, 16)
-	tick := time.NewTicker(max(p.probe/2, 20*time.Millisecond))
+	tick := time.NewTicker(max(p.Probe/2, 20*time.Millisecond))
 	defer tick.Stop()
 	for {
 		select {
@@ -115,7 +116,7 @@ func watchOver(ctx context.Context, l *link, log hclog.Logger, p patience) error
 					w.heard = now
 				}
 				silent := now.Sub(w.heard)
-				if w.tending || silent < p.probe || stuck(w.rec) {
+				if w.tending || silent < p.Probe || stuck(w.rec) {
 					continue
 				}
 				w.tending = true
