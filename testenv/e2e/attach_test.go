@@ -186,7 +186,7 @@ func TestAttachCut(t *testing.T) {
 	}
 	back := f.LineOnHub("attach", id)
 	p := newTypist(ctx, t, f.Hub, fmt.Sprintf("until %s; do c=$?; [ $c = 1 ] || break; sleep 0.3; done; echo exit code $c", back))
-	p.sees(ctx, 0, "attached")
+	p.sees(ctx, 0, "attached; ~.")
 	p.types("two\n")
 	p.sees(ctx, 0, "you said two\r\n")
 	p.types("quit 9\n")

@@ -25,7 +25,8 @@ def size(*_):
 def hup(*_):
     open(sys.argv[1] + ".hup", "w").close()
     os._exit(0)
-signal.signal(signal.SIGINT, lambda *_: print("interrupted", flush=True))
+own = os.open("/dev/tty", os.O_RDWR)
+signal.signal(signal.SIGINT, lambda *_: os.write(own, b"interrupted\n"))
 signal.signal(signal.SIGWINCH, size)
 signal.signal(signal.SIGHUP, hup)
 with open(sys.argv[1] + ".pid", "w") as f: f.write("%d\n" % os.getpid())
