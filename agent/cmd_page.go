@@ -233,8 +233,16 @@ func (p *paging) fill(ctx context.Context) handoff.Event {
 
 // complete says in the record that all is there.
 func (p *paging) complete() handoff.Event {
+	rec, err := p.ledger.read(forever())
+	if err == nil && !wire.Terminal(rec.State) && !handoff.MayComplete(handoff.Saw(rec)) {
+		if event, over := handoff.PagingOver(handoff.Saw(rec)); over {
+			p.why = pagerWhy[event]
+			return event
+		}
+		return handoff.Refused
+	}
 	st := p.pager.Stats()
-	rec, err := p.ledger.move(forever(), wire.State_STATE_COMPLETED, func(r *wire.Record) {
+	rec, err = p.ledger.move(forever(), wire.State_STATE_COMPLETED, func(r *wire.Record) {
 		if r.DestinationReport == nil {
 			r.DestinationReport = &wire.Report{}
 		}

@@ -468,14 +468,15 @@ func (d *destination) complete() handoff.Event {
 			r.LandedPid, r.DestinationReport = int32(d.tree.Root()), d.report
 		}
 	})
+	if err != nil {
+		event = handoff.Denied(handoff.Saw(rec))
+	}
 	switch {
-	case err != nil && overruled(rec):
-		return handoff.Overruled
-	case err != nil:
+	case event == handoff.Overruled:
+	case event == handoff.Refused:
 		d.trouble = err
 		d.log.Error("the tree runs here, but the record cannot say so; the source keeps a frozen copy that must be killed", "pid", d.entry.Pid, "error", err)
-		return handoff.Refused
-	case !d.paged:
+	case event == handoff.Told:
 		d.point("completed")
 		d.enter(to, "pid", d.entry.Pid, "bytes", d.report.Bytes, "restore_ms", d.report.RestoreUs/1000, "resume_ms", d.report.ResumeUs/1000)
 	default:
@@ -487,11 +488,12 @@ func (d *destination) complete() handoff.Event {
 // giveBack returns the ownership: nothing of the tree is left here.
 func (d *destination) giveBack() handoff.Event {
 	d.log.Error("the tree could not be started here and goes back to the source", "error", d.cause)
-	if rec, err := d.ledger.move(forever(), wire.State_STATE_RETURNING, d.blame(d.cause)); err != nil && !overruled(rec) {
-		d.log.Warn("the record could not be brought up to date", "error", err)
-		return handoff.Refused
+	rec, err := d.ledger.move(forever(), wire.State_STATE_RETURNING, d.blame(d.cause))
+	if err == nil {
+		return handoff.Told
 	}
-	return handoff.Told
+	d.log.Warn("the record could not be brought up to date", "error", err)
+	return handoff.Denied(handoff.Saw(rec))
 }
 
 // drop removes what was built of the tree.

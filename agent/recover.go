@@ -118,8 +118,11 @@ func (a *Agent) recoverSource(e *entry, sameBoot bool) {
 	a.mu.Unlock()
 	s.cause = wire.Errorf(wire.Code_CODE_ABORTED, "the agent of %s ended in the middle of the migration, and was started again", a.cfg.Host)
 	found := handoff.FoundLoose
-	if len(e.Tree) > 0 {
+	switch {
+	case left.Processes() > 0:
 		found = handoff.FoundTree
+	case len(e.Tree) > 0:
+		found = handoff.FoundGone
 	}
 	go func() {
 		s.watch()

@@ -249,7 +249,7 @@ func (s *source) perform(at handoff.Step) handoff.Event {
 	case handoff.Thaw:
 		return s.letGo(at.To)
 	case handoff.Conclude, handoff.Complain:
-		return s.conclude(at.Do)
+		return s.conclude(at)
 	case handoff.GiveUp:
 		return s.giveUp()
 	case handoff.Kill:
@@ -550,6 +550,9 @@ func (s *source) letGo(in handoff.State) handoff.Event {
 	if err != nil {
 		s.trouble = wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the tree of pid %d could not be let go, look at it: %w", s.req.Pid, err)
 		s.log.Error("the tree could not be let go; an operator must look", "pid", s.req.Pid, "error", err)
+		if errors.Is(err, errTreeGone) {
+			return handoff.Gone
+		}
 		return handoff.Unthawed
 	}
 	s.log.Log(level, "the migration was aborted; the tree runs on here", "pid", s.req.Pid, "reason", reason, "frozen_ms", s.report.FrozenUs/1000)
@@ -559,7 +562,14 @@ func (s *source) letGo(in handoff.State) handoff.Event {
 // conclude brings the record to its end, with what this side measured, for as long as
 // the agent is not told to stop: to Aborted if the tree runs here, which that promises, and
 // else only to Aborting.
-func (s *source) conclude(how handoff.Action) handoff.Event {
+func (s *source) conclude(at handoff.Step) handoff.Event {
+	if at.Do == handoff.Complain && s.trouble == nil {
+		what := "see whether it runs anywhere"
+		if at.To == handoff.Lamenting {
+			what = fmt.Sprintf("with memory that it misses at %s: godwit resolve %s --source-is-dead ends it there", s.peer, s.id)
+		}
+		s.trouble = wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the copy of pid %d here is gone, %s: %w", s.req.Pid, what, errTreeGone)
+	}
 	ctx, to, blame := s.a.informing, wire.State_STATE_ABORTED, func(*wire.Record) {}
 	if s.rec == nil {
 		blame = s.blame(s.cause) // nobody has asked it what was the cause
@@ -571,7 +581,7 @@ func (s *source) conclude(how handoff.Action) handoff.Event {
 			r.Reason = r.Error.Message
 		}
 	}
-	if how == handoff.Complain {
+	if at.Do == handoff.Complain {
 		to = wire.State_STATE_ABORTING
 	}
 	_, err := s.ledger.move(ctx, to, add)
@@ -586,7 +596,7 @@ func (s *source) conclude(how handoff.Action) handoff.Event {
 	if wire.CodeOf(err) == wire.Code_CODE_NOT_FOUND {
 		return handoff.Told // there is nobody to tell
 	}
-	if how == handoff.Conclude {
+	if at.Do == handoff.Conclude {
 		if err := s.note(entry{Pid: int(s.req.Pid)}); err != nil {
 			s.log.Debug("the journal still has the tree, which does no harm", "error", err)
 		}

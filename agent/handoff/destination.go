@@ -139,8 +139,10 @@ var Destination = &Machine{
 			Undropped: {Baffled, Complain},
 		},
 		Returning: {
-			Told:    {Over, End},
-			Refused: {Over, Keep},
+			Told:      {Over, End},
+			Overruled: {Over, End},
+			Pages:     {Losing, Doom}, // the word of an agent that died was on its way
+			Refused:   {Over, Keep},
 		},
 		Baffled: each(Step{Over, Keep}, Told, Untold),
 		Fencing: {
@@ -180,7 +182,7 @@ var Destination = &Machine{
 		Complete: {Told, Pages, Overruled, Refused},
 		Tell:     {Told, Overtaken, Untold},
 		Drop:     {Dropped, Undropped},
-		Return:   {Told, Refused},
+		Return:   {Told, Pages, Overruled, Refused},
 		Complain: {Told, Untold},
 		Kill:     {Killed, Unkilled},
 		Read:     sights,
@@ -190,4 +192,18 @@ var Destination = &Machine{
 		Doom:     {Told, Overtaken},
 		Concede:  {Told, Refused},
 	},
+}
+
+// Denied says what a refused Complete or Return comes to, by what the record says: another
+// attempt of the same, of an agent that has died, may have been made late.
+func Denied(sight Event) Event {
+	switch sight {
+	case SawComplete:
+		return Told
+	case SawPaging, SawGivenUp:
+		return Pages
+	case SawReturned, SawAborted:
+		return Overruled
+	}
+	return Refused
 }

@@ -80,3 +80,7 @@ func PagingOver(sight Event) (Event, bool) {
 	}
 	return "", false
 }
+
+// MayComplete says whether a pager may say that all memory is there. Before the record says
+// Paging, the tree may not have been let go, and with that word the source kills its copy.
+func MayComplete(sight Event) bool { return sight == SawPaging || sight == SawGivenUp }

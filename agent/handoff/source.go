@@ -14,6 +14,9 @@ const (
 	Resuming   State = "resuming"   // the record says that nobody else has
 	Concluding State = "concluding" // the tree runs here
 	Troubled   State = "troubled"   // it could not be let go
+	Bereaved   State = "bereaved"   // nothing of it is left
+	Empty      State = "empty"      // the same, but it may run elsewhere
+	Lamenting  State = "lamenting"  // the same, where memory of it is missed
 	GivingUp   State = "giving up"  // it was never frozen
 	Discarding State = "discarding" // the tree runs at the destination
 	Reporting  State = "reporting"  // the frozen copy is gone
@@ -30,7 +33,9 @@ const (
 	WorkEnded  Event = "work ended" // aborted, timed out, the agent told to stop
 	Thawed     Event = "thawed"
 	Unthawed   Event = "unthawed"
+	Gone       Event = "gone"        // it died with its host, or by somebody's hand
 	FoundTree  Event = "found tree"  // in the journal: the end of the stream may have been sent
+	FoundGone  Event = "found gone"  // in the journal, but nothing of it is left
 	FoundLoose Event = "found loose" // in the journal without its tree: it was not
 
 	Claim    Action = "claim"    // open the stream, note it in the journal, move the record to Freezing
@@ -55,6 +60,7 @@ var Source = &Machine{
 		Down: {
 			FoundTree:  {Ending, Read},
 			FoundLoose: {Retreating, Thaw},
+			FoundGone:  {Empty, Read},
 		},
 		Claiming: {
 			Claimed: {Freezing, Freeze},
@@ -99,15 +105,31 @@ var Source = &Machine{
 			Unreadable: {Committed, Await},
 			News:       {Committed, Read},
 		}),
+		Empty: row(
+			each(Step{Bereaved, Complain}, SawAborting, SawAborted, SawReturned),
+			each(Step{Empty, Await}, SawHanding, SawGivenUp, Unreadable, Refused),
+			each(Step{Empty, Read}, News, Told),
+			map[Event]Step{
+				SawOpen:     {Empty, Abort},
+				SawPaging:   {Lamenting, Complain},
+				SawComplete: {Over, End},
+			}),
+		Lamenting: each(Step{Empty, Await}, Told, Untold),
 		Retreating: {
 			Thawed:   {Concluding, Conclude},
 			Unthawed: {Troubled, Complain},
+			Gone:     {Bereaved, Complain},
 		},
 		Resuming: {
 			Thawed:   {Concluding, Conclude},
 			Unthawed: {Troubled, Complain},
+			Gone:     {Bereaved, Complain},
 		},
 		Concluding: {
+			Told:   {Over, End},
+			Untold: {Over, Keep},
+		},
+		Bereaved: {
 			Told:   {Over, End},
 			Untold: {Over, Keep},
 		},
@@ -128,7 +150,7 @@ var Source = &Machine{
 		Read:     sights,
 		Await:    {News},
 		Abort:    {Told, Refused},
-		Thaw:     {Thawed, Unthawed},
+		Thaw:     {Thawed, Unthawed, Gone},
 		Conclude: {Told, Untold},
 		GiveUp:   {Told, Untold},
 		Complain: {Told, Untold},
