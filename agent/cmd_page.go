@@ -66,7 +66,6 @@ type paging struct {
 	trouble error     // why the source does not answer
 	since   time.Time // of trouble
 	next    time.Time // when the next piece may be asked for, with a bound to the rate
-	got     uint64    // bytes of pages
 }
 
 // runPager serves what a tree misses until nothing is missing, and then says so in the

@@ -182,12 +182,6 @@ func (p *Pager) fail(err error) {
 	p.cond.Broadcast()
 }
 
-func (p *Pager) failed() error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.err
-}
-
 // gone says that a process, or its memory, is no more.
 func gone(err error) bool { return errors.Is(err, unix.ESRCH) || errors.Is(err, os.ErrClosed) }
 
