@@ -15,7 +15,7 @@ func (m *model) srcAfter(w world, e handoff.Event, k kind) {
 	case e == handoff.Untold && last == handoff.Keep:
 		w = crashSrc(w) // only an agent that is told to stop says nothing
 	}
-	m.emit(w, k, "source:", doing+":", string(e))
+	m.emit(w, k, "source:", doing, "-", string(e))
 }
 
 // crashSrc is the death of the source's agent.
