@@ -297,10 +297,13 @@ func (d *destination) doom() handoff.Event {
 		signalTrees(d.alive, unix.SIGSTOP) // nobody holds what is missing
 	}
 	why := wire.Errorf(wire.Code_CODE_UNKNOWN_STATE, "the pager of %s has died before all memory was there, and the tree with it: its copy at %s stays frozen as it was when it was handed over; godwit resolve %s --destination-is-dead lets it run on from there", d.a.cfg.Host, d.peer, d.id)
-	blame := d.blame(why)
 	rec, err := d.ledger.note(forever(), func(r *wire.Record) {
-		if r.State == wire.State_STATE_PAGING {
-			blame(r)
+		if r.State != wire.State_STATE_PAGING {
+			return
+		}
+		r.Reason = why.Error() // which changes the record, whatever else it says already
+		if handoff.Saw(r) != handoff.SawGivenUp {
+			r.Error = failure(why, d.a.cfg.Host, d.phase()).Proto()
 		}
 	})
 	if err == nil && rec.State != wire.State_STATE_PAGING {

@@ -16,7 +16,7 @@ func (m *model) dstAfter(w world, e handoff.Event, k kind) {
 	case handoff.Keep:
 		w.agentHolds = false
 	}
-	m.emit(w, k, "destination:", doing+":", string(e))
+	m.emit(w, k, "destination:", doing, "-", string(e))
 }
 
 // crashDst is the death of the destination's agent.
@@ -89,7 +89,7 @@ func (m *model) destinationSteps(w world) {
 		if !w.dst.tried {
 			m.dstAfter(w, handoff.Failed, good)
 		}
-		if w.dstNoted < withTree {
+		if w.dstNoted < withTree && !m.plant.commitUnnoted {
 			return
 		}
 		if m.plant.runUndecided && w.dst.tried {
@@ -164,8 +164,8 @@ func (m *model) destinationSteps(w world) {
 			m.dstAfter(w, handoff.Overtaken, good)
 			return
 		}
-		if w.why == noCode {
-			w.set(w.state(), w.by)
+		w.set(w.state(), w.by)
+		if w.why != codeAborted {
 			w.why = codeUnknown
 		}
 		m.dstAfter(w, handoff.Told, good)

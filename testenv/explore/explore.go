@@ -33,16 +33,18 @@ type model struct {
 	settles             func(wire.State, wire.Code) bool
 	plant               plant
 
-	out []step
+	mute bool // steps need no names
+	out  []step
 }
 
 // plant are bugs that are not in a table.
 type plant struct {
-	noCompare    bool // the commit is written whatever the record says meanwhile
-	noHold       bool // the second hold is forgotten
-	runUndecided bool // a commit counts as made although nobody knows
-	eager        bool // the pager says Completed although the tree may not run yet
-	looseMemory  bool // the pager lets go before all memory is there
+	noCompare     bool // the commit is written whatever the record says meanwhile
+	noHold        bool // the second hold is forgotten
+	runUndecided  bool // a commit counts as made although nobody knows
+	eager         bool // the pager says Completed although the tree may not run yet
+	commitUnnoted bool // the commit does not wait for the journal
+	looseMemory   bool // the pager lets go before all memory is there
 }
 
 func newModel(paged bool) *model {
@@ -68,8 +70,7 @@ func (m *model) explore() found {
 	index := map[world]int32{}
 	var list []world
 	var parent []int32
-	var edges []int32 // to<<0, per world from starts
-	var kinds []kind
+	var edges []uint32 // to<<2 | kind, those of world i from starts[i] on
 	starts := []int32{0}
 	add := func(w world, from int32) int32 {
 		if i, ok := index[w]; ok {
@@ -80,7 +81,10 @@ func (m *model) explore() found {
 		list, parent = append(list, w), append(parent, from)
 		return i
 	}
+	m.mute = true
+	defer func() { m.mute = false }()
 	trace := func(i int32) (out []string) {
+		m.mute = false
 		for ; i >= 0; i = parent[i] {
 			what := "begin"
 			if p := parent[i]; p >= 0 {
@@ -102,8 +106,7 @@ func (m *model) explore() found {
 			return found{len(list), len(edges), why, trace(int32(i))}
 		}
 		for _, s := range m.next(list[i]) {
-			edges = append(edges, add(s.to, int32(i)))
-			kinds = append(kinds, s.kind)
+			edges = append(edges, uint32(add(s.to, int32(i)))<<2|uint32(s.kind))
 		}
 		starts = append(starts, int32(len(edges)))
 	}
@@ -129,7 +132,7 @@ func (m *model) explore() found {
 			grew = false
 			for i := len(list) - 1; i >= 0; i-- {
 				for k := starts[i]; k < starts[i+1] && !way.to[i]; k++ {
-					if (kinds[k] == good || kinds[k] == way.most) && way.to[edges[k]] {
+					if k := edges[k]; (kind(k&3) == good || kind(k&3) == way.most) && way.to[k>>2] {
 						way.to[i], grew = true, true
 					}
 				}
@@ -151,7 +154,7 @@ func (m *model) broken(w world) string {
 	switch s := w.state(); {
 	case w.atSrc == runs && w.runsAtDst() && !w.wrong:
 		return "two copies run"
-	case s == wire.State_STATE_ABORTED && w.atSrc != runs && !w.srcDied && !w.lostWord && !w.trouble:
+	case s == wire.State_STATE_ABORTED && w.atSrc != runs && !w.srcDied && !w.lostWord:
 		return "Aborted promises that the tree runs at the source"
 	case s == wire.State_STATE_COMPLETED && (!w.ran || w.missing) && !w.lostWord:
 		return "Completed promises that all of the tree runs at the destination"
@@ -190,9 +193,10 @@ func (m *model) asksOperator(w world) bool {
 	return w.trouble || w.why == codeUnknown || rules.Stuck(w.state(), w.why.wire())
 }
 
-// gone says that the source's copy died with its host, and no other is whole. If none ever is,
-// all that is asked for is that somebody is told.
-func gone(w world) bool { return w.atSrc == dead && w.atDst != runs }
+// gone says that the source's copy died with its host, and no other is whole, or is about to
+// be killed by the word of an operator who was wrong. If none ever is, all that is asked for
+// is that somebody is told.
+func gone(w world) bool { return w.atSrc == dead && (w.atDst != runs || w.wrong) }
 
 // next lists the ways on.
 func (m *model) next(w world) []step {
@@ -206,7 +210,11 @@ func (m *model) next(w world) []step {
 }
 
 func (m *model) emit(w world, k kind, what ...string) {
-	m.out = append(m.out, step{w, k, strings.Join(what, " ")})
+	s := step{to: w, kind: k}
+	if !m.mute {
+		s.what = strings.Join(what, " ")
+	}
+	m.out = append(m.out, s)
 }
 
 // after makes the step of a machine that follows from an event.
@@ -247,19 +255,19 @@ func (m *model) moved(w world, who func(*world) *party, role wire.Role, to wire.
 	then(made, true, good)
 	lost := made
 	who(&lost).tried = true
-	m.emit(lost, fault, role.String(), "makes it", to.Word()+", answer lost")
-	if bit := uint32(1) << to; p.late&bit == 0 {
+	m.emit(lost, fault, role.String(), "makes it", phases[to], "(answer lost)")
+	if bit := uint16(1) << to; p.late&bit == 0 {
 		delayed := w
 		q := who(&delayed)
 		q.late, q.tried = q.late|bit, true
-		m.emit(delayed, fault, role.String(), "makes it", to.Word()+", delayed")
+		m.emit(delayed, fault, role.String(), "makes it", phases[to], "(on its way)")
 	}
 }
 
 // busSteps let changes of the record arrive that were on their way.
 func (m *model) busSteps(w world) {
 	for _, x := range []struct {
-		late uint32
+		late uint16
 		role wire.Role
 	}{{w.src.late, wire.RoleSource}, {w.dst.late, wire.RoleDestination}, {w.pager.late, wire.RoleDestination}} {
 		for to := wire.State(0); x.late>>to != 0; to++ {
@@ -268,7 +276,7 @@ func (m *model) busSteps(w world) {
 			}
 			n := w
 			n.set(to, x.role)
-			m.emit(n, fault, x.role.String()+"'s", to.Word(), "arrives")
+			m.emit(n, fault, "the", x.role.String(), "made it", phases[to], "(late)")
 		}
 	}
 	if m.plant.noCompare && w.dst.do == id(handoff.Commit) && w.dst.tried && w.state() != wire.State_STATE_HANDING_OFF && w.state() != wire.State_STATE_COMPLETED {

@@ -10,7 +10,7 @@ func pager(w *world) *party { return &w.pager }
 func (m *model) pagerAfter(w world, e handoff.Event, k kind) {
 	doing := names[w.pager.do]
 	after(m.pager, &w.pager, e)
-	m.emit(w, k, "pager:", doing+":", string(e))
+	m.emit(w, k, "pager:", doing, "-", string(e))
 }
 
 func (m *model) pagerSteps(w world) {

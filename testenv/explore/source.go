@@ -15,7 +15,7 @@ func (m *model) srcAfter(w world, e handoff.Event, k kind) {
 	case e == handoff.Untold && last == handoff.Keep:
 		w = crashSrc(w) // only an agent that is told to stop says nothing
 	}
-	m.emit(w, k, "source:", doing+":", string(e))
+	m.emit(w, k, "source:", doing, "-", string(e))
 }
 
 // crashSrc is the death of the source's agent.
@@ -105,9 +105,9 @@ func (m *model) sourceSteps(w world) {
 		m.srcAfter(w, w.sight(), good)
 	case handoff.Await:
 		m.srcAfter(w, handoff.News, good)
-		if p.at == id(handoff.Waiting) {
-			m.srcAfter(w, handoff.WorkEnded, good)
-		}
+	case handoff.Bide:
+		m.srcAfter(w, handoff.News, good)
+		m.srcAfter(w, handoff.WorkEnded, good)
 	case handoff.Abort:
 		m.moved(w, src, wire.RoleSource, wire.State_STATE_ABORTING, nil, func(w world, ok bool, k kind) {
 			if ok {

@@ -60,7 +60,7 @@ type party struct {
 	// late are changes of the record that this party sent and nobody has heard of, by the
 	// state that they lead to: they may still arrive, as long as nothing else has changed
 	// the record. Their sender may have died since.
-	late uint32
+	late uint16
 }
 
 type handoffID uint8
@@ -122,12 +122,15 @@ func (w world) runsAtDst() bool { return w.atDst == runs || w.atDst == partial }
 
 func (w world) String() string {
 	var flags []string
-	for name, on := range map[string]bool{
-		"missing": w.missing, "agent holds": w.agentHolds, "ran": w.ran, "source host died": w.srcDied, "destination host died": w.dstDied,
-		"wrong word": w.wrong, "lost by word": w.lostWord, "gap": w.gap, "trouble": w.trouble,
+	for _, f := range []struct {
+		name string
+		on   bool
+	}{
+		{"memory is missing", w.missing}, {"the agent holds it", w.agentHolds}, {"it ran", w.ran}, {"the source's host died", w.srcDied},
+		{"the destination's host died", w.dstDied}, {"wrong word", w.wrong}, {"lost by word", w.lostWord}, {"gap", w.gap}, {"trouble", w.trouble},
 	} {
-		if on {
-			flags = append(flags, name)
+		if f.on {
+			flags = append(flags, f.name)
 		}
 	}
 	return fmt.Sprintf("record %s, source %s/%s has %s, destination %s/%s has %s, pager %s/%s; %s",
@@ -160,3 +163,11 @@ var (
 	idEnd    = id(handoff.End)
 	idKeep   = id(handoff.Keep)
 )
+
+// phases are the states of records in words.
+var phases = func() (out []string) {
+	for s := range len(wire.State_name) {
+		out = append(out, wire.State(s).Word())
+	}
+	return out
+}()
