@@ -223,7 +223,9 @@ func (s *source) perform(at handoff.Step) handoff.Event {
 	case handoff.Read:
 		return s.read(at.To)
 	case handoff.Await:
-		return s.pause(at.To)
+		return s.pause(nil)
+	case handoff.Bide:
+		return s.pause(s.work.Done())
 	case handoff.Abort:
 		if _, err := s.ledger.move(forever(), wire.State_STATE_ABORTING, s.blame(s.cause)); err != nil {
 			return handoff.Refused
@@ -491,12 +493,8 @@ func (s *source) read(in handoff.State) handoff.Event {
 	return saw
 }
 
-// pause waits for news of the record, and in the state Waiting for the end of the work.
-func (s *source) pause(in handoff.State) handoff.Event {
-	var work <-chan struct{}
-	if in == handoff.Waiting {
-		work = s.work.Done()
-	}
+// pause waits for news of the record, or for the end of the work.
+func (s *source) pause(work <-chan struct{}) handoff.Event {
 	select {
 	case <-s.feed.changed:
 	case <-work:

@@ -43,6 +43,7 @@ const (
 	Dump     Action = "dump"     // read it, and move the record to FinalCopying
 	Secure   Action = "secure"   // note the tree in the journal, and have it stay frozen without the agent
 	Offer    Action = "offer"    // send the end of the stream, and wait until all was applied
+	Bide     Action = "bide"     // await news of the record, or the end of the work
 	Abort    Action = "abort"    // move the record to Aborting
 	Thaw     Action = "thaw"     // let the tree run
 	Conclude Action = "conclude" // move the record to Aborted, unless it is
@@ -88,8 +89,8 @@ var Source = &Machine{
 			Failed: {Ending, Read},
 		},
 		Waiting: row(outcome, map[Event]Step{
-			SawOpen:    {Waiting, Await},
-			Unreadable: {Waiting, Await},
+			SawOpen:    {Waiting, Bide},
+			Unreadable: {Waiting, Bide},
 			News:       {Waiting, Read},
 			WorkEnded:  {Ending, Read},
 		}),
@@ -149,6 +150,7 @@ var Source = &Machine{
 		Offer:    {Sent, Failed},
 		Read:     sights,
 		Await:    {News},
+		Bide:     {News, WorkEnded},
 		Abort:    {Told, Refused},
 		Thaw:     {Thawed, Unthawed, Gone},
 		Conclude: {Told, Untold},

@@ -105,9 +105,9 @@ func (m *model) sourceSteps(w world) {
 		m.srcAfter(w, w.sight(), good)
 	case handoff.Await:
 		m.srcAfter(w, handoff.News, good)
-		if p.at == id(handoff.Waiting) {
-			m.srcAfter(w, handoff.WorkEnded, good)
-		}
+	case handoff.Bide:
+		m.srcAfter(w, handoff.News, good)
+		m.srcAfter(w, handoff.WorkEnded, good)
 	case handoff.Abort:
 		m.moved(w, src, wire.RoleSource, wire.State_STATE_ABORTING, nil, func(w world, ok bool, k kind) {
 			if ok {
