@@ -531,10 +531,18 @@ func (d *destination) telling(ctx context.Context, blame func(*wire.Record)) (ha
 func (d *destination) read() handoff.Event {
 	rec, err := d.ledger.read(forever())
 	if err != nil {
-		d.log.Error("the record cannot be read, so the migration is left as it is", "error", err)
-		return handoff.Unreadable
+		return d.unread(err)
 	}
 	return handoff.Saw(rec)
+}
+
+// unread says what a record is that cannot be read, although the bus is there.
+func (d *destination) unread(err error) handoff.Event {
+	d.log.Error("the record cannot be read, so the migration is left as it is", "error", err)
+	if wire.CodeOf(err) == wire.Code_CODE_NOT_FOUND {
+		return handoff.Unreadable
+	}
+	return handoff.Damaged
 }
 
 // pause waits for news of the record, or of the pager.
