@@ -578,15 +578,23 @@ func (d *destination) telling(ctx context.Context, blame func(*wire.Record)) (ha
 func (d *destination) read(in handoff.State) handoff.Event {
 	rec, err := d.ledger.read(forever())
 	if err != nil {
-		d.log.Error("the record cannot be read, so the migration is left as it is", "error", err)
 		d.here = len(d.entry.Tree) > 0
-		return handoff.Unreadable
+		return d.unread(err)
 	}
 	sight := handoff.Saw(rec)
 	if in == handoff.Answering {
 		d.here = sight == handoff.SawComplete || sight == handoff.SawPaging || sight == handoff.SawGivenUp
 	}
 	return sight
+}
+
+// unread says what a record is that cannot be read, although the bus is there.
+func (d *destination) unread(err error) handoff.Event {
+	d.log.Error("the record cannot be read, so the migration is left as it is", "error", err)
+	if wire.CodeOf(err) == wire.Code_CODE_NOT_FOUND {
+		return handoff.Unreadable
+	}
+	return handoff.Damaged
 }
 
 // pause waits for news of the record, or of the pager.

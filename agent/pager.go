@@ -271,7 +271,7 @@ func (d *destination) watchPager() handoff.Event {
 	lives := d.entry.Pager != nil && d.entry.Pager.Lives()
 	rec, err := d.ledger.read(forever())
 	if err != nil {
-		return handoff.Unreadable
+		return d.unread(err)
 	}
 	saw := handoff.Saw(rec)
 	switch {

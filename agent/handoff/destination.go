@@ -43,6 +43,7 @@ const (
 	PagerGone Event = "pager gone"
 	Lives     Event = "lives"   // it was let go here in this boot
 	Partial   Event = "partial" // not all of it was, or it died with the host
+	Damaged   Event = "damaged" // there is a record, which makes no sense
 	FoundHere Event = "found"   // in the journal
 
 	Prepare  Action = "prepare"
@@ -102,6 +103,7 @@ var Destination = &Machine{
 			map[Event]Step{
 				SawComplete: {Over, End},
 				PagerGone:   {Losing, Doom},
+				Damaged:     {Over, Keep},
 				Unreadable:  {Over, End},
 				News:        {Paging, Watch},
 			}),
@@ -115,6 +117,7 @@ var Destination = &Machine{
 			each(Step{Over, End}, SawAborted, SawReturned, SawComplete, Unreadable),
 			map[Event]Step{
 				Killed:     {Lost, Read},
+				Damaged:    {Over, Keep},
 				Unkilled:   {Over, Keep},
 				SawGivenUp: {Conceding, Concede},
 				News:       {Lost, Read},
@@ -157,6 +160,7 @@ var Destination = &Machine{
 				SawHanding:  {Looking, Look},
 				SawComplete: {Over, End},
 				Unreadable:  {Over, End},
+				Damaged:     {Over, Keep},
 			}),
 		Aborting: {
 			Told:      {Over, End},
@@ -185,8 +189,8 @@ var Destination = &Machine{
 		Return:   {Told, Pages, Overruled, Refused},
 		Complain: {Told, Untold},
 		Kill:     {Killed, Unkilled},
-		Read:     sights,
-		Watch:    append([]Event{PagerGone}, sights...),
+		Read:     append([]Event{Damaged}, sights...),
+		Watch:    append([]Event{PagerGone, Damaged}, sights...),
 		Await:    {News},
 		Look:     {Lives, Partial},
 		Doom:     {Told, Overtaken},

@@ -2,6 +2,7 @@ package explore
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -49,6 +50,15 @@ type plant struct {
 
 func newModel(paged bool) *model {
 	return &model{paged: paged, source: handoff.Source, dest: handoff.Destination, pager: handoff.Pager, settles: rules.Settles}
+}
+
+// with is a machine with one row changed.
+func with(m *handoff.Machine, s handoff.State, e handoff.Event, to handoff.Step) *handoff.Machine {
+	c := *m
+	c.Steps = maps.Clone(m.Steps)
+	c.Steps[s] = maps.Clone(m.Steps[s])
+	c.Steps[s][e] = to
+	return &c
 }
 
 func (m *model) first() world {
