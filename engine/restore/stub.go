@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -142,7 +143,9 @@ func startStub(ch *channel, kind stubKind) (_ *stub, err error) {
 	if kind.newPid {
 		attr.Sys.Cloneflags = unix.CLONE_NEWPID | unix.CLONE_NEWNS
 	}
-	pid, err := syscall.ForkExec(fmt.Sprintf("/proc/self/fd/%d", exe.Fd()), []string{"godwit-stub"}, attr)
+	// Not /proc/self: in the new process the number may be another file's by then, as
+	// ForkExec moves its own pipe there to make way for Files.
+	pid, err := syscall.ForkExec(procfs.Path(os.Getpid(), "fd", strconv.Itoa(int(exe.Fd()))), []string{"godwit-stub"}, attr)
 	if err != nil {
 		return nil, fmt.Errorf("start the stub process: %w", err)
 	}
