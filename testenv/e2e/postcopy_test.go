@@ -195,14 +195,16 @@ func until(ctx context.Context, t *testing.T, f *fleet.Fleet, id string, is func
 // pagerOf finds the pager of a host.
 func pagerOf(t *testing.T, h *hosts.Host) int {
 	t.Helper()
-	list, err := os.ReadDir(h.Path("/proc"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, e := range list {
-		b, _ := os.ReadFile(h.Path("/proc/" + e.Name() + "/cmdline"))
-		if pid, err := strconv.Atoi(e.Name()); err == nil && strings.HasSuffix(string(b), "\x00page\x00") {
-			return pid
+	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		list, err := os.ReadDir(h.Path("/proc"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range list {
+			b, _ := os.ReadFile(h.Path("/proc/" + e.Name() + "/cmdline"))
+			if pid, err := strconv.Atoi(e.Name()); err == nil && strings.HasSuffix(string(b), "\x00page\x00") {
+				return pid
+			}
 		}
 	}
 	t.Fatal("there is no pager")
