@@ -52,6 +52,7 @@ type paging struct {
 	agent *pagerProcess // to tell it something
 	log   hclog.Logger
 	conns [2]*nats.Conn
+	far   *transport.PageClient
 	hosts []engine.Held
 	pager *engine.Pager
 	begun time.Time
@@ -85,6 +86,7 @@ func runPager(ctx context.Context, conn *os.File) error {
 		return err
 	}
 	defer closeConns(p.conns)
+	p.far = &transport.PageClient{Conns: p.conns, ID: p.order.ID, Trouble: p.heard}
 	spaces, err := p.spaces(conn)
 	if errors.Is(err, errPartnerGone) {
 		return nil // nothing is to come later
@@ -315,21 +317,19 @@ func (p *paging) report(ctx context.Context) {
 	}
 }
 
-// client asks the source.
-func (p *paging) client() *transport.PageClient {
-	return &transport.PageClient{Conns: p.conns, ID: p.order.ID, Trouble: func(err error) {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		if err != nil && p.trouble == nil {
-			p.since = time.Now()
-		}
-		p.trouble = err
-	}}
+// heard notes why the source does not answer, or that it does.
+func (p *paging) heard(trouble error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if trouble != nil && p.trouble == nil {
+		p.since = time.Now()
+	}
+	p.trouble = trouble
 }
 
 // Map implements engine.PageSource.
 func (p *paging) Map(ctx context.Context, pid uint32, from uint64) ([]image.Range, uint64, error) {
-	r, err := p.client().Ask(ctx, &wire.PagesRequest{Pid: pid, Start: from, Map: true}, false)
+	r, err := p.far.Ask(ctx, &wire.PagesRequest{Pid: pid, Start: from, Map: true}, false)
 	return pageRanges(r), r.GetNext(), err
 }
 
@@ -348,7 +348,7 @@ func (p *paging) Pages(ctx context.Context, pid uint32, start, end uint64, urgen
 				return nil, err
 			}
 		}
-		r, err := p.client().Ask(ctx, &wire.PagesRequest{Pid: pid, Start: start, End: end}, urgent)
+		r, err := p.far.Ask(ctx, &wire.PagesRequest{Pid: pid, Start: start, End: end}, urgent)
 		if err != nil {
 			return nil, err
 		}

@@ -239,7 +239,7 @@ func (d *destination) begin() error {
 	if err := d.a.cfg.Engine.Check(ctx, planOf(d.req.Requirements), d.options()); err != nil {
 		return err
 	}
-	if err := d.pageWith(ctx); err != nil {
+	if err := d.pageWith(); err != nil {
 		return err
 	}
 	_ = reached.wait() // always nil
@@ -255,7 +255,7 @@ func (d *destination) begin() error {
 		return fmt.Errorf("open the stream from %s: %w", d.req.Source, err)
 	}
 	d.point("prepared")
-	d.log.Info("prepared", "lane", laneText(d.lane, false), "processes", len(d.req.Requirements.Tasks), "bytes", d.req.Requirements.MemoryBytes, "inherited", len(d.held.files))
+	d.log.Info("prepared", "lane", d.lane.Text(), "processes", len(d.req.Requirements.Tasks), "bytes", d.req.Requirements.MemoryBytes, "inherited", len(d.held.files))
 	return nil
 }
 

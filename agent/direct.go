@@ -358,16 +358,3 @@ func compression(c wire.Compression, known []string) (transport.Compression, err
 	}
 	return transport.Compression{Codec: codec}, nil
 }
-
-// laneText is a lane for people; detoured says that the stream left it.
-func laneText(lane *wire.Lane, detoured bool) string {
-	switch {
-	case lane.GetDirect() && detoured:
-		return "direct " + lane.Address + ", then cluster (the direct connections were lost)"
-	case lane.GetDirect():
-		return "direct " + lane.Address
-	case lane.GetReason() != "":
-		return "cluster (direct: " + lane.Reason + ")"
-	}
-	return "cluster"
-}

@@ -203,7 +203,7 @@ func TestReach(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			begin := time.Now()
-			got := laneText(r.dst.reach(t.Context(), tc.offer, wire.LaneChoice_LANE_CHOICE_AUTO), false)
+			got := r.dst.reach(t.Context(), tc.offer, wire.LaneChoice_LANE_CHOICE_AUTO).Text()
 			if !strings.Contains(got, tc.want) {
 				t.Errorf("%q, want something about %q", got, tc.want)
 			}

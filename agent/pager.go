@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -234,28 +233,18 @@ func receive(conn *os.File, v any, files *[]*os.File) error {
 	if n == 0 {
 		return errPartnerGone
 	}
-	msgs, err := unix.ParseSocketControlMessage(oob[:oobn])
-	if err != nil {
-		return err
-	}
-	var got []*os.File
-	for _, m := range msgs {
-		fds, err := unix.ParseUnixRights(&m)
-		if err != nil {
-			return err
-		}
-		for _, fd := range fds {
-			got = append(got, os.NewFile(uintptr(fd), "handed over"))
-		}
-	}
-	if files != nil {
+	got, err := filesOf(oob[:oobn])
+	if err == nil && files != nil {
 		*files = append(*files, got...)
 		return nil
 	}
-	if len(got) != 1 {
-		return fmt.Errorf("a message with %d files", len(got))
+	defer closeAll(got)
+	if err == nil && len(got) != 1 {
+		err = fmt.Errorf("a message with %d files", len(got))
 	}
-	defer func() { _ = got[0].Close() }()
+	if err != nil {
+		return err
+	}
 	if _, err := got[0].Seek(0, 0); err != nil {
 		return err
 	}
@@ -325,21 +314,26 @@ func (d *destination) concede() handoff.Event {
 	return handoff.Told
 }
 
-// canPage says why memory cannot come to this host when the tree runs already.
-func (a *Agent) canPage() error {
-	if a.cfg.Pagers == nil {
-		return errors.New("this agent has no pager")
+// canPage says why memory cannot come to this host when the tree runs already, if a
+// migration may need that.
+func (a *Agent) canPage(o *wire.MigrateOptions) error {
+	if !wantsPaging(o) {
+		return nil
 	}
-	return engine.CanPage()
+	err := engine.CanPage()
+	if a.cfg.Pagers == nil {
+		err = errors.New("this agent has no pager")
+	}
+	if err == nil {
+		return nil
+	}
+	return wire.Errorf(wire.Code_CODE_REFUSED, "memory cannot come to %s after the tree (--mode, --on-no-converge): %w", a.cfg.Host, err)
 }
 
 // pageWith gets a pager ready, if the migration may need one.
-func (d *destination) pageWith(ctx context.Context) (err error) {
-	if !wantsPaging(d.req.Options) {
-		return nil
-	}
-	if err := d.a.canPage(); err != nil {
-		return wire.Errorf(wire.Code_CODE_REFUSED, "memory cannot come to %s after the tree (--mode, --on-no-converge): %w", d.a.cfg.Host, err)
+func (d *destination) pageWith() (err error) {
+	if err := d.a.canPage(d.req.Options); err != nil || !wantsPaging(d.req.Options) {
+		return err
 	}
 	d.pager, err = d.a.cfg.Pagers.start(d.id, d.a.cfg.Host, d.req.Source, d.req.Options.GetBandwidth())
 	return err

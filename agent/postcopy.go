@@ -60,18 +60,23 @@ type served struct {
 	conns [2]*nats.Conn
 }
 
+// readyPages makes the connections over which memory is to be served, for which no frozen
+// tree should have to wait.
+func (s *source) readyPages(ctx context.Context) error {
+	conns, err := s.a.cfg.Streams.pageConns(ctx, s.id)
+	if err == nil {
+		s.served = &served{conns: conns}
+	}
+	return err
+}
+
 // servePages lets the destination ask for memory of processes, by their pids in the images.
-func (s *source) servePages(ctx context.Context, late map[uint32]engine.Late) (err error) {
-	v := &served{pages: engine.NewPages(late)}
-	if v.conns, err = s.a.cfg.Streams.pageConns(ctx, s.id); err != nil {
-		return err
-	}
-	if v.serve, err = transport.ServePages(v.conns, s.id, v.answer); err != nil {
-		closeConns(v.conns)
-		return err
-	}
-	s.served = v
-	return nil
+// Preconditions: readyPages.
+func (s *source) servePages(late map[uint32]engine.Late) (err error) {
+	v := s.served
+	v.pages = engine.NewPages(late)
+	v.serve, err = transport.ServePages(v.conns, s.id, v.answer)
+	return err
 }
 
 // close ends the serving; nil: there is none.
@@ -79,8 +84,13 @@ func (v *served) close() error {
 	if v == nil {
 		return nil
 	}
-	v.serve.Close()
+	if v.serve != nil {
+		v.serve.Close()
+	}
 	closeConns(v.conns)
+	if v.pages == nil {
+		return nil
+	}
 	return v.pages.Close()
 }
 

@@ -128,7 +128,11 @@ func (a *Agent) recoverSource(e *entry, sameBoot bool) {
 		s.watch()
 		if sameBoot && len(e.Late) > 0 {
 			// The tree may run already, and wait for its memory.
-			if err := s.servePages(forever(), e.Late); err != nil {
+			err := s.readyPages(forever())
+			if err == nil {
+				err = s.servePages(e.Late)
+			}
+			if err != nil {
 				s.log.Error("the destination may wait for memory, which cannot be served", "error", err)
 			}
 		}

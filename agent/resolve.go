@@ -62,8 +62,8 @@ func (a *Agent) Resolve(ctx context.Context, req *wire.ResolveRequest) (*wire.Re
 				reply.Problems = append(reply.Problems, &wire.Problem{Reason: err.Error()})
 			}
 		}
-		if err := a.canPage(); err != nil && wantsPaging(req.Options) {
-			reply.Problems = append(reply.Problems, &wire.Problem{Reason: "memory cannot come after the tree (--mode, --on-no-converge): " + err.Error()})
+		if err := a.canPage(req.Options); err != nil {
+			reply.Problems = append(reply.Problems, &wire.Problem{Reason: err.Error()})
 		}
 		lacks, err := a.lacks(ctx, req, reply.Resolutions)
 		if err != nil {

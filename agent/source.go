@@ -390,6 +390,11 @@ func (s *source) freeze() error {
 			return err
 		}
 	}
+	if s.postcopy {
+		if err := s.readyPages(s.work); err != nil {
+			return s.because(err)
+		}
+	}
 	o := s.a.dumpOptions(s.req.Options, s.req.Resolutions)
 	o.Confirm, o.Live, o.Late, o.Early = s.confirm, s.live, s.postcopy, s.early
 	frozen := s.a.cfg.Timeouts.Frozen
@@ -466,7 +471,7 @@ func (s *source) dump() error {
 	s.report.FrozenFileBytes = stats.CarriedBytes
 	s.dumped = stats
 	if s.late = stats.Late; err == nil && len(s.late) > 0 {
-		err = s.servePages(s.work, s.late)
+		err = s.servePages(s.late)
 	}
 	if err == nil {
 		err = s.sink.dataDone()
@@ -656,7 +661,10 @@ func (s *source) sum() {
 	}
 	st := s.out.Stats()
 	transferred(s.report, st, s.sink.pages.Load())
-	s.report.Lane, s.report.Compression = laneText(s.req.Lane, st.Detoured), st.Compression
+	s.report.Lane, s.report.Compression = s.req.Lane.Text(), st.Compression
+	if s.req.Lane.GetDirect() && st.Detoured {
+		s.report.Lane += ", then cluster (the direct connections were lost)"
+	}
 }
 
 // giveUp ends a migration that failed before the tree was frozen.

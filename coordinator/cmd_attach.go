@@ -50,15 +50,11 @@ func (a *app) runAttach(ctx context.Context, id string, patience time.Duration) 
 	if err != nil {
 		return err
 	}
-	l, err := a.connect(ctx)
+	l, rec, err := a.connectTo(ctx, id)
 	if err != nil {
 		return err
 	}
 	defer l.close()
-	rec, _, err := l.records.Get(ctx, id)
-	if err != nil {
-		return err
-	}
 	if rec.Options.GetAttach() == nil || rec.State != wire.State_STATE_COMPLETED {
 		return wire.Errorf(wire.Code_CODE_NOT_FOUND, "migration %s has not moved a tree with --attach", id)
 	}

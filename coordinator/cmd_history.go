@@ -99,15 +99,11 @@ func printHistory(w io.Writer, recs []*wire.Record, left int, zone *time.Locatio
 }
 
 func (a *app) runHistoryOf(ctx context.Context, id string) error {
-	l, err := a.connect(ctx)
+	l, rec, err := a.connectTo(ctx, id)
 	if err != nil {
 		return err
 	}
 	defer l.close()
-	rec, _, err := l.records.Get(ctx, id)
-	if err != nil {
-		return err
-	}
 	if a.output == outputJSON {
 		return writeJSON(a.stdout, newMigrationDoc(rec, 0))
 	}

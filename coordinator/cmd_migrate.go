@@ -270,17 +270,6 @@ var (
 	}
 )
 
-// laneText is a lane for people.
-func laneText(l *wire.Lane) string {
-	switch {
-	case l.GetDirect():
-		return "direct " + printable(l.Address)
-	case l.GetReason() != "":
-		return "cluster (direct: " + printable(l.Reason) + ")"
-	}
-	return "cluster"
-}
-
 // copyModes are the values of --mode, noConverge those of --on-no-converge.
 var (
 	copyModes = map[string]wire.CopyMode{

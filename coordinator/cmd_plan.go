@@ -166,7 +166,7 @@ func newPlanDoc(r *wire.Record, s *survey) *planDoc {
 	d := &planDoc{Source: r.Source, Destination: r.Destination, PID: r.Pid, Comm: s.root.GetComm(), Command: s.root.GetCommand(),
 		Processes: len(s.req.GetTasks()), MemoryBytes: s.req.GetMemoryBytes(), EarlyBytes: s.req.GetEarlyBytes(), NotEarly: s.req.GetNotEarly(), Objects: []planObjectDoc{}}
 	if s.lane != nil {
-		d.Lane = laneText(s.lane)
+		d.Lane = printable(s.lane.Text())
 	}
 	d.Compression = strings.ToLower(strings.TrimPrefix(r.Options.GetCompression().String(), "COMPRESSION_"))
 	resolved := map[string]*wire.Resolution{}

@@ -62,15 +62,11 @@ func (a *app) runResolve(ctx context.Context, id string, args resolveArgs) error
 	case args.wait <= 0:
 		return usagef("--wait %s: want more than zero", args.wait)
 	}
-	l, err := a.connect(ctx)
+	l, rec, err := a.connectTo(ctx, id)
 	if err != nil {
 		return err
 	}
 	defer l.close()
-	rec, _, err := l.records.Get(ctx, id)
-	if err != nil {
-		return err
-	}
 	dead := rec.Source
 	if args.destinationDead {
 		dead = rec.Destination

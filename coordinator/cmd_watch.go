@@ -41,15 +41,11 @@ func (a *app) liveView(many bool) view {
 }
 
 func (a *app) runWatch(ctx context.Context, id string) error {
-	l, err := a.connect(ctx)
+	l, rec, err := a.connectTo(ctx, id)
 	if err != nil {
 		return err
 	}
 	defer l.close()
-	rec, _, err := l.records.Get(ctx, id)
-	if err != nil {
-		return err
-	}
 	v := a.liveView(false)
 	defer v.close()
 	if !over(rec) {

@@ -39,6 +39,20 @@ func (a *app) connect(ctx context.Context) (*link, error) {
 	return &link{nc: nc, records: records}, nil
 }
 
+// connectTo is connect, and reads the record of a migration.
+func (a *app) connectTo(ctx context.Context, id string) (*link, *wire.Record, error) {
+	l, err := a.connect(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	rec, _, err := l.records.Get(ctx, id)
+	if err != nil {
+		l.close()
+		return nil, nil, err
+	}
+	return l, rec, nil
+}
+
 // connectBus is connect for commands that need no records.
 func (a *app) connectBus() (*nats.Conn, error) {
 	cfg, err := a.busConfig()

@@ -312,7 +312,7 @@ func (m *migration) prepare(ctx context.Context, req *wire.Requirements) error {
 	}
 	m.stream, m.lane, m.codecs = prep.GetStream(), prep.GetLane(), prep.GetCodecs()
 	if err == nil && m.lane != nil {
-		m.view.note(r.Id, "lane: "+laneText(m.lane))
+		m.view.note(r.Id, "lane: "+printable(m.lane.Text()))
 	}
 	return err
 }

@@ -15,30 +15,19 @@ import (
 )
 
 // near asks a frozen tree of this host for its pages.
-type near struct{ *engine.Pages }
+type near struct{ tree *engine.Pages }
 
 func (n near) Map(ctx context.Context, pid uint32, from uint64) ([]image.Range, uint64, error) {
-	return n.Pages.Map(ctx, pid, from, 50)
+	return n.tree.Map(ctx, pid, from, 50)
 }
 
-func (n near) Pages_(ctx context.Context, pid uint32, start, end uint64) (out []engine.PageRun, err error) {
-	b, runs, err := n.Read(ctx, pid, start, end, nil)
+func (n near) Pages(ctx context.Context, pid uint32, start, end uint64, _ bool) (out []engine.PageRun, err error) {
+	b, runs, err := n.tree.Read(ctx, pid, start, end, nil)
 	for _, r := range runs {
 		out = append(out, engine.PageRun{Addr: r.Start, Data: b[:r.End-r.Start]})
 		b = b[r.End-r.Start:]
 	}
 	return out, err
-}
-
-// nearSource is near with the method that its field's name stands in the way of.
-type nearSource struct{ n near }
-
-func (s nearSource) Map(ctx context.Context, pid uint32, from uint64) ([]image.Range, uint64, error) {
-	return s.n.Map(ctx, pid, from)
-}
-
-func (s nearSource) Pages(ctx context.Context, pid uint32, start, end uint64, _ bool) ([]engine.PageRun, error) {
-	return s.n.Pages_(ctx, pid, start, end)
 }
 
 // TestLate: a program runs while its memory is still in the frozen one, whatever it had
@@ -79,7 +68,7 @@ func TestLate(t *testing.T) {
 				t.Errorf("the dump has %d bytes", st.Bytes)
 			}
 			pages := engine.NewPages(st.Late)
-			pager := engine.NewPager(nil, nearSource{near{pages}})
+			pager := engine.NewPager(nil, near{pages})
 			s, err := e.Restore(ctx, &playback{tape: *tp}, engine.RestoreOptions{NewPidNamespace: true, Paging: func(x []engine.Space) error {
 				return pager.Serve(ctx, x)
 			}})

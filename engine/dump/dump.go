@@ -61,13 +61,23 @@ const imgVersion = 2
 // cannot be carried, as a *refuse.Refusal, comes the plan for the rest. Nothing
 // of the tree is touched.
 func Preflight(ctx context.Context, log hclog.Logger, pid int, o Options) (*plan.Plan, error) {
+	var p *plan.Plan
+	err := patiently(ctx, pid, func() (err error) {
+		p, err = preflight(ctx, log, pid, o)
+		return err
+	})
+	return p, err
+}
+
+// patiently looks at a running tree, again and again while that fails for what passes.
+func patiently(ctx context.Context, pid int, look func() error) error {
 	for until := time.Now().Add(quietWait); ; time.Sleep(2 * time.Millisecond) {
-		p, err := preflight(ctx, log, pid, o)
+		err := look()
 		// A process that executes another program has nothing of the old one any more,
 		// and while threads end the kernel forbids to read their links.
 		passing := procfs.Gone(err) && !ended(pid) || errors.Is(err, fs.ErrPermission)
 		if !passing || time.Now().After(until) || ctx.Err() != nil {
-			return p, err
+			return err
 		}
 	}
 }

@@ -243,22 +243,9 @@ func (c *collector) userfault(fp *freeze.Proc, p *process) (_ *os.File, err erro
 		err = errors.Join(err, b.Return(false))
 		th.Resend = th.Resend || b.Stopped
 	}()
-	call := ptrace.NewCall("make a userfaultfd", unix.SYS_USERFAULTFD, ptrace.Int(unix.O_CLOEXEC|unix.O_NONBLOCK|sys.UffdUserModeOnly))
-	if err := b.Run(call); err != nil {
+	fd, err := b.Extract(ptrace.NewCall("make a userfaultfd", unix.SYS_USERFAULTFD, ptrace.Int(unix.O_CLOEXEC|unix.O_NONBLOCK|sys.UffdUserModeOnly)))
+	if err != nil {
 		return nil, err
-	}
-	n := int(call.Ret)
-	defer func() {
-		err = errors.Join(err, b.Run(ptrace.NewCall("close the userfaultfd", unix.SYS_CLOSE, ptrace.Int(n))))
-	}()
-	pidfd, err := unix.PidfdOpen(fp.Pid, 0)
-	if err != nil {
-		return nil, os.NewSyscallError("pidfd_open", err)
-	}
-	defer func() { _ = unix.Close(pidfd) }()
-	fd, err := unix.PidfdGetfd(pidfd, n, 0)
-	if err != nil {
-		return nil, os.NewSyscallError("pidfd_getfd", err)
 	}
 	return os.NewFile(uintptr(fd), "userfaultfd"), nil
 }

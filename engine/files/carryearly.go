@@ -296,6 +296,16 @@ func tellCut(sink image.Sink, id image.DataID, rs []image.Range) error {
 
 // nextData finds the first block at or behind an offset that has data; -1: none.
 func nextData(f *os.File, at, size int64) (int64, error) {
+	data, err := dataFrom(f, at, size)
+	if data < 0 {
+		return -1, err
+	}
+	return data / blockSize, nil
+}
+
+// dataFrom finds the first byte at or behind an offset, in a file of that size, that is in no hole;
+// -1: none, or an error. The position of f moves.
+func dataFrom(f *os.File, at, size int64) (int64, error) {
 	if at >= size {
 		return -1, nil
 	}
@@ -311,7 +321,7 @@ func nextData(f *os.File, at, size int64) (int64, error) {
 	if data = max(data, at); data >= size {
 		return -1, nil
 	}
-	return data / blockSize, nil
+	return data, nil
 }
 
 // block sends a block, if it is another one than before, without what is zero of it.

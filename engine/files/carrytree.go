@@ -251,18 +251,14 @@ func ContentDigest(f *os.File) (string, error) {
 	h.Write(binary.LittleEndian.AppendUint64(nil, uint64(st.Size)))
 	buf := make([]byte, 256<<10)
 	for at := int64(0); at < st.Size; {
-		data, err := unix.Seek(int(own.Fd()), at, unix.SEEK_DATA)
-		switch {
-		case errors.Is(err, unix.ENXIO):
-			data = st.Size
-		case errors.Is(err, unix.EINVAL): // a file system without holes
-			data = at
-		case err != nil:
-			return "", &os.PathError{Op: "find data of", Path: f.Name(), Err: err}
+		data, err := dataFrom(own, at, st.Size)
+		if err != nil {
+			return "", err
 		}
-		if at = max(at, data&^(digestPage-1)); at >= st.Size {
+		if data < 0 {
 			break
 		}
+		at = max(at, data&^(digestPage-1))
 		n, err := own.ReadAt(buf, at)
 		if err != nil && !errors.Is(err, io.EOF) {
 			return "", err

@@ -188,21 +188,13 @@ func gone(err error) bool { return errors.Is(err, unix.ESRCH) || errors.Is(err, 
 // listen reads what the kernel tells of a space.
 func (p *Pager) listen(ctx context.Context, s *space) {
 	defer context.AfterFunc(ctx, func() { _ = s.uffd.SetReadDeadline(time.Now()) })()
-	buf := make([]byte, 16*32)
+	buf := make([]byte, eventBuffer)
 	for {
 		var again []uint64
 		var trouble error
-		err := s.conn.Read(func(fd uintptr) bool {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			var events []sys.UffdEvent
-			if events, trouble = sys.UffdRead(int(fd), buf); trouble != nil {
-				return true
-			}
-			for _, e := range events {
-				again = append(again, p.hear(ctx, s, e)...)
-			}
-			return len(events) > 0
+		err := s.conn.Read(func(fd uintptr) (some bool) {
+			again, some, trouble = p.pull(ctx, s, int(fd), buf)
+			return some || trouble != nil
 		})
 		if err != nil {
 			if ctx.Err() == nil && !s.closed() {
@@ -219,6 +211,21 @@ func (p *Pager) listen(ctx context.Context, s *space) {
 		}
 	}
 }
+
+// pull reads what the kernel has to tell of a space now, if anything, and returns the addresses at
+// which a page is missing.
+func (p *Pager) pull(ctx context.Context, s *space, fd int, buf []byte) (missing []uint64, some bool, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	events, err := sys.UffdRead(fd, buf)
+	for _, e := range events {
+		missing = append(missing, p.hear(ctx, s, e)...)
+	}
+	return missing, len(events) > 0, err
+}
+
+// eventBuffer is how much is read of a userfaultfd at once, bytes.
+const eventBuffer = 16 * 32
 
 // hear takes note of an event, and returns the addresses at which a page is missing.
 // Preconditions: the space's mu is held.
@@ -264,13 +271,8 @@ func (p *Pager) serve(ctx context.Context, s *space, at uint64) {
 // drain reads events that wait, so that memory can be filled again.
 func (p *Pager) drain(ctx context.Context, s *space) {
 	var more []uint64
-	err := s.do(func(fd int) error {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		events, err := sys.UffdRead(fd, make([]byte, 16*32))
-		for _, e := range events {
-			more = append(more, p.hear(ctx, s, e)...)
-		}
+	err := s.do(func(fd int) (err error) {
+		more, _, err = p.pull(ctx, s, fd, make([]byte, eventBuffer))
 		return err
 	})
 	if err != nil && !gone(err) {

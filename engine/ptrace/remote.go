@@ -326,6 +326,34 @@ func (c *Call) space() int {
 	return n
 }
 
+// Extract executes a call that makes a descriptor, and takes that out of the target, which
+// has none of it then.
+// Preconditions: the target leads its process.
+func (r *Remote) Extract(c *Call) (fd int, err error) {
+	if err := r.Run(c); err != nil {
+		return -1, err
+	}
+	n := int(c.Ret)
+	fd = -1
+	defer func() {
+		err = errors.Join(err, r.Run(NewCall("close", unix.SYS_CLOSE, Int(n))))
+		if err != nil && fd >= 0 {
+			err = errors.Join(err, unix.Close(fd))
+			fd = -1
+		}
+	}()
+	pidfd, err := unix.PidfdOpen(r.Tid, 0)
+	if err != nil {
+		return -1, os.NewSyscallError("pidfd_open", err)
+	}
+	defer func() { _ = unix.Close(pidfd) }()
+	got, err := unix.PidfdGetfd(pidfd, n, 0)
+	if err != nil {
+		return -1, os.NewSyscallError("pidfd_getfd", err)
+	}
+	return got, nil
+}
+
 // Run executes the calls in order in the target and fills their results. All
 // of them are executed, whatever becomes of one; the first failure of a call
 // without MayFail is returned as a *CallError.

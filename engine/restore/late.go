@@ -63,22 +63,9 @@ func (t *Tree) leave(p *process, s *paging.Space) (err error) {
 		return err
 	}
 	r := p.remote()
-	call := ptrace.NewCall("make a userfaultfd", unix.SYS_USERFAULTFD, ptrace.Int(unix.O_CLOEXEC|unix.O_NONBLOCK))
-	if err := r.Run(call); err != nil {
+	fd, err := r.Extract(ptrace.NewCall("make a userfaultfd", unix.SYS_USERFAULTFD, ptrace.Int(unix.O_CLOEXEC|unix.O_NONBLOCK)))
+	if err != nil {
 		return err
-	}
-	n := int(call.Ret)
-	defer func() {
-		err = errors.Join(err, r.Run(ptrace.NewCall("close the userfaultfd", unix.SYS_CLOSE, ptrace.Int(n))))
-	}()
-	pidfd, err := unix.PidfdOpen(r.Tid, 0)
-	if err != nil {
-		return os.NewSyscallError("pidfd_open", err)
-	}
-	defer func() { _ = unix.Close(pidfd) }()
-	fd, err := unix.PidfdGetfd(pidfd, n, 0)
-	if err != nil {
-		return os.NewSyscallError("pidfd_getfd", err)
 	}
 	// Only then can it be waited for.
 	err = sys.UffdServe(fd)
